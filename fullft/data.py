@@ -1,0 +1,338 @@
+"""Data: rows become token ids and labels, then micro-batches in an order that any step can be resumed from.
+
+Owns tokenising, the target mask, the held-out split, the order, packing and padding. Reading files is `rows.py`'s
+business, row formats are `templates.py`'s.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from fullft.config import Config
+from fullft.errors import DataError
+from fullft.loss import IGNORED
+from fullft.packing import pack
+from fullft.rows import load_rows, locate
+from fullft.templates import Rendered, RowError, RowFormat, find_format
+
+# Part of the cache's key: raise it whenever this file turns the same rows into other tokens.
+_TOKENISING_VERSION = 1
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward and backward pass works on.
+
+    Attributes:
+        inputs: `input_ids` [batch, sequence] int64 and, for packed sequences, `position_ids` of the same shape, which
+            restart at 0 with each document. There is no attention mask: padding comes last, where a causal model
+            cannot see it, and packed documents are told apart by their positions.
+        labels: [batch, sequence] int64, the input ids where a token is a target, -100 elsewhere.
+        num_tokens: tokens that are not padding.
+        num_target_tokens: labels that are not -100.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    labels: torch.Tensor
+    num_tokens: int
+    num_target_tokens: int
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """Copy the tensors to a device, without waiting for the copy."""
+        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
+        labels = self.labels.to(device, non_blocking=True)
+        return MicroBatch(inputs, labels, self.num_tokens, self.num_target_tokens)
+
+
+class Batches:
+    """Sequences in global batches. Which batch belongs to which step is a pure function of the seed and the step."""
+
+    def __init__(self, rows: Dataset, config: Config, pad_token_id: int) -> None:
+        """Assign rows to sequences.
+
+        Args:
+            rows: tokenised, as `load_data` makes them.
+            config: `max_length`, `packing`, `seed`, the batch size and the accumulation count.
+            pad_token_id: fills the end of a micro-batch's shorter sequences.
+        """
+        self.rows = rows
+        self.lengths: list[int] = rows["num_tokens"][:]
+        self.documents = pack(self.lengths, config.max_length) if config.packing else [[i] for i in range(len(rows))]
+        self.packing = config.packing
+        self.pad_token_id = pad_token_id
+        self.seed = config.seed
+        self.batch_size = config.per_device_train_batch_size
+        self.sequences_per_step = int(config.global_batch_size or 0)
+        self.steps_per_epoch = math.ceil(len(self.documents) / self.sequences_per_step)
+
+    def global_batch(self, step: int) -> list[MicroBatch]:
+        """Make the micro-batches of one optimizer step, on the CPU.
+
+        Args:
+            step: counted from 1. An epoch's last global batch may be smaller.
+        """
+        epoch, position = divmod(step - 1, self.steps_per_epoch)
+        # The order depends on (seed, epoch) alone: no state to save, and no draw from torch's random stream.
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.documents))
+        start = position * self.sequences_per_step
+        return list(self._micro_batches(order[start : start + self.sequences_per_step].tolist()))
+
+    def in_order(self) -> Iterator[MicroBatch]:
+        """Make micro-batches of all sequences, in the order of the rows, for evaluation."""
+        return self._micro_batches(range(len(self.documents)))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(sum(self.lengths[i] for i in documents) for documents in self.documents)
+
+    @property
+    def mean_length(self) -> float:
+        """Tokens of the average sequence."""
+        return sum(self.lengths) / len(self.documents)
+
+    def _micro_batches(self, sequences: Sequence[int]) -> Iterator[MicroBatch]:
+        for start in range(0, len(sequences), self.batch_size):
+            yield self._collate([self.documents[i] for i in sequences[start : start + self.batch_size]])
+
+    def _collate(self, batch: list[list[int]]) -> MicroBatch:
+        """Join each sequence's documents, and pad to the longest sequence of the micro-batch."""
+        sequences = [self.rows[documents] for documents in batch]
+        shape = (len(batch), max(sum(sequence["num_tokens"]) for sequence in sequences))
+        input_ids = torch.full(shape, self.pad_token_id)
+        labels = torch.full(shape, IGNORED)
+        # Padding gets positions of its own from 0: to the model it is one more document, which nobody looks at.
+        position_ids = torch.zeros(shape, dtype=torch.int64)
+        for number, sequence in enumerate(sequences):
+            end = sum(sequence["num_tokens"])
+            input_ids[number, :end] = torch.tensor([token for ids in sequence["input_ids"] for token in ids])
+            labels[number, :end] = torch.tensor([label for labels in sequence["labels"] for label in labels])
+            position_ids[number, :end] = torch.cat([torch.arange(length) for length in sequence["num_tokens"]])
+            position_ids[number, end:] = torch.arange(shape[1] - end)
+        inputs = {"input_ids": input_ids}
+        if self.packing:
+            inputs["position_ids"] = position_ids
+        return MicroBatch(
+            inputs,
+            labels,
+            num_tokens=sum(sum(sequence["num_tokens"]) for sequence in sequences),
+            num_target_tokens=sum(sum(sequence["num_target_tokens"]) for sequence in sequences),
+        )
+
+
+@dataclass(frozen=True)
+class Data:
+    """The rows of a run, split and batched.
+
+    Attributes:
+        train: the training batches.
+        evaluation: the held-out batches, or None without any.
+        largest_token_id: over all rows.
+        fingerprint: changes when the tokenised rows do.
+        description: lines that tell the user what was found.
+    """
+
+    train: Batches
+    evaluation: Batches | None
+    largest_token_id: int
+    fingerprint: str
+    description: str
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence, held-out ones included."""
+        return max(batches.longest for batches in (self.train, self.evaluation) if batches is not None)
+
+
+# ---------------------------------------------------------------------------------------------- assembly
+
+
+def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
+    """Load, tokenise, split and batch the rows.
+
+    Args:
+        config: the options of the group "model and data", the seed and the batch sizes count.
+        tokenizer: fast, with an EOS token.
+
+    Raises:
+        DataError: the data cannot be read, fits no format, or leaves nothing to train on.
+    """
+    rows = load_rows(config)
+    columns = set(rows.column_names)
+    if config.dataset_text_field != "text":
+        if config.dataset_text_field not in columns:
+            raise DataError(f"--dataset_text_field {config.dataset_text_field}: found {', '.join(sorted(columns))}")
+        rows = rows.select_columns([config.dataset_text_field]).rename_column(config.dataset_text_field, "text")
+        columns = {"text"}
+    row_format = find_format(columns, str(config.dataset))
+    tokenised = _tokenise_all(rows, row_format, tokenizer, config)
+    if len(tokenised) == 0:
+        raise DataError(
+            f"{config.dataset}: none of the {len(rows)} rows has a token to learn: responses are empty, or "
+            f"--max_length {config.max_length} cuts them off"
+        )
+    train_rows, held_out = _split(tokenised, len(rows), config)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return Data(
+        train=Batches(train_rows, config, pad),
+        evaluation=Batches(held_out, config, pad) if len(held_out) else None,
+        largest_token_id=max(tokenised["largest_token_id"][:]),
+        fingerprint=tokenised._fingerprint,
+        description=_describe(rows, tokenised, held_out, row_format, tokenizer, config),
+    )
+
+
+def _split(tokenised: Dataset, num_rows: int, config: Config) -> tuple[Dataset, Dataset]:
+    """Hold out the last ceil(val_size x rows) of a seeded shuffle of the rows."""
+    units = np.asarray(tokenised["row"][:])
+    if num_rows == 1:
+        # One document: its pieces take the place of rows, or there would be nothing left to train on.
+        units, num_rows = np.arange(len(tokenised)), len(tokenised)
+    count = math.ceil(round(config.val_size * num_rows, 9))  # rounded first: 0.07 x 100 is 7.000000000000001
+    # The order of `Dataset.shuffle(seed)`.
+    held_out = np.isin(units, np.random.default_rng(config.seed).permutation(num_rows)[num_rows - count :])
+    if held_out.all():
+        raise DataError(f"{config.dataset} has too few rows to hold any out: --val_size 0 trains on all of them")
+    return tokenised.select(np.flatnonzero(~held_out)), tokenised.select(np.flatnonzero(held_out))
+
+
+# ---------------------------------------------------------------------------------------------- tokenising
+
+
+def _tokenise_all(rows: Dataset, row_format: RowFormat, tokenizer: PreTrainedTokenizerBase, config: Config) -> Dataset:
+    """Tokenise all rows, or take them from the cache of `datasets`."""
+    # An own key: the library's would hash the tokenizer's whole state, which changes as it is used.
+    options = (config.max_length, config.train_on_prompt, row_format.name, sorted(config.columns.items()))
+    parts = (_TOKENISING_VERSION, rows._fingerprint, options, tokenizer.chat_template, tokenizer.eos_token_id)
+    key = hashlib.sha256(repr(parts).encode() + tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:32]
+    tokenised = rows.map(
+        lambda batch, indices: _tokenise_batch(batch, indices, row_format, tokenizer, config),
+        batched=True,
+        with_indices=True,
+        remove_columns=rows.column_names,
+        new_fingerprint=key,
+        desc="Tokenising",
+    )
+    return tokenised
+
+
+def _tokenise_batch(
+    batch: dict[str, list[Any]],
+    indices: list[int],
+    row_format: RowFormat,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+) -> dict[str, list[Any]]:
+    rendered = []
+    for index, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
+        row = dict(zip(batch, values, strict=True))
+        try:
+            rendered.append(row_format.render(row, tokenizer))
+        except RowError as error:
+            raise DataError(f"{locate(config, index, row)}: {error}") from error
+    pieces: dict[str, list[Any]] = {
+        name: []
+        for name in ("row", "input_ids", "labels", "num_tokens", "num_target_tokens", "truncated", "largest_token_id")
+    }
+    for index, text, encoding in zip(indices, rendered, _encode(rendered, tokenizer), strict=True):
+        if not text.targets:
+            continue  # nothing to learn: an empty response, or no turn of the assistant
+        input_ids, labels = _with_labels(text, encoding, tokenizer, config.train_on_prompt)
+        length = config.max_length
+        last = len(input_ids) if row_format.name == "text" else 1
+        for start in range(0, last, length):
+            ids, own = input_ids[start : start + length], [IGNORED, *labels[start + 1 : start + length]]
+            num_target_tokens = len(own) - own.count(IGNORED)
+            if num_target_tokens == 0:
+                continue
+            pieces["row"].append(index)
+            pieces["input_ids"].append(ids)
+            pieces["labels"].append(own)
+            pieces["num_tokens"].append(len(ids))
+            pieces["num_target_tokens"].append(num_target_tokens)
+            pieces["truncated"].append(row_format.name != "text" and len(input_ids) > length)
+            pieces["largest_token_id"].append(max(ids))
+    return pieces
+
+
+def _encode(rendered: list[Rendered], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], Any]]:
+    """Tokenise texts in one call, prompt and response together; yield token ids and character spans of each."""
+    if not rendered:
+        return
+    encoded = tokenizer(
+        [text.text for text in rendered],
+        add_special_tokens=not rendered[0].has_special_tokens,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    yield from zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+
+
+def _with_labels(
+    text: Rendered, encoding: tuple[list[int], Any], tokenizer: PreTrainedTokenizerBase, train_on_prompt: bool
+) -> tuple[list[int], list[int]]:
+    """Give the token ids of a row, closed by EOS, and its labels; masked by position, never by id."""
+    input_ids, spans = encoding
+    eos = tokenizer.eos_token_id
+    targets = [(0, len(text.text))] if train_on_prompt else text.targets
+    labels = [
+        token if any(start <= begin < end for start, end in targets) else IGNORED
+        for token, (begin, _) in zip(input_ids, spans, strict=True)
+    ]
+    if text.ends_turn:
+        return list(input_ids), labels
+    if len(input_ids) > 1 and input_ids[-1] == eos and spans[-1][0] == spans[-1][1]:
+        return list(input_ids), [*labels[:-1], eos]  # the tokenizer appended it by itself
+    return [*input_ids, eos], [*labels, eos]
+
+
+# ---------------------------------------------------------------------------------------------- showing
+
+
+def _describe(
+    rows: Dataset,
+    tokenised: Dataset,
+    held_out: Dataset,
+    row_format: RowFormat,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+) -> str:
+    """Sum the data up in two lines, and show how the first row is seen."""
+    tokens, targets = sum(tokenised["num_tokens"][:]), sum(tokenised["num_target_tokens"][:])
+    dropped = len(rows) - len(set(tokenised["row"][:]))
+    truncated = sum(tokenised["truncated"][:])
+    learned = "every token" if config.train_on_prompt or row_format.name == "text" else "the response"
+    lines = [
+        f"Data: {config.dataset}, format {row_format.name} ({', '.join(row_format.columns)}); "
+        f"the loss counts {learned} and EOS",
+        f"      {len(rows):,} rows, {tokens:,} tokens, {targets / tokens:.0%} trained; {dropped} dropped (nothing to "
+        f"learn), {truncated} cut at {config.max_length}; longest {max(tokenised['num_tokens'][:])} tokens, "
+        f"mean {tokens / len(tokenised):.0f}; {len(held_out):,} held out",
+        f"Example, with what is learned in [brackets]: {_show_example(tokenised[0], tokenizer)}",
+    ]
+    return "\n".join(lines)
+
+
+def _show_example(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Decode a row with its learned stretches in brackets, shortened in the middle of each stretch."""
+    stretches: list[tuple[bool, list[int]]] = []
+    for token, label in zip(row["input_ids"], row["labels"], strict=True):
+        learned = label != IGNORED
+        if not stretches or stretches[-1][0] != learned:
+            stretches.append((learned, []))
+        stretches[-1][1].append(token)
+    shown = ""
+    for learned, ids in stretches:
+        text = repr(tokenizer.decode(ids))[1:-1]
+        text = text if len(text) <= 240 else f"{text[:140]} ... {text[-80:]}"
+        shown += f"[{text}]" if learned else text
+    return shown

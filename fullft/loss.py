@@ -1,0 +1,40 @@
+"""The loss: cross entropy summed over target tokens, in chunks.
+
+Owns the shift by one token, the mask and the dtype of the softmax. Dividing by the number of target tokens of the
+global batch is the loop's business: a mean taken here would weigh micro-batches of unlike length alike.
+"""
+
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+IGNORED = -100
+CHUNK_TOKENS = 256
+
+
+def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Sum the cross entropy of every target token, in fp32 (fp64 logits stay fp64).
+
+    The softmax runs over `CHUNK_TOKENS` positions at a time and is recomputed in backward, so that only the logits
+    themselves are kept, never an fp32 copy of all of them.
+
+    Args:
+        logits: [batch, sequence, vocabulary], any floating dtype; position t predicts token t + 1.
+        labels: [batch, sequence] int64, the token ids themselves; -100 is ignored, and so is position 0.
+
+    Returns:
+        A scalar, in nats.
+    """
+    predictions = logits[:, :-1].flatten(0, 1)
+    targets = labels[:, 1:].flatten()
+    total = torch.zeros((), dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
+    for chunk, chunk_targets in zip(predictions.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True):
+        # No dropout in here: there is no random state to preserve.
+        total = total + checkpoint(
+            _chunk_loss, chunk, chunk_targets, total.dtype, use_reentrant=False, preserve_rng_state=False
+        )
+    return total
+
+
+def _chunk_loss(logits: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return cross_entropy(logits.to(dtype), targets, ignore_index=IGNORED, reduction="sum")

@@ -1,0 +1,312 @@
+"""Metrics: the progress bar, `log.jsonl`, plots and reports. Every `.item()` of a run is in here.
+
+Owns what is told about a run while it trains and when it ends. Decides nothing: the loop says what happened.
+"""
+
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from fullft.calendar import Calendar
+from fullft.config import Config, to_yaml
+from fullft.errors import NonFiniteError, OptionsError
+
+# Dense bf16 matrix products per second with fp32 accumulation. Source: the vendor's data sheets.
+_PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 5090": 209.5e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+}
+
+
+class Metrics:
+    """Tells what happens, and keeps it. A context manager around the loop."""
+
+    def __init__(
+        self, config: Config, calendar: Calendar, device: torch.device, first_step: int, flops_per_token: float
+    ) -> None:
+        """Prepare the records; nothing is written yet.
+
+        Args:
+            config: the options of the group "records", and `output_dir`.
+            calendar: tells when to log.
+            device: whose memory and peak are reported.
+            first_step: above 1 for a resumed run; what the log holds from there on is dropped.
+            flops_per_token: of forward and backward, without recomputation.
+        """
+        self.config, self.calendar, self.device, self.first_step = config, calendar, device, first_step
+        self.folder = Path(str(config.output_dir))
+        self.flops_per_token = flops_per_token
+        self.peak_flops = _peak_flops(device) if config.precision != "fp32" else None
+        self.records: list[dict[str, Any]] = []
+        self.loss = self.grad_norm = math.nan
+        self.seconds = self._interval_seconds = 0.0
+        self.num_tokens = self._interval_tokens = 0
+
+    def __enter__(self) -> "Metrics":
+        """Open the log and the bar."""
+        (self.folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+        self._reports = _build_reports(self.config)
+        self.records = [r for r in _read_log(self.folder / "log.jsonl") if r["step"] < self.first_step]
+        lines = "".join(json.dumps(record) + "\n" for record in self.records)
+        (self.folder / "log.jsonl").write_text(lines, encoding="utf-8")
+        self._bar = tqdm(
+            total=self.calendar.total_steps,
+            initial=self.first_step - 1,
+            unit="step",
+            desc="Training",
+            dynamic_ncols=True,
+            mininterval=0.1 if sys.stderr.isatty() else 10.0,  # a log file wants few lines
+        )
+        self._mark = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the bar, and draw what there is, also when the run has failed."""
+        self._bar.close()
+        if any("loss" in record for record in self.records):
+            plot_loss(self.records, self.folder / "loss.png", title=self.folder.name)
+
+    def say(self, text: str) -> None:
+        """Print above the bar."""
+        self._bar.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    # ------------------------------------------------------------------------------------------ what happened
+
+    def require_finite(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
+        """Read the step's loss and gradient norm, before the optimizer uses the gradients.
+
+        This is the loop's one wait for the device per step: a NaN must not reach the weights.
+
+        Args:
+            step: counted from 1.
+            loss: scalar, mean over the target tokens of the global batch.
+            grad_norm: scalar, before clipping.
+
+        Raises:
+            NonFiniteError: one of them is NaN or infinite.
+        """
+        self.loss, self.grad_norm = loss.item(), grad_norm.item()
+        if not (math.isfinite(self.loss) and math.isfinite(self.grad_norm)):
+            raise NonFiniteError(
+                f"step {step}: the loss is {self.loss}, the gradient norm {self.grad_norm}; the step was not taken\n"
+                "resume from the last checkpoint with a lower --learning_rate or a longer --warmup_steps "
+                "(--allow_changes), or look for broken rows"
+            )
+
+    def step(self, step: int, learning_rate: float, num_tokens: int, num_target_tokens: int) -> None:
+        """Record an optimizer step.
+
+        Args:
+            step: counted from 1.
+            learning_rate: that the step was taken with.
+            num_tokens: without padding.
+            num_target_tokens: that the loss is the mean of.
+        """
+        elapsed = self._elapsed()
+        self.seconds += elapsed
+        self._interval_seconds += elapsed
+        self.num_tokens += num_tokens
+        self._interval_tokens += num_tokens
+        speed = self._interval_tokens / self._interval_seconds
+        mfu = speed * self.flops_per_token / self.peak_flops if self.peak_flops else None
+        memory = peak_memory_bytes(self.device)
+        self._bar.set_postfix_str(
+            f"loss {self.loss:.4f}, {speed:,.0f} tokens/s, MFU {'unknown' if mfu is None else f'{mfu:.0%}'}, "
+            f"{memory / 2**30:.2f} GiB",
+            refresh=False,
+        )
+        self._bar.update()
+        if self.calendar.log_due(step):
+            self._record(
+                {
+                    "step": step,
+                    "epoch": round(self.calendar.epoch(step), 4),
+                    "loss": self.loss,
+                    "grad_norm": self.grad_norm,
+                    "learning_rate": learning_rate,
+                    "num_tokens": num_tokens,
+                    "num_target_tokens": num_target_tokens,
+                    "tokens_per_second": speed,
+                    "mfu": mfu,
+                    "memory_bytes": memory,
+                }
+            )
+            self._interval_tokens, self._interval_seconds = 0, 0.0
+
+    def evaluation(self, step: int, loss: torch.Tensor | None) -> None:
+        """Record an evaluation.
+
+        Args:
+            step: the last finished step; 0 before training.
+            loss: scalar, mean over the held-out target tokens; None without held-out rows.
+        """
+        if loss is not None:
+            eval_loss = loss.item()
+            perplexity = math.exp(min(eval_loss, 700.0))  # exp(710) is no float
+            self._record({"step": step, "eval_loss": eval_loss, "eval_perplexity": perplexity})
+            self.say(f"Step {step}: held-out loss {eval_loss:.4f}, perplexity {perplexity:,.2f}")
+        self._elapsed()  # evaluation is no training time
+
+    def checkpoint(self, folder: Path) -> None:
+        """Record that a checkpoint was saved."""
+        self.say(f"Saved {folder}")
+        self._elapsed()
+
+    def results(self, num_parameters: int, samples: list[Any]) -> dict[str, Any]:
+        """Sum the run up, and write it to `train_results.json`.
+
+        Args:
+            num_parameters: trained ones.
+            samples: prompts and what the model made of them.
+        """
+        losses = [record for record in self.records if "loss" in record]
+        evaluations = [record for record in self.records if "eval_loss" in record]
+        before = next((record["eval_loss"] for record in evaluations if record["step"] == 0), None)
+        results = {
+            "steps": self.calendar.total_steps,
+            "epochs": self.calendar.epoch(self.calendar.total_steps),
+            "num_parameters": num_parameters,
+            "first_loss": losses[0]["loss"] if losses else None,
+            "last_loss": losses[-1]["loss"] if losses else None,
+            "eval_loss_before": before,
+            "eval_loss_after": evaluations[-1]["eval_loss"] if evaluations else None,
+            "train_seconds": self.seconds,
+            "train_tokens": self.num_tokens,
+            "tokens_per_second": self.num_tokens / self.seconds if self.seconds else None,
+            "peak_memory_bytes": peak_memory_bytes(self.device),
+            "resumed_at_step": self.first_step - 1 or None,
+            "samples": [asdict(sample) for sample in samples],
+        }
+        (self.folder / "train_results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+        return results
+
+    def _record(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as log:
+            log.write(json.dumps(record) + "\n")
+        for report in self._reports:
+            report(record)
+
+    def _elapsed(self) -> float:
+        """Seconds since this was last asked."""
+        mark, self._mark = self._mark, time.perf_counter()
+        return self._mark - mark
+
+
+def describe_results(results: dict[str, Any]) -> str:
+    """Say in one line what a run achieved."""
+    before, after = results["eval_loss_before"], results["eval_loss_after"]
+    held_out = ""
+    if after is not None:
+        held_out = f"; held-out loss {'?' if before is None else f'{before:.4f}'} -> {after:.4f}"
+    loss = "" if results["first_loss"] is None else f"loss {results['first_loss']:.4f} -> {results['last_loss']:.4f}"
+    minutes, seconds = divmod(round(results["train_seconds"]), 60)
+    speed = results["tokens_per_second"]
+    pace = "" if speed is None else f", {speed:,.0f} tokens/s"
+    return f"Done: {results['steps']} steps, {loss}{held_out}; {minutes} min {seconds} s{pace}"
+
+
+# ---------------------------------------------------------------------------------------------- sources and sinks
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Give the peak so far: what tensors took on an accelerator, the process's resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # ru_maxrss is in KiB on Linux, in bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _peak_flops(device: torch.device) -> float | None:
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for card, flops in _PEAK_FLOPS.items() if card in name), None)
+
+
+def _read_log(file: Path) -> list[dict[str, Any]]:
+    if not file.is_file():
+        return []
+    records = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break  # a crash cut the last line short
+    return records
+
+
+def _build_reports(config: Config) -> list[Callable[[dict[str, Any]], None]]:
+    """Open the trackers that `--report_to` names; no tracker is an empty list."""
+    builders = {"tensorboard": _tensorboard, "wandb": _wandb}
+    return [builders[name](config) for name in config.report_to.split(",") if name != "none"]
+
+
+def _tensorboard(config: Config) -> Callable[[dict[str, Any]], None]:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise OptionsError("--report_to tensorboard needs tensorboard: pip install tensorboard") from error
+    writer = SummaryWriter(log_dir=str(Path(str(config.output_dir)) / "runs"))
+
+    def report(record: dict[str, Any]) -> None:
+        for name, value in record.items():
+            if name != "step" and value is not None:
+                writer.add_scalar(name, value, record["step"])
+        writer.flush()
+
+    return report
+
+
+def _wandb(config: Config) -> Callable[[dict[str, Any]], None]:
+    try:
+        import wandb
+    except ImportError as error:
+        raise OptionsError("--report_to wandb needs wandb: pip install wandb") from error
+    run = wandb.init(
+        project="fullft", name=Path(str(config.output_dir)).name, dir=config.output_dir, config=asdict(config)
+    )
+    return lambda record: run.log({n: v for n, v in record.items() if n != "step"}, step=record["step"])
+
+
+def plot_loss(records: list[dict[str, Any]], file: Path, title: str) -> None:
+    """Draw the training and the held-out loss over the steps.
+
+    Args:
+        records: lines of `log.jsonl`.
+        file: the PNG to write.
+        title: above the axes.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for name, label, style in (("loss", "training (each logged step)", "-"), ("eval_loss", "held out", "o--")):
+        points = [(record["step"], record[name]) for record in records if name in record]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+    axes.set(title=title, xlabel="optimizer step", ylabel="loss (nats per target token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,306 @@
+"""The model and its tokenizer: found, loaded in an explicit dtype, and understood.
+
+Owns where weights come from, their dtype, which modules are the decoder layers, and the checks that a model can be
+trained at all. Knows nothing about data, optimizers or the loop.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from fullft.config import DEMO_FOLDER, Config
+from fullft.errors import ModelError, OptionsError
+
+DEMO_MODEL = DEMO_FOLDER / "model"
+_WEIGHT_FILES = ("*.safetensors", "*.bin")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What `--precision` means: the dtype that weights are kept in, and whether autocast computes in bf16."""
+
+    weights: torch.dtype
+    autocast: bool
+    meaning: str
+
+
+PRECISIONS = {
+    "fp32": Precision(torch.float32, False, "weights, gradients and computation in fp32"),
+    "bf16-mixed": Precision(
+        torch.float32, True, "weights and gradients in fp32, computation in bf16 under torch.autocast"
+    ),
+    "bf16-true": Precision(
+        torch.bfloat16,
+        False,
+        "weights, gradients and computation in bf16\n"
+        "warning: bf16 weights round away updates below 1/512 of a weight; bf16-mixed keeps them, for twice the memory",
+    ),
+}
+
+
+def pick_device() -> torch.device:
+    """Choose this machine's accelerator, or the CPU where there is none."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+# ---------------------------------------------------------------------------------------------- finding
+
+
+def find_model(config: Config) -> str:
+    """Give the folder or hub id to load from, after checking that a causal language model with weights is there.
+
+    Args:
+        config: `model` and `trust_remote_code` count.
+
+    Raises:
+        ModelError: the folder, its weights, or the hub's copy is missing, or it is no causal language model.
+    """
+    transformers_logging.set_verbosity_error()  # its advice is addressed to callers of its API, not to our users
+    if config.model is None:
+        return str(DEMO_MODEL)
+    folder = Path(config.model)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"model folder {folder} has no config.json: pass the folder that save_pretrained wrote")
+        if not any(next(folder.glob(pattern), None) for pattern in _WEIGHT_FILES):
+            raise ModelError(f"model folder {folder} has no weights (*.safetensors): download it again, completely")
+    elif folder.exists() or config.model.startswith((".", "/", "~")) or config.model.count("/") > 1:
+        raise ModelError(f"there is no model folder {folder}: pass an existing folder or a hub id")
+    with _loading(config.model):
+        model_config = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+    _require_causal_class(model_config, config)
+    return config.model
+
+
+def _require_causal_class(model_config: PreTrainedConfig, config: Config) -> None:
+    remote = getattr(model_config, "auto_map", None) or {}
+    if "AutoModelForCausalLM" not in remote and type(model_config) not in AutoModelForCausalLM._model_mapping:
+        raise ModelError(
+            f"{config.model} is a {model_config.model_type} model, not a causal language model: choose a decoder such "
+            "as mistralai/Mistral-7B-v0.1"
+        )
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Translate what transformers and the hub raise into one message with a remedy."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        causes = _causes(error)
+        kinds = {type(cause).__name__ for cause in causes}
+        text = " ".join(str(causes[-1]).split())
+        if "trust_remote_code" in text:
+            raise ModelError(f"{name} comes with its own code: read it, then pass --trust_remote_code") from error
+        if kinds & {"GatedRepoError"} or "gated" in text.lower():
+            raise ModelError(
+                f"{name} is gated: accept its licence on its hub page, then log in with `hf auth login`"
+            ) from error
+        if not Path(name).is_dir() and isinstance(error, OSError):
+            raise ModelError(
+                f"model {name} was found neither as a folder, nor in the hub's cache, nor on the hub (network?)\n"
+                f"download it with `hf download {name} --local-dir {Path(name).name}` and pass "
+                f"--model {Path(name).name}; a gated model needs its licence accepted and `hf auth login` first"
+            ) from error
+        raise ModelError(f"cannot load {name}: {text[:300]}") from error
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    chain = [error]
+    while (cause := chain[0].__cause__ or chain[0].__context__) is not None and len(chain) < 10:
+        chain.insert(0, cause)
+    return chain
+
+
+# ---------------------------------------------------------------------------------------------- loading
+
+
+def load_tokenizer(config: Config, source: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to a model.
+
+    Args:
+        config: `trust_remote_code` counts.
+        source: folder or hub id, from `find_model`.
+
+    Raises:
+        ModelError: there is none, or it cannot map tokens back to characters, or it has no end-of-sequence token.
+    """
+    with _loading(source):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+    if not tokenizer("a").input_ids:
+        raise ModelError(f"{source} has no tokenizer files: copy tokenizer.json beside the weights")
+    if not tokenizer.is_fast:
+        raise ModelError(f"{source} has no tokenizer.json: prompts are masked by character offsets, which need it")
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"the tokenizer of {source} has no eos_token: without it no row could end")
+    return tokenizer
+
+
+def load_model(config: Config, source: str, device: torch.device) -> PreTrainedModel:
+    """Load a model with every parameter trainable, in training mode.
+
+    Args:
+        config: `precision`, `trust_remote_code` and, for the demo's random weights, `seed` count.
+        source: folder or hub id; the demo's folder has a config alone, and gets random weights.
+        device: where the weights go.
+
+    Raises:
+        ModelError: weights are missing, damaged, or do not fit the config.
+    """
+    dtype = PRECISIONS[config.precision].weights
+    with _loading(source):
+        if source == str(DEMO_MODEL):
+            torch.manual_seed(config.seed)
+            model = AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(source), dtype=dtype, attn_implementation="sdpa"
+            )
+        else:
+            model = _from_pretrained(config, source, dtype)
+    transformers_logging.disable_progress_bar()  # loading may show one; saving would tear ours
+    model.to(device)
+    model.requires_grad_(True)
+    model.train()
+    return model
+
+
+def _from_pretrained(config: Config, source: str, dtype: torch.dtype) -> PreTrainedModel:
+    # dtype is always explicit: transformers 5 defaults to whatever the file holds.
+    model, loaded = AutoModelForCausalLM.from_pretrained(
+        source,
+        dtype=dtype,
+        attn_implementation="sdpa",
+        trust_remote_code=config.trust_remote_code,
+        output_loading_info=True,
+    )
+    if missing := sorted(loaded["missing_keys"]):
+        raise ModelError(
+            f"the weights of {source} lack {len(missing)} tensors, such as {missing[0]}: they would be trained from "
+            "random values; download the model again, completely"
+        )
+    return model
+
+
+# ---------------------------------------------------------------------------------------------- understanding
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Count trainable parameters; tied weights count once."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def describe_parameters(model: nn.Module) -> str:
+    """Say how many parameters are trained, as in `Total trainable parameters: 7,241,732,096 (7.24B)`."""
+    count = count_parameters(model)
+    scale, letter = next(((s, n) for s, n in ((1e9, "B"), (1e6, "M"), (1e3, "K")) if count >= s), (1, ""))
+    return f"Total trainable parameters: {count:,} ({count / scale:.2f}{letter})"
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """Find the stack of decoder layers, whatever the family calls it (`h`, `layers`, `blocks`, ...).
+
+    Args:
+        model: a causal language model.
+
+    Raises:
+        ModelError: no list of modules has as many entries as the config has layers.
+    """
+    count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    for _, module in model.named_modules():  # from the outside in, so that the outermost list is found first
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ModelError(
+        f"no decoder layers were found in {type(model).__name__}: --activation_checkpointing none trains without them"
+    )
+
+
+def require_fit(model: PreTrainedModel, largest_token_id: int, longest: int, packing: bool) -> None:
+    """Check that the data and the model belong together.
+
+    Args:
+        model: the loaded model.
+        largest_token_id: over all rows.
+        longest: tokens of the longest sequence.
+        packing: whether sequences hold several documents.
+
+    Raises:
+        ModelError: a token has no embedding; a token sees what comes after it; with packing, a document sees another.
+        OptionsError: sequences are longer than the model has positions.
+    """
+    embeddings = model.get_input_embeddings().weight.shape[0]
+    if largest_token_id >= embeddings:
+        raise ModelError(
+            f"the data has token {largest_token_id}, the model only {embeddings} embeddings: the tokenizer and the "
+            "weights do not belong together"
+        )
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if positions and longest > positions:
+        raise OptionsError(
+            f"max_length: a sequence of {longest} tokens is longer than the model's {positions} positions"
+            f": pass --max_length {positions}"
+        )
+    _require_causal_attention(model)
+    if packing:
+        _require_isolation(model)
+
+
+@torch.no_grad()
+def _probe(model: PreTrainedModel, token_ids: list[int], positions: list[int] | None = None) -> torch.Tensor:
+    """Compute logits [tokens, vocabulary] of one short sequence, without dropout."""
+    training = model.training
+    model.eval()
+    inputs = {"input_ids": torch.tensor([token_ids], device=model.device)}
+    if positions is not None:
+        inputs["position_ids"] = torch.tensor([positions], device=model.device)
+    logits: torch.Tensor = model(**inputs, use_cache=False).logits[0].float()
+    model.train(training)
+    return logits
+
+
+def _require_causal_attention(model: PreTrainedModel) -> None:
+    seen, changed = _probe(model, [1, 2, 3, 4]), _probe(model, [1, 2, 3, 5])
+    if not torch.allclose(seen[:3], changed[:3], rtol=1e-2, atol=1e-2):
+        raise ModelError(f"{type(model).__name__} lets a token see the tokens after it: it is no causal language model")
+
+
+def _require_isolation(model: PreTrainedModel) -> None:
+    # Two documents with other first halves: what the second one computes must not differ.
+    positions = [0, 1, 2, 3, 0, 1, 2]
+    try:
+        seen, changed = _probe(model, [1, 2, 3, 4, 5, 6, 7], positions), _probe(model, [4, 3, 2, 1, 5, 6, 7], positions)
+    except TypeError as error:
+        raise ModelError(f"{type(model).__name__} takes no position_ids: train it without --packing") from error
+    if not torch.allclose(seen[4:], changed[4:], rtol=1e-2, atol=1e-2):
+        raise ModelError(f"{type(model).__name__} lets packed documents see each other: train it without --packing")
+
+
+def flops_per_token(model: PreTrainedModel, mean_length: float) -> float:
+    """Count the floating-point operations of forward and backward, per token, without recomputation.
+
+    Args:
+        model: every parameter but the input embeddings multiplies each token once.
+        mean_length: tokens per sequence, for attention's share.
+
+    Source: Chowdhery et al., "PaLM" (2022), appendix B: 6 N + 12 layers x width x length.
+    """
+    text = model.config.get_text_config(decoder=True)
+    parameters = count_parameters(model)
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not embeddings.weight:
+        parameters -= embeddings.weight.numel()  # looked up, not multiplied; tied ones are the head's matrix
+    attention = text.num_hidden_layers * text.hidden_size * mean_length
+    return float(6 * parameters + 12 * attention)

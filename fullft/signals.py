@@ -1,0 +1,47 @@
+"""Signals: a first SIGINT or SIGTERM lets the step finish and a checkpoint be saved; a second one ends at once.
+
+Owns the handlers while a run is in its loop, and restores the former ones.
+"""
+
+import signal
+import types
+
+from fullft.errors import StoppedBySignal
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """Whether the user, or the scheduler, has asked the run to stop. A context manager around the loop."""
+
+    received: int | None = None
+
+    def __enter__(self) -> "StopRequest":
+        """Install the handlers."""
+        self._former = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Restore the former handlers."""
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _: types.FrameType | None) -> None:
+        if self.received is not None:
+            raise StoppedBySignal("stopped at once; the last checkpoint is intact", number)
+        self.received = number
+
+    def end_run(self, step: int) -> None:
+        """End the run as the signal asked.
+
+        Args:
+            step: the last finished step, whose checkpoint has been saved.
+
+        Raises:
+            StoppedBySignal: with the exit code 128 + signal.
+        """
+        name = signal.Signals(self.received or signal.SIGTERM).name
+        raise StoppedBySignal(
+            f"stopped by {name} after step {step}; the same command with --resume_from_checkpoint continues",
+            self.received or signal.SIGTERM,
+        )

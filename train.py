@@ -1,0 +1,137 @@
+"""Fully fine-tune a causal language model: every parameter, in one loop that reads top to bottom.
+
+    python train.py                                     # the built-in demo
+    python train.py --model mistralai/Mistral-7B-v0.1   # the real thing
+    python train.py --help
+
+`main` first builds everything by name, then runs the loop. Whatever is optional (activation checkpointing, precision,
+another optimizer, packing) is decided while building; the loop does not know of it.
+"""
+
+from fullft.config import Config, parse_config
+from fullft.errors import report_errors
+from fullft.hub import go_offline_if_unreachable
+
+if __name__ == "__main__":
+    # Options are read before torch and transformers are imported (some 4 s), so that --help and a mistyped flag answer
+    # at once; and the hub's libraries read at import whether they are offline.
+    with report_errors(debug=False):
+        CONFIG = parse_config()
+        go_offline_if_unreachable(CONFIG.model, CONFIG.dataset)
+
+# ruff: noqa: E402
+import torch
+
+from fullft.activation_checkpointing import apply_activation_checkpointing
+from fullft.calendar import Calendar
+from fullft.checkpoint import open_checkpoint, prepare_output_dir, restore, save_checkpoint
+from fullft.data import load_data
+from fullft.evaluation import Samples, evaluate
+from fullft.export import check_export, export_model
+from fullft.loss import summed_cross_entropy
+from fullft.metrics import Metrics, describe_results
+from fullft.model import (
+    PRECISIONS,
+    count_parameters,
+    describe_parameters,
+    find_model,
+    flops_per_token,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    require_fit,
+)
+from fullft.optimizer import build_optimizer, build_schedule, clip_gradients, describe_optimizer
+from fullft.signals import StopRequest
+
+
+def main(config: Config) -> None:
+    """Train one model as the options say.
+
+    Args:
+        config: checked and resolved options.
+
+    Raises:
+        FullftError: with a message and an exit code for the user.
+    """
+    # --- The model, the data, the optimizer. Mistakes show here, in the order of how fast they can be found.
+    device, precision = pick_device(), PRECISIONS[config.precision]
+    source = find_model(config)
+    checkpoint = open_checkpoint(config)
+    tokenizer = load_tokenizer(config, source)
+    data = load_data(config, tokenizer)
+    print(data.description)
+    model = load_model(config, source if checkpoint is None else str(checkpoint.folder), device)
+    require_fit(model, data.largest_token_id, data.longest, config.packing)
+    apply_activation_checkpointing(model, config.activation_checkpointing)
+    optimizer = build_optimizer(model, config)
+    calendar = Calendar(config, data.train.steps_per_epoch)
+    learning_rate_at = build_schedule(config, calendar.total_steps)
+    autocast = torch.autocast(device_type=device.type, dtype=torch.bfloat16, enabled=precision.autocast)
+    prepare_output_dir(config, calendar, model)
+    print(f"{describe_parameters(model)} on {device}\nPrecision: {config.precision}: {precision.meaning}")
+    print(f"Optimizer: {describe_optimizer(config)}\n{calendar.describe()}")
+
+    # --- How good is it before? A resumed run has been asked already.
+    samples = Samples(data, tokenizer)
+    torch.manual_seed(config.seed)  # dropout draws from here on
+    last_step = restore(checkpoint, config, model, optimizer, data.fingerprint)
+    metrics = Metrics(config, calendar, device, last_step + 1, flops_per_token(model, data.train.mean_length))
+    with metrics, StopRequest() as stop:
+        if last_step == 0:
+            samples.complete(model, autocast, after=False)
+            metrics.evaluation(0, evaluate(model, data.evaluation, autocast))
+
+        for step in range(last_step + 1, calendar.total_steps + 1):
+            # 1. Set the learning rate: before backward, so that an optimizer may step while gradients arrive.
+            learning_rate = learning_rate_at(step)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+
+            # 2. Fetch one global batch, and count its target tokens: every micro-batch's loss is divided by this one
+            # number, so that each target token weighs the same, however rows fall into micro-batches.
+            micro_batches = data.train.global_batch(step)
+            num_tokens = sum(micro_batch.num_tokens for micro_batch in micro_batches)
+            num_target_tokens = sum(micro_batch.num_target_tokens for micro_batch in micro_batches)
+
+            # 3. Forward and backward. Gradients add up in parameter.grad over the micro-batches.
+            loss = torch.zeros((), device=device)
+            for micro_batch in micro_batches:
+                micro_batch = micro_batch.to(device)
+                with autocast:
+                    # use_cache: a key-value cache serves generation; in training it would hide packing's boundaries.
+                    logits = model(**micro_batch.inputs, use_cache=False).logits
+                    micro_loss = summed_cross_entropy(logits, micro_batch.labels) / num_target_tokens
+                micro_loss.backward()
+                loss += micro_loss.detach()  # stays on the device: reading it would wait for the device
+
+            # 4. Clip the global gradient norm, step, and free the gradients (None needs no memory, zeros do).
+            grad_norm = clip_gradients(model.parameters(), max_norm=config.max_grad_norm)
+            metrics.require_finite(step, loss, grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            # 5. Log, evaluate, save, stop: whatever is due.
+            metrics.step(step, learning_rate, num_tokens, num_target_tokens)
+            if calendar.evaluation_due(step):
+                metrics.evaluation(step, evaluate(model, data.evaluation, autocast))
+            if calendar.checkpoint_due(step) or stop.received:
+                metrics.checkpoint(
+                    save_checkpoint(config, calendar, step, model, tokenizer, optimizer, data.fingerprint)
+                )
+            if stop.received:
+                stop.end_run(step)
+
+    # --- How good is it after? The final model goes to the root of output_dir, and is reloaded as a user would.
+    samples.complete(model, autocast, after=True)
+    print(samples.describe())
+    del optimizer  # its states make room for the reloaded copy
+    results = metrics.results(count_parameters(model), samples.samples)
+    export_model(config, model, tokenizer, results)
+    print(check_export(config, model, data.train.rows[0]["input_ids"]))
+    print(describe_results(results))
+
+
+if __name__ == "__main__":
+    with report_errors(CONFIG.debug):
+        main(CONFIG)

@@ -1,0 +1,46 @@
+"""What all tests share: an own cache, no hub, two threads, and a way to run the command line."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+# Before any library reads them.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="fullft-tests-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from fullft.config import DEMO_FOLDER
+
+ROOT = Path(__file__).parent.parent
+torch.set_num_threads(2)
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerBase:
+    """The demo's byte-level tokenizer: 1024 tokens, with a chat template, bos = eos = pad."""
+    return AutoTokenizer.from_pretrained(DEMO_FOLDER / "model")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Run `python train.py` with the given words in an empty folder; stdout and stderr come back as text."""
+
+    def run_train(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, str(ROOT / "train.py"), *words],
+            cwd=tmp_path,
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return run_train

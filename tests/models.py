@@ -1,0 +1,73 @@
+"""Tiny models of the families that the tests speak of, made from configs in code."""
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
+
+from fullft.config import Config, resolve
+
+VOCABULARY = 1024  # the demo tokenizer's
+_SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+
+
+def tiny_model(
+    family: str, dtype: torch.dtype = torch.float64, dropout: float = 0.0, tied: bool = False, seed: int = 0
+) -> PreTrainedModel:
+    """Make a model with random weights, in training mode.
+
+    Args:
+        family: gpt2, llama, mistral (with a sliding window of 8 tokens), qwen2 or gemma2 (soft-capped logits).
+        dtype: of its weights.
+        dropout: everywhere the family has it.
+        tied: whether the head is the embedding (GPT-2's always is).
+        seed: of the weights.
+    """
+    shape = {**_SHAPE, "attention_dropout": dropout, "tie_word_embeddings": tied}
+    configs = {
+        "gpt2": lambda: GPT2Config(
+            vocab_size=VOCABULARY,
+            n_positions=256,
+            n_embd=32,
+            n_layer=4,
+            n_head=4,
+            embd_pdrop=dropout,
+            attn_pdrop=dropout,
+            resid_pdrop=dropout,
+            bos_token_id=0,
+            eos_token_id=0,
+        ),
+        "llama": lambda: LlamaConfig(**shape),
+        "mistral": lambda: MistralConfig(**shape, sliding_window=8),
+        "qwen2": lambda: Qwen2Config(**shape),
+        "gemma2": lambda: Gemma2Config(**shape, head_dim=8, sliding_window=8, final_logit_softcapping=5.0),
+    }
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(configs[family](), dtype=dtype, attn_implementation="sdpa")
+    # Norms and biases start at exactly 1 and 0, where some mistakes do not show.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.train()
+
+
+def make_config(**options: object) -> Config:
+    """Make resolved options, with the defaults that hold beside a given model."""
+    return resolve(Config(**{"model": "tiny", **options}))  # type: ignore[arg-type]

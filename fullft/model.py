@@ -166,9 +166,7 @@ def load_model(config: Config, source: str, device: torch.device) -> PreTrainedM
     with _loading(source):
         if source == str(DEMO_MODEL):
             torch.manual_seed(config.seed)
-            model = AutoModelForCausalLM.from_config(
-                AutoConfig.from_pretrained(source), dtype=dtype, attn_implementation="sdpa"
-            )
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=dtype)
         else:
             model = _from_pretrained(config, source, dtype)
     transformers_logging.disable_progress_bar()  # loading may show one; saving would tear ours
@@ -179,11 +177,11 @@ def load_model(config: Config, source: str, device: torch.device) -> PreTrainedM
 
 
 def _from_pretrained(config: Config, source: str, dtype: torch.dtype) -> PreTrainedModel:
-    # dtype is always explicit: transformers 5 defaults to whatever the file holds.
+    # dtype is always explicit: transformers 5 defaults to whatever the file holds. Attention is left to its default:
+    # torch's scaled_dot_product_attention, or eager for the few families whose scores that cannot express (Gemma-2).
     model, loaded = AutoModelForCausalLM.from_pretrained(
         source,
         dtype=dtype,
-        attn_implementation="sdpa",
         trust_remote_code=config.trust_remote_code,
         output_loading_info=True,
     )

@@ -1,0 +1,213 @@
+"""The gradient of a global batch is that of one mean over all its target tokens, however it is cut up."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from models import VOCABULARY, make_config, tiny_model
+from transformers import PreTrainedModel
+
+from fullft.activation_checkpointing import apply_activation_checkpointing
+from fullft.data import Batches
+from fullft.loss import CHUNK_TOKENS, IGNORED, summed_cross_entropy
+
+Gradients = dict[str, torch.Tensor]
+
+
+def make_rows(lengths: list[int], seed: int = 0) -> Dataset:
+    """Rows of random tokens whose first third is a prompt."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for length in lengths:
+        ids = random.integers(1, VOCABULARY, length).tolist()
+        labels = [IGNORED if position < max(1, length // 3) else token for position, token in enumerate(ids)]
+        targets = sum(label != IGNORED for label in labels)
+        rows.append({"input_ids": ids, "labels": labels, "num_tokens": length, "num_target_tokens": targets})
+    return Dataset.from_list(rows)
+
+
+UNEVEN = make_rows([3, 31, 8, 17, 5, 29, 11, 4, 23, 9, 14, 2, 26, 7, 19, 12])
+
+
+def our_gradients(model: PreTrainedModel, rows: Dataset, **options: object) -> tuple[float, Gradients]:
+    """One global batch as train.py's loop does it."""
+    config = make_config(max_length=64, **options)
+    micro_batches = Batches(rows, config, pad_token_id=0).global_batch(1)
+    num_target_tokens = sum(micro_batch.num_target_tokens for micro_batch in micro_batches)
+    model.zero_grad()
+    loss = 0.0
+    for micro_batch in micro_batches:
+        logits = model(**micro_batch.inputs, use_cache=False).logits
+        micro_loss = summed_cross_entropy(logits, micro_batch.labels) / num_target_tokens
+        micro_loss.backward()
+        loss += micro_loss.item()
+    return loss, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def reference_gradients(model: PreTrainedModel, rows: Dataset) -> tuple[float, Gradients]:
+    """Plain torch: every row alone, without padding; then one mean over all target tokens."""
+    model.zero_grad()
+    losses = []
+    for row in rows:
+        log_probabilities = model(input_ids=torch.tensor([row["input_ids"]]), use_cache=False).logits[0].log_softmax(-1)
+        for position in range(1, len(row["input_ids"])):
+            if row["labels"][position] != IGNORED:
+                losses.append(-log_probabilities[position - 1, row["labels"][position]])
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    return loss.item(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def tolerance(family: str) -> float:
+    """Gemma-2 attends eagerly, with a softmax in fp32 whatever the dtype of the weights."""
+    return 1e-7 if family == "gemma2" else 1e-12
+
+
+def largest_difference(ours: Gradients, theirs: Gradients) -> float:
+    """Relative to the largest gradient of each parameter."""
+    return max(((ours[n] - g).abs().max() / g.abs().max().clamp(min=1e-12)).item() for n, g in theirs.items())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "qwen2", "gemma2"])
+def test_loss_and_gradients_equal_a_plain_torch_reference(family: str) -> None:
+    model = tiny_model(family)
+    loss, gradients = our_gradients(model, UNEVEN, global_batch_size=16, per_device_train_batch_size=4)
+    expected_loss, expected = reference_gradients(model, UNEVEN)
+    assert loss == pytest.approx(expected_loss, rel=tolerance(family))
+    assert largest_difference(gradients, expected) < 100 * tolerance(family)
+
+
+@pytest.mark.parametrize("batch_size", [2, 4, 16])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_1_x_16_equals_2_x_8_equals_4_x_4_equals_16_x_1(family: str, batch_size: int) -> None:
+    model = tiny_model(family)
+    loss, gradients = our_gradients(model, UNEVEN, per_device_train_batch_size=1, gradient_accumulation_steps=16)
+    other_loss, others = our_gradients(model, UNEVEN, per_device_train_batch_size=batch_size, global_batch_size=16)
+    assert other_loss == pytest.approx(loss, rel=1e-12)
+    assert largest_difference(others, gradients) < 1e-10
+
+
+def test_a_mean_of_micro_batch_means_is_another_gradient() -> None:
+    """The negative control: what dividing by each micro-batch's own count would do."""
+    model = tiny_model("llama")
+    _, gradients = our_gradients(model, UNEVEN, global_batch_size=16)
+    model.zero_grad()
+    for row in UNEVEN:
+        logits = model(input_ids=torch.tensor([row["input_ids"]]), use_cache=False).logits
+        loss = summed_cross_entropy(logits, torch.tensor([row["labels"]])) / row["num_target_tokens"] / len(UNEVEN)
+        loss.backward()
+    means = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert largest_difference(means, gradients) > 1e-2
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "qwen2", "gemma2"])
+def test_packed_documents_have_the_losses_and_gradients_that_they_have_alone(family: str) -> None:
+    model = tiny_model(family)
+    loss, gradients = our_gradients(model, UNEVEN, packing=True, global_batch_size=16, per_device_train_batch_size=2)
+    expected_loss, expected = reference_gradients(model, UNEVEN)
+    assert loss == pytest.approx(expected_loss, rel=tolerance(family))
+    assert largest_difference(gradients, expected) < 100 * tolerance(family)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "qwen2"])
+def test_packed_documents_without_their_positions_see_each_other(family: str) -> None:
+    """The negative control: the same packed rows, told to the model as one document each."""
+    model = tiny_model(family)
+    config = make_config(max_length=64, packing=True, global_batch_size=16)
+    micro_batches = Batches(UNEVEN, config, pad_token_id=0).global_batch(1)
+    packed, joined = 0.0, 0.0
+    for micro_batch in micro_batches:
+        packed += summed_cross_entropy(model(**micro_batch.inputs, use_cache=False).logits, micro_batch.labels).item()
+        ids = micro_batch.inputs["input_ids"]
+        joined += summed_cross_entropy(model(input_ids=ids, use_cache=False).logits, micro_batch.labels).item()
+    assert abs(packed - joined) / packed > 1e-7  # where packing agrees to 1e-12
+
+
+@pytest.mark.parametrize("mode", ["full", "every_1", "every_2", "every_3"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "qwen2", "gemma2"])
+def test_checkpointing_leaves_gradients_bitwise_the_same_with_dropout(family: str, mode: str) -> None:
+    gradients = []
+    for checkpointing in ("none", mode):
+        model = tiny_model(family, torch.float32, dropout=0.1)
+        apply_activation_checkpointing(model, checkpointing)
+        torch.manual_seed(7)
+        gradients.append(our_gradients(model, UNEVEN, global_batch_size=8)[1])
+    plain, recomputed = gradients
+    assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
+
+
+def test_checkpointing_without_the_random_state_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control: the loss stays the same, so only gradients can tell."""
+    import functools
+
+    from torch.utils.checkpoint import checkpoint
+
+    from fullft import activation_checkpointing
+
+    def forgetful(*args: object, **kwargs: object) -> object:
+        return checkpoint(*args, **{**kwargs, "preserve_rng_state": False})
+
+    monkeypatch.setattr(activation_checkpointing, "checkpoint", functools.wraps(checkpoint)(forgetful))
+    results = []
+    for checkpointing in ("none", "full"):
+        model = tiny_model("gpt2", torch.float32, dropout=0.1)
+        apply_activation_checkpointing(model, checkpointing)
+        torch.manual_seed(7)
+        # One micro-batch: with more, the random stream of the next forward would differ too.
+        results.append(our_gradients(model, UNEVEN, global_batch_size=8, per_device_train_batch_size=8))
+    (loss, plain), (same_loss, recomputed) = results
+    assert loss == same_loss
+    assert not all(torch.equal(plain[name], recomputed[name]) for name in plain)
+
+
+@pytest.mark.parametrize("mode", ["full", "every_2"])
+def test_checkpointing_keeps_fewer_activations(mode: str) -> None:
+    saved = {}
+    for checkpointing in ("none", mode):
+        model = tiny_model("llama", torch.float32)
+        apply_activation_checkpointing(model, checkpointing)
+        total = 0
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal total
+            total += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            model(input_ids=torch.ones(1, 32, dtype=torch.int64), use_cache=False)
+        saved[checkpointing] = total
+    assert saved[mode] < 0.8 * saved["none"]
+
+
+def test_checkpointed_models_still_generate_with_a_cache() -> None:
+    model = tiny_model("llama", torch.float32).eval()
+    prompt = torch.tensor([[5, 6, 7]])
+    plain = model.generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    apply_activation_checkpointing(model, "full")
+    assert torch.equal(plain, model.generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0))
+
+
+@pytest.mark.parametrize("sequence", [2, CHUNK_TOKENS, CHUNK_TOKENS + 1, CHUNK_TOKENS + 2, 3 * CHUNK_TOKENS])
+def test_the_chunked_loss_equals_the_whole_one(sequence: int) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, sequence, 11, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 11, (2, sequence))
+    labels[:, ::3] = IGNORED
+    labels[0, -1] = 4
+    ours = summed_cross_entropy(logits, labels)
+    whole = torch.nn.functional.cross_entropy(
+        logits[:, :-1].reshape(-1, 11), labels[:, 1:].reshape(-1), ignore_index=IGNORED, reduction="sum"
+    )
+    assert ours.item() == pytest.approx(whole.item(), rel=1e-12)
+    (our_gradient,) = torch.autograd.grad(ours, logits)
+    (gradient,) = torch.autograd.grad(whole, logits)
+    torch.testing.assert_close(our_gradient, gradient, rtol=1e-12, atol=1e-14)
+
+
+def test_bf16_logits_get_an_fp32_softmax() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(1, 40, 500, dtype=torch.bfloat16), torch.randint(0, 500, (1, 40))
+    expected = torch.nn.functional.cross_entropy(logits[0, :-1].float(), labels[0, 1:], reduction="sum")
+    ours = summed_cross_entropy(logits, labels)
+    assert ours.dtype == torch.float32
+    assert ours.item() == pytest.approx(expected.item(), rel=1e-6)

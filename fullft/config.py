@@ -4,7 +4,9 @@ Owns which options there are, how they are checked against each other, and what 
 heavy. `python -m fullft.config` prints README's table.
 """
 
+import importlib.util
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,24 +31,38 @@ class Config:
         None,
         "hub id or folder of a causal language model",
         group="model and data",
+        metavar="ID|FOLDER",
         aliases=("model_name_or_path",),
+        called=("base_model", "model_id", "model_path"),
         shown="the built-in demo",
     )
     trust_remote_code: bool = option(False, "run model code that comes with the weights")
     dataset: str | None = option(
         None,
         "hub id, or a .json .jsonl .csv .parquet .txt file or a folder of them",
+        metavar="ID|PATH",
         aliases=("dataset_name",),
+        called=("train_file", "dataset_path", "train_data", "dataset_name_or_path"),
         shown=DEFAULT_DATASET,
     )
     dataset_split: str | None = option(
-        None, "which rows, as in train[:1000]", shown=f"train; {DEFAULT_DATASET}: {DEFAULT_DATASET_SPLIT}"
+        None,
+        "which rows",
+        metavar="SPLIT",
+        called=("split", "max_train_samples", "max_samples"),
+        shown=f"train; of the default dataset {DEFAULT_DATASET_SPLIT}",
     )
-    dataset_text_field: str = option("text", "the column of plain text")
+    dataset_text_field: str = option("text", "the column of plain text", metavar="COLUMN")
     columns: dict[str, str] = option(
-        {}, "ours=yours pairs that rename columns, as in output=answer", choices=COLUMNS, shown="as named"
+        {}, "rename columns, as in output=answer; ours", metavar="OURS=YOURS ...", choices=COLUMNS, shown="as named"
     )
-    max_length: int = option(512, "longest sequence", unit="tokens", at_least=2)
+    max_length: int = option(
+        512,
+        "longest sequence",
+        unit="tokens",
+        called=("max_seq_length", "max_seq_len", "cutoff_len", "block_size"),
+        at_least=2,
+    )
     packing: bool = option(False, "fill sequences with several documents, each isolated from the others")
     train_on_prompt: bool = option(False, "count prompt tokens in the loss too")
     val_size: float = option(0.05, "rows held out for evaluation", unit="fraction of rows", at_least=0, below=1)
@@ -56,31 +72,61 @@ class Config:
         None,
         "folder for everything that the run writes",
         group="run",
+        metavar="FOLDER",
         shown="./full-ft-<model's last name>",
         may_change=True,
     )
-    overwrite_output_dir: bool = option(False, "replace an earlier run's files in that folder", may_change=True)
-    num_train_epochs: float = option(3.0, "passes over the training rows", unit="epochs", above=0)
-    max_steps: int = option(-1, "optimizer steps; above 0 it replaces num_train_epochs", unit="steps", at_least=-1)
-    seed: int = option(42, "seed of the order, the held-out rows and dropout", at_least=0)
-    per_device_train_batch_size: int = option(1, "sequences of one micro-batch", unit="sequences", at_least=1)
+    overwrite_output_dir: bool = option(
+        False, "replace an earlier run's files in that folder, and no others", called=("overwrite",), may_change=True
+    )
+    num_train_epochs: float = option(
+        3.0, "passes over the training rows", unit="epochs", called=("epochs", "num_epochs"), above=0
+    )
+    max_steps: int = option(
+        -1, "length of the run; above 0 it replaces num_train_epochs", unit="optimizer steps", at_least=-1
+    )
+    seed: int = option(42, "of the order, the held-out rows and dropout", at_least=0, below=2**32)
+    per_device_train_batch_size: int = option(
+        1,
+        "size of a micro-batch",
+        unit="sequences",
+        called=("batch_size", "train_batch_size", "micro_batch_size", "per_device_batch_size"),
+        at_least=1,
+    )
     gradient_accumulation_steps: int | None = option(
-        None, "micro-batches of one optimizer step", unit="micro-batches", at_least=1, shown="16"
+        None,
+        "length of an optimizer step",
+        unit="micro-batches",
+        called=("grad_accum", "accumulation_steps"),
+        at_least=1,
+        shown="16",
     )
     global_batch_size: int | None = option(
-        None, "sequences of one optimizer step; derives accumulation", unit="sequences", at_least=1, shown="derived"
+        None,
+        "size of an optimizer step; given, it derives accumulation",
+        unit="sequences",
+        at_least=1,
+        shown="micro-batch x accumulation",
     )
     resume_from_checkpoint: str | None = option(
-        None, "checkpoint folder; bare: the newest good one of output_dir", bare=NEWEST, shown="off", may_change=True
+        None,
+        "continue a run; without a value from the newest good checkpoint",
+        metavar="CHECKPOINT",
+        called=("resume", "resume_from"),
+        spellings={"true": NEWEST, "false": None},
+        bare=NEWEST,
+        shown="off",
+        may_change=True,
     )
     allow_changes: bool = option(False, "resume although options or data have changed", may_change=True)
 
     # --- optimization
     optim: str = option(
         "adamw",
-        "optimizer; adamw is torch's fused one, the others are bitsandbytes'",
+        "torch's fused one, or bitsandbytes' with 8-bit states",
         group="optimization",
         choices=("adamw", "adamw_8bit", "paged_adamw_8bit"),
+        called=("optimizer",),
         spellings={
             "adamw_torch": "adamw",
             "adamw_torch_fused": "adamw",
@@ -89,13 +135,24 @@ class Config:
             "paged_adamw_bnb_8bit": "paged_adamw_8bit",
         },
     )
-    learning_rate: float = option(2e-5, "highest learning rate", unit="per step", at_least=0)
+    learning_rate: float = option(2e-5, "the highest of the schedule", called=("lr",), at_least=0)
     lr_scheduler_type: str = option(
-        "linear", "learning-rate schedule", choices=("linear", "cosine", "constant", "constant_with_warmup")
+        "linear",
+        "learning-rate schedule",
+        choices=("linear", "cosine", "constant", "constant_with_warmup"),
+        called=("lr_scheduler", "scheduler", "lr_schedule"),
     )
-    warmup_steps: float = option(0, "warmup; below 1 a fraction of all steps", unit="steps", at_least=0)
+    warmup_steps: float = option(
+        0.0,
+        "learning-rate warmup; below 1 a fraction of all steps",
+        unit="optimizer steps",
+        called=("warmup_ratio", "warmup"),
+        at_least=0,
+    )
     weight_decay: float = option(0.0, "decoupled weight decay, not of biases and norms", at_least=0)
-    max_grad_norm: float = option(1.0, "clip the global gradient norm here; 0 is off", at_least=0)
+    max_grad_norm: float = option(
+        1.0, "clip the global gradient norm here; 0 is off", called=("grad_clip", "gradient_clipping"), at_least=0
+    )
     adam_beta1: float = option(0.9, "decay of the first moment", at_least=0, below=1)
     adam_beta2: float = option(0.999, "decay of the second moment", at_least=0, below=1)
     adam_epsilon: float = option(1e-8, "added to the update's denominator", above=0)
@@ -103,14 +160,15 @@ class Config:
     # --- precision and memory
     precision: str = option(
         "bf16-mixed",
-        "fp32; fp32 weights under bf16 autocast; or bf16 weights",
+        "fp32 weights; fp32 weights under bf16 autocast; or bf16 weights",
         group="precision and memory",
         choices=("fp32", "bf16-mixed", "bf16-true"),
-        spellings={"fp32-true": "fp32", "32": "fp32", "32-true": "fp32", "float32": "fp32", "bf16": "bf16-mixed"},
+        called=("bf16", "fp16", "dtype", "torch_dtype", "mixed_precision", "tf32"),
+        spellings={"fp32_true": "fp32", "32": "fp32", "32_true": "fp32", "float32": "fp32", "bf16": "bf16-mixed"},
     )
     activation_checkpointing: str = option(
         "none",
-        "recompute activations in backward: of no, all or every n-th decoder layer",
+        "recompute activations in backward, of no, all or every n-th decoder layer",
         choices=("none", "full", "every_<n>"),
         aliases=("gradient_checkpointing",),
         spellings={"true": "full", "false": "none"},
@@ -119,22 +177,39 @@ class Config:
 
     # --- records
     logging_steps: int = option(
-        10, "steps between log lines", group="records", unit="steps", at_least=1, may_change=True
+        10, "distance of log lines", group="records", unit="optimizer steps", at_least=1, may_change=True
     )
     eval_strategy: str = option(
-        "epoch", "when to evaluate, beside before and after", choices=("no", "epoch", "steps"), may_change=True
+        "epoch",
+        "when to evaluate, beside before and after",
+        choices=("no", "epoch", "steps"),
+        called=("evaluation_strategy",),
+        may_change=True,
     )
     eval_steps: int | None = option(
-        None, "steps between evaluations", unit="steps", at_least=1, shown="logging_steps", may_change=True
+        None,
+        "distance of evaluations, with eval_strategy steps",
+        unit="optimizer steps",
+        at_least=1,
+        shown="logging_steps",
+        may_change=True,
     )
-    save_strategy: str = option("epoch", "when to save", choices=("no", "epoch", "steps"), may_change=True)
-    save_steps: int = option(500, "steps between checkpoints", unit="steps", at_least=1, may_change=True)
+    save_strategy: str = option(
+        "epoch", "when to save a checkpoint, beside after", choices=("no", "epoch", "steps"), may_change=True
+    )
+    save_steps: int = option(
+        500,
+        "distance of checkpoints, with save_strategy steps",
+        unit="optimizer steps",
+        at_least=1,
+        may_change=True,
+    )
     save_total_limit: int | None = option(
-        None, "checkpoints to keep, the newest ones", unit="checkpoints", at_least=1, shown="all", may_change=True
+        None, "keep only the newest ones", unit="checkpoints", at_least=1, shown="all", may_change=True
     )
     report_to: str = option(
         "none",
-        "also log to tensorboard, wandb, or both with a comma",
+        "also log to a tracker",
         choices=("none", "tensorboard", "wandb", "tensorboard,wandb"),
         spellings={"wandb,tensorboard": "tensorboard,wandb", "all": "tensorboard,wandb"},
         may_change=True,
@@ -154,16 +229,31 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
     problems: list[str] = []
     flags = read_flags(Config, sys.argv[1:] if argv is None else argv, problems)
     file = read_yaml(Config, str(flags.pop("config")), problems) if "config" in flags else {}
-    given = file | flags
+    given = _beaten_by(flags, file) | flags
     # Without a model everything that is not given comes from the demo.
     base = {} if given.get("model") is not None else read_yaml(Config, str(DEMO_FOLDER / "demo.yaml"), problems)
-    if "dataset" in given:
-        base.pop("dataset_split", None)
+    if "output_dir" in given:
+        base.pop("overwrite_output_dir", None)  # the demo overwrites its own folder, never one that somebody names
     config = replace(Config(), **(base | given))
     problems += find_problems(config, given)
+    problems += _idle_flags(config, flags)
     if problems:
         raise OptionsError("\n       ".join(dict.fromkeys(problems)))
     return resolve(config)
+
+
+def _beaten_by(flags: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop from a file's values what flags beat under another name: the three options of the batch make one.
+
+    A run's own config.yaml holds all three of them, and one flag shall be enough to change it.
+    """
+    micro, accumulation, whole = "per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size"
+    beaten = set()
+    if accumulation in flags and whole not in flags:
+        beaten = {whole}
+    elif whole in flags or (micro in flags and whole in file):
+        beaten = {accumulation}
+    return {name: value for name, value in file.items() if name not in beaten}
 
 
 # ---------------------------------------------------------------------------------------------- checking
@@ -179,38 +269,103 @@ def find_problems(config: Config, given: Mapping[str, Any]) -> list[str]:
     Returns:
         One message per problem, each with its remedy; empty when the run can start.
     """
-    problems = _output_dir_problems(config)
+    problems = _output_dir_problems(config) + _package_problems(config)
     if config.max_steps == 0:
         problems.append("max_steps 0 trains nothing: give a number above 0, or -1 to use num_train_epochs")
+    if config.warmup_steps > 1 and config.warmup_steps != int(config.warmup_steps):
+        problems.append(f"warmup_steps {config.warmup_steps:g} is neither whole nor below 1")
     batch, accumulation = config.per_device_train_batch_size, given.get("gradient_accumulation_steps")
     if config.global_batch_size is not None:
         if config.global_batch_size % batch:
             problems.append(
-                f"global_batch_size {config.global_batch_size} is not a multiple of per_device_train_batch_size {batch}"
+                f"global_batch_size {config.global_batch_size} is not a multiple of per_device_train_batch_size "
+                f"{batch}: change one of the two"
             )
         elif accumulation is not None and accumulation * batch != config.global_batch_size:
             problems.append(
                 f"global_batch_size {config.global_batch_size} is not {batch} x {accumulation}: "
                 "leave out gradient_accumulation_steps, or correct one of the two"
             )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
         problems.append("this version trains on one device: start it with `python`, not with torchrun")
     return problems
 
 
+def _idle_flags(config: Config, flags: Mapping[str, Any]) -> list[str]:
+    """Name flags that would do nothing. In a file they may stay: a run's own config.yaml holds every option."""
+    return [
+        f"--{flag} does nothing with {strategy} {getattr(config, strategy)}: add --{strategy} steps"
+        for flag, strategy in (("eval_steps", "eval_strategy"), ("save_steps", "save_strategy"))
+        if flag in flags and getattr(config, strategy) != "steps"
+    ]
+
+
+def _package_problems(config: Config) -> list[str]:
+    """Name packages that an option needs and that are not installed, without importing any."""
+    needed = {name: f"report_to {config.report_to}" for name in config.report_to.split(",") if name != "none"}
+    if config.optim.endswith("_8bit"):
+        needed["bitsandbytes"] = f"optim {config.optim}"
+    return [f"{option} needs {name}: pip install {name}" for name, option in needed.items() if not _is_installed(name)]
+
+
+def _is_installed(package: str) -> bool:
+    specification = importlib.util.find_spec(package)
+    # A folder that merely has the name, such as the wandb/ that wandb leaves behind, has no origin.
+    return specification is not None and specification.origin is not None
+
+
 def _output_dir_problems(config: Config) -> list[str]:
     output_dir = Path(_output_dir(config))
-    if output_dir.exists() and not output_dir.is_dir():
-        return [f"output_dir {output_dir} is a file: choose another --output_dir"]
-    if config.model is not None and output_dir.resolve() == Path(config.model).resolve():
-        return [f"output_dir {output_dir} is the model's own folder: choose another --output_dir"]
-    resumes = config.resume_from_checkpoint is not None
-    if resumes or config.overwrite_output_dir or not output_dir.is_dir() or not any(output_dir.iterdir()):
+    existing = next(folder for folder in (output_dir, *output_dir.absolute().parents) if os.path.lexists(folder))
+    if not existing.is_dir():
+        return [f"output_dir {output_dir}: {existing} is not a folder: choose another --output_dir"]
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return [f"output_dir {output_dir}: {existing} may not be written: choose another --output_dir"]
+    return (
+        _source_problems(config, output_dir.resolve())
+        or _resume_problems(config, output_dir)
+        or _content_problems(config, output_dir)
+    )
+
+
+def _source_problems(config: Config, output_dir: Path) -> list[str]:
+    """Protect what is read: the model must not be replaced or deleted, and the run's files must not become rows."""
+    if config.model is not None and os.path.isdir(config.model):
+        model = Path(config.model).resolve()
+        if model == output_dir:
+            return [f"output_dir {output_dir} is the model's own folder: choose another --output_dir"]
+        if model.parent == output_dir and re.fullmatch(r"checkpoint-\d+", model.name):
+            return [
+                f"the model {model} is a checkpoint in output_dir, which may be deleted: choose another --output_dir"
+            ]
+    if config.dataset is not None and os.path.isdir(os.path.expanduser(config.dataset)):
+        dataset = Path(config.dataset).expanduser().resolve()
+        if dataset == output_dir or dataset in output_dir.parents:
+            return [f"output_dir {output_dir} lies in the dataset's folder: its files would be read as rows next time"]
+    return []
+
+
+def _resume_problems(config: Config, output_dir: Path) -> list[str]:
+    checkpoint = config.resume_from_checkpoint
+    if checkpoint in (None, NEWEST) or Path(str(checkpoint)).resolve().parent == output_dir.resolve():
+        return []
+    # A checkpoint from elsewhere would continue in the middle of another run's files.
+    if not _has_content(output_dir):
+        return []
+    return [f"output_dir {output_dir} is not empty: a checkpoint from elsewhere needs an --output_dir of its own"]
+
+
+def _content_problems(config: Config, output_dir: Path) -> list[str]:
+    if config.resume_from_checkpoint is not None or config.overwrite_output_dir or not _has_content(output_dir):
         return []
     return [
         f"output_dir {output_dir} is not empty: --resume_from_checkpoint continues its run, "
         "--overwrite_output_dir replaces it, --output_dir chooses another folder"
     ]
+
+
+def _has_content(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def _output_dir(config: Config) -> str:

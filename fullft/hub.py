@@ -6,7 +6,6 @@ with transformers and datasets, which read `HF_HUB_OFFLINE` when they are import
 
 import os
 import threading
-from pathlib import Path
 
 PROBE_SECONDS = 4.0
 
@@ -17,7 +16,7 @@ def go_offline_if_unreachable(*names: str | None) -> None:
     Args:
         names: hub ids or local paths; without a hub id among them nothing is asked.
     """
-    if not any(name is not None and not Path(name).exists() for name in names):
+    if all(name is None or os.path.exists(os.path.expanduser(name)) for name in names):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all is local: spare the libraries' own look-ups
     elif "HF_HUB_OFFLINE" not in os.environ and not _answers():
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -25,21 +24,28 @@ def go_offline_if_unreachable(*names: str | None) -> None:
 
 def _answers() -> bool:
     # In a daemon thread, since a name look-up has no timeout of its own.
-    answered = threading.Event()
-    threading.Thread(target=_ask, args=(answered,), daemon=True).start()
-    return answered.wait(PROBE_SECONDS)
+    answered, asked = threading.Event(), threading.Event()
+    threading.Thread(target=_ask, args=(answered, asked), daemon=True).start()
+    asked.wait(PROBE_SECONDS)
+    return answered.is_set()
 
 
-def _ask(answered: threading.Event) -> None:
+def _ask(answered: threading.Event, asked: threading.Event) -> None:
+    import ssl
     import urllib.error
     import urllib.request
 
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     try:
         urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=PROBE_SECONDS)
+        answered.set()
     except urllib.error.HTTPError:
         answered.set()  # a refusal is an answer
-    except OSError:
+    except urllib.error.URLError as error:
+        # So is a certificate that this Python cannot check: the hub's client brings certificates of its own.
+        if isinstance(error.reason, ssl.SSLError):
+            answered.set()
+    except Exception:  # a malformed address or answer, a broken connection: no hub
         pass
-    else:
-        answered.set()
+    finally:
+        asked.set()

@@ -9,11 +9,14 @@ import difflib
 import math
 import operator
 import re
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field, field, fields
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, get_args, get_origin
+from typing import Any, NoReturn, get_args, get_origin
+
+from fullft.errors import OptionsError
 
 
 def option(
@@ -22,9 +25,11 @@ def option(
     *,
     unit: str = "",
     group: str = "",
+    metavar: str = "",
     choices: tuple[str, ...] = (),
     aliases: tuple[str, ...] = (),
-    spellings: Mapping[str, str] | None = None,
+    called: tuple[str, ...] = (),
+    spellings: Mapping[str, str | None] | None = None,
     bare: str | None = None,
     at_least: float | None = None,
     above: float | None = None,
@@ -39,9 +44,11 @@ def option(
         help: one phrase for `--help` and the README.
         unit: the unit of its value.
         group: the heading that this option begins; the ones declared after it belong there too.
+        metavar: what `--help` shows in place of its value, where type and choices do not tell.
         choices: the values (of a mapping: the keys) that it may take; `every_<n>` stands for any n >= 1.
         aliases: other flag names.
-        spellings: other ways to write a value, such as Hugging Face's.
+        called: what other programs call it: not accepted, but answered with its name here.
+        spellings: other ways to write a value, such as Hugging Face's; lower case, with underscores.
         bare: the value that the flag has without one.
         at_least: the least number allowed.
         above: the number that it must exceed.
@@ -81,64 +88,96 @@ def read_flags(options: type, argv: Sequence[str], problems: list[str]) -> dict[
     Returns:
         The values given, by option name; the path behind `--config` as `config`.
     """
-    spelled = [re.sub(r"^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in argv]
-    given, unknown = build_parser(options).parse_known_args(spelled)
+    given, unknown = build_parser(options).parse_known_args(_spell(argv))
     after_unknown_flag = False
     for word in unknown:
         name = word.split("=")[0]
         if word.startswith("-"):
-            problems.append(f"unknown option {name}{_suggest(name.lstrip('-'), [*_names(options), 'config'], '--')}")
+            problems.append(f"unknown option {name}{_suggest(name, options, '--')}")
         elif not after_unknown_flag:
             problems.append(f"unexpected argument {word!r}: options are written --name value")
         after_unknown_flag = word.startswith("-") and "=" not in word
     values: dict[str, Any] = {}
     declared = by_name(options)
     for name, raw in vars(given).items():
-        if name == "config":
-            if raw is _BARE:
-                problems.append("--config needs a YAML file")
-            else:
-                values[name] = raw
-        else:
+        if name != "config":
             _convert_into(values, declared[name], raw, f"--{name}", problems)
+        elif raw is _BARE or not raw:
+            problems.append("--config needs a YAML file")
+        else:
+            values[name] = raw
     return values
 
 
+def _spell(argv: Sequence[str]) -> list[str]:
+    """Write hyphens in flag names as underscores, and negative numbers as argparse reads them: `--flag=-1e-5`."""
+    words: list[str] = []
+    for word in argv:
+        if words and re.fullmatch(r"--[^=]+", words[-1]) and re.match(r"-(\.?\d|inf|nan)", word):
+            words[-1] += f"={word}"
+        else:
+            words.append(re.sub(r"^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word))
+    return words
+
+
 def read_yaml(options: type, path: str, problems: list[str]) -> dict[str, Any]:
-    """Turn a YAML file of `option: value` lines into converted values.
+    """Turn a YAML file of `option: value` lines into converted values; null leaves an option at its default.
 
     Args:
         options: the dataclass that declares them.
         path: the file.
         problems: collects what is wrong, one message each.
     """
-    import yaml  # only here: most runs need no YAML
-
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        problems.append(f"--config {path}: {getattr(error, 'strerror', None) or error}")
-        return {}
-    except yaml.YAMLError as error:
-        problems.append(f"--config {path} is not YAML: {' '.join(str(error).split())}")
-        return {}
-    if not isinstance(content, dict):
-        problems.append(f"--config {path} must hold `option: value` lines")
-        return {}
+    names, declared = _names(options), by_name(options)
     values: dict[str, Any] = {}
-    names = _names(options)
-    for key, raw in content.items():
-        name = names.get(str(key).replace("-", "_"))
+    seen: dict[str, str] = {}
+    for key, raw in _yaml_items(path, problems):
+        name = names.get(key.replace("-", "_"))
         if name is None:
-            problems.append(f"{path}: unknown option {key}{_suggest(str(key), list(names), '')}")
+            problems.append(f"{path}: unknown option {key}{_suggest(key, options, '')}")
+        elif name in seen:
+            problems.append(f"{path}: {key} sets {name} a second time, after {seen[name]}: keep one of the two")
         elif raw is not None:
-            _convert_into(values, by_name(options)[name], raw, f"{path}: {key}", problems)
+            _convert_into(values, declared[name], raw, f"{path}: {key}", problems)
+        if name is not None:
+            seen.setdefault(name, key)
     return values
 
 
-def _suggest(name: str, known: list[str], prefix: str) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; did you mean {prefix}{near[0]}?" if near else "; --help lists them all"
+def _yaml_items(path: str, problems: list[str]) -> Iterator[tuple[str, Any]]:
+    """Yield the lines of a YAML file, repeated keys too, which `safe_load` would drop in silence."""
+    import yaml  # only here: most runs need no YAML
+
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        content, root = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
+    except UnicodeDecodeError as error:
+        problems.append(f"--config {path} is not UTF-8 text (byte {error.start})")
+    except OSError as error:
+        problems.append(f"--config {path}: {error.strerror}")
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = "" if mark is None else f", line {mark.line + 1}"
+        problems.append(f"--config {path}{place}: not YAML: {getattr(error, 'problem', None) or error}")
+    else:
+        if isinstance(content, dict) and isinstance(root, yaml.MappingNode):
+            keys = [str(key.value) for key, _ in root.value]
+            yield from ((str(key), raw) for key, raw in content.items())
+            yield from ((key, None) for number, key in enumerate(keys) if key in keys[:number])
+        elif content is not None:
+            problems.append(f"--config {path} must hold `option: value` lines")
+
+
+def _suggest(word: str, options: type, prefix: str) -> str:
+    """Name the option that was probably meant, or where all are listed."""
+    name = word.lstrip("-").lower().replace("-", "_")
+    known = {other: option.name for option in fields(options) for other in option.metadata["called"]}
+    known |= {spelling: spelling for spelling in (*_names(options), *(("config", "help") if prefix else ()))}
+    if name.startswith("no_") and name[3:] in known:
+        return f"; did you mean {prefix}{name[3:]}{' ' if prefix else ': '}false?"
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    near = near or [full for full in known if name and full.startswith(name)]
+    return f"; did you mean {prefix}{known[near[0]]}?" if near else "; --help lists them all"
 
 
 def _convert_into(values: dict[str, Any], option: "Field[Any]", raw: Any, source: str, problems: list[str]) -> None:
@@ -155,22 +194,21 @@ def _convert(option: "Field[Any]", raw: Any) -> Any:
         ValueError: saying what the option expects.
     """
     kind, meta = _kind(option), option.metadata
-    if raw is _BARE:
-        if kind is bool:
-            return True
-        if meta["bare"] is None:
-            raise ValueError("needs a value")
-        return meta["bare"]
-    if isinstance(raw, bool) and kind is str:
-        # YAML reads `no` as false, and `--gradient_checkpointing true` is what Hugging Face's users type.
-        raw = "no" if not raw and "no" in meta["choices"] else str(raw).lower()
+    if raw is _BARE and (kind is bool or meta["bare"] is not None):
+        return True if kind is bool else meta["bare"]
+    if raw is _BARE or raw in ("", []):
+        raise ValueError("needs a value")
     if kind is dict:
         return _convert_pairs(raw, meta)
+    if isinstance(raw, list) and meta["choices"]:
+        raw = ",".join(map(str, raw))  # Hugging Face writes `report_to: [tensorboard, wandb]`
+    if isinstance(raw, (list, dict)):
+        raise ValueError(f"takes one value, not a {'list' if isinstance(raw, list) else 'mapping'}")
     if kind is bool:
         return _convert_bool(raw)
     if kind in (int, float):
         return _convert_number(raw, kind, meta)
-    return _convert_text(str(raw), meta)
+    return _convert_text(raw, meta)
 
 
 def _kind(option: "Field[Any]") -> Any:
@@ -185,7 +223,7 @@ def _convert_bool(raw: Any) -> bool:
         return True
     if word in ("false", "no", "off", "0"):
         return False
-    raise ValueError(f"{raw!r} is neither true nor false")
+    raise ValueError(f"{str(raw)!r} is neither true nor false")
 
 
 def _convert_number(raw: Any, kind: Any, meta: Mapping[str, Any]) -> int | float:
@@ -193,39 +231,62 @@ def _convert_number(raw: Any, kind: Any, meta: Mapping[str, Any]) -> int | float
     try:
         if isinstance(raw, bool):
             raise ValueError
-        value = float(raw)
+        value = _number(str(raw))
         if not math.isfinite(value) or (kind is int and value != int(value)):
             raise ValueError
-    except (TypeError, ValueError):
-        raise ValueError(f"{raw!r} is not {'a whole number' if kind is int else 'a number'}{unit}") from None
+    except ValueError:
+        raise ValueError(f"{str(raw)!r} is not {'a whole number' if kind is int else 'a number'}{unit}") from None
     for name, words, holds in (
         ("at_least", "at least", operator.ge),
         ("above", "above", operator.gt),
         ("below", "below", operator.lt),
     ):
         if meta[name] is not None and not holds(value, meta[name]):
-            raise ValueError(f"{raw} must be {words} {meta[name]:g}{unit}")
-    return int(value) if kind is int else value
+            raise ValueError(f"{raw} must be {words} {meta[name]:,}{unit}")
+    return int(value) if kind is int else float(value)
 
 
-def _convert_text(word: str, meta: Mapping[str, Any]) -> str:
-    choices = meta["choices"]
+def _number(word: str) -> int | float:
+    try:
+        return int(word)  # first, because a float has only 53 bits
+    except ValueError:
+        return float(word)
+
+
+def _convert_text(raw: Any, meta: Mapping[str, Any]) -> str | None:
+    choices, spellings = meta["choices"], meta["spellings"] or {}
+    if isinstance(raw, bool):
+        # YAML reads `no` as false, and `gradient_checkpointing: true` is what Hugging Face's users write.
+        raw = "no" if not raw and "no" in choices else str(raw).lower()
+        if not choices and raw not in spellings:
+            raise ValueError(f"{raw} is not text: write it in quotes")
+    written = str(raw).strip()
+    word = written.lower().replace("-", "_")
+    if word in spellings:
+        value: str | None = spellings[word]
+        return value
     if not choices:
-        return word
-    word = (meta["spellings"] or {}).get(word.lower(), word.lower())
-    patterns = [re.escape(choice).replace("<n>", "[1-9][0-9]*") for choice in choices]
-    if not any(re.fullmatch(pattern, word) for pattern in patterns):
-        raise ValueError(f"{word!r} is not one of {', '.join(choices)}")
-    return word
+        return written
+    for choice in choices:
+        pattern = re.escape(choice.replace("-", "_")).replace("<n>", "([1-9][0-9]*)")
+        if match := re.fullmatch(pattern, word):
+            return str(choice.replace("<n>", match[1])) if match.groups() else str(choice)
+    raise ValueError(f"{written!r} is not one of {', '.join(choices)}")
 
 
 def _convert_pairs(raw: Any, meta: Mapping[str, Any]) -> dict[str, str]:
-    pairs = raw.items() if isinstance(raw, dict) else [str(word).partition("=")[::2] for word in raw]
+    words = raw.split() if isinstance(raw, str) else raw
+    if not isinstance(words, (dict, list)):
+        raise ValueError(f"{raw!r} is no pair; write ours=yours")
+    pairs = list(words.items() if isinstance(words, dict) else [str(word).partition("=")[::2] for word in words])
     for key, value in pairs:
         if key not in meta["choices"]:
             raise ValueError(f"{key!r} is not one of {', '.join(meta['choices'])}; write ours=yours")
         if not value:
             raise ValueError(f"{key!r} needs a value: {key}=yours")
+    for side in zip(*pairs, strict=True):
+        if twice := next((name for number, name in enumerate(side) if name in side[:number]), None):
+            raise ValueError(f"{twice!r} stands in two pairs")
     return {str(key): str(value) for key, value in pairs}
 
 
@@ -247,39 +308,67 @@ def _shown_default(option: "Field[Any]") -> str:
         return str(option.metadata["shown"])
     if isinstance(option.default, bool):
         return str(option.default).lower()
-    return f"{option.default:g}" if isinstance(option.default, float) else str(option.default)
+    # 2e-5, where Python writes 2e-05
+    return f"{option.default:g}".replace("e-0", "e-") if isinstance(option.default, float) else str(option.default)
 
 
 def _shown_help(option: "Field[Any]") -> str:
     meta = option.metadata
     unit = f" [{meta['unit']}]" if meta["unit"] else ""
-    choices = f"; {', '.join(meta['choices'])}" if meta["choices"] else ""
+    choices = f": {', '.join(meta['choices'])}" if meta["choices"] else ""
     return f"{meta['help']}{unit}{choices}"
+
+
+def _metavar(option: "Field[Any]") -> str:
+    """Name an option's value: by what it is, in brackets where it may be left out."""
+    kind = _kind(option)
+    name = str(option.metadata["metavar"]) or {bool: "true|false", int: "N", float: "X"}.get(kind, "NAME")
+    return f"[{name}]" if kind is bool or option.metadata["bare"] is not None else name
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """argparse's own, but for two things: a value is named once per option, and without argparse's brackets."""
+
+    def __init__(self, prog: str) -> None:
+        width = min(shutil.get_terminal_size().columns, 120) - 2
+        # On a wide screen even the longest flag has its help beside it.
+        super().__init__(prog, max_help_position=38 if width > 100 else 26, width=width)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        return " ".join([", ".join(action.option_strings), *([str(action.metavar)] if action.metavar else [])])
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Report what argparse refuses by itself, such as `--help=5`, like everything else."""
+        raise OptionsError(message)
 
 
 def build_parser(options: type) -> argparse.ArgumentParser:
     """Build the command line of a dataclass of options; `parse_args` of it prints `--help`."""
     # Every value is optional for argparse, and no type is converted by it: it would stop at the first problem.
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="train.py",
-        description="Fully fine-tune a causal language model: every parameter, in one readable loop.",
-        epilog="A flag beats the --config file. Exit codes: 0 done, 2 options, 3 data, 4 model, 5 checkpoint, "
-        "6 disk, 7 non-finite loss or gradient, 8 out of memory, 128+signal.",
+        usage="python train.py [--config run.yaml] [--option value ...]",
+        description="Fully fine-tune a causal language model: every parameter, in one readable loop. Without --model "
+        "the built-in demo runs, with defaults of its own. Hyphens and underscores both work; a flag beats the file.",
+        epilog="Exit codes: 0 done, 2 options, 3 data, 4 model, 5 checkpoint, 6 disk, 7 non-finite loss or gradient, "
+        "8 out of memory, 128+signal.",
+        formatter_class=_HelpFormatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--config", nargs="?", const=_BARE, metavar="FILE", help="YAML file of options")
+    parser.add_argument("--config", nargs="?", const=_BARE, metavar="FILE", help="YAML file of `option: value` lines")
     for group, members in _groups(options).items():
         section = parser.add_argument_group(group)
         for option in members:
-            takes: dict[str, Any] = {"nargs": "?", "const": _BARE, "metavar": option.name.split("_")[-1].upper()}
-            if _kind(option) is dict:
-                takes = {"nargs": "*", "metavar": "OURS=YOURS"}
+            pairs = _kind(option) is dict  # several words, and several flags add up
             section.add_argument(
                 *(f"--{alias}" for alias in (option.name, *option.metadata["aliases"])),
                 dest=option.name,
-                **takes,
-                help=f"{_shown_help(option)} ({_shown_default(option)})".replace("%", "%%"),
+                metavar=_metavar(option),
+                help=f"{_shown_help(option)} (default: {_shown_default(option)})".replace("%", "%%"),
+                **({"nargs": "*", "action": "extend"} if pairs else {"nargs": "?", "const": _BARE}),
             )
     return parser
 

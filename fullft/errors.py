@@ -5,8 +5,11 @@ heavy: it is in place before torch is. Knows nothing about what raises.
 """
 
 import errno
+import re
 import signal
 import sys
+import traceback
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -68,27 +71,58 @@ class StoppedBySignal(FullftError):
         self.exit_code = 128 + signal_number
 
 
-_DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+_OUT_OF_MEMORY = re.compile("out of memory|DefaultCPUAllocator|cannot allocate memory|ALLOC_FAILED", re.IGNORECASE)
+# What a write can meet; reading code names missing files itself.
+_DISK_ERRNOS = {
+    getattr(errno, name)
+    for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO ENOENT ENOTDIR EISDIR ENAMETOOLONG EMFILE ESTALE".split()
+    if hasattr(errno, name)
+}
+_TEXT_LIMIT = 300  # characters of a library's message
 
 
-def _as_user_error(error: BaseException) -> FullftError:
-    """Translate what libraries raise late in a run; anything unknown becomes exit code 1."""
-    text = " ".join(str(error).split())
+def as_user_error(error: BaseException) -> FullftError:
+    """Translate what libraries raise late in a run; anything unknown becomes exit code 1.
+
+    Args:
+        error: any exception.
+    """
     if isinstance(error, FullftError):
         return error
+    text = " ".join(str(error).split())
+    text = text if len(text) <= _TEXT_LIMIT else f"{text[:_TEXT_LIMIT]} ..."
     if isinstance(error, KeyboardInterrupt):
-        return StoppedBySignal("interrupted before a step was finished; nothing was saved", signal.SIGINT)
-    # By name, because torch is not imported here: torch.OutOfMemoryError, and what its CPU allocator raises.
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
+        return StoppedBySignal("interrupted; the checkpoints saved so far are intact", signal.SIGINT)
+    if isinstance(error, ImportError) and error.name:
+        return FullftError(
+            f"the Python package {error.name.split('.')[0]} is missing or broken ({text})\n"
+            "`make train` sets up all that is needed in .venv; or: pip install -e ."
+        )
+    # By text, because torch is not imported here, and each of its backends has a class of its own for this.
+    if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(f"{type(error).__name__} {text}"):
         return MemoryExhaustedError(
-            f"out of memory: {text[:200]}\n"
+            f"out of memory: {text or type(error).__name__}\n"
             "cheapest remedies: --activation_checkpointing full, a smaller --per_device_train_batch_size or "
             "--max_length, --optim adamw_8bit"
         )
-    # safetensors reports a full disk in the text of an error class of its own.
-    if (isinstance(error, OSError) and error.errno in _DISK_ERRNOS) or "os error 28" in text.lower():
-        return DiskError(f"cannot write: {text}\nfree some space or choose another --output_dir, then resume")
-    return FullftError(f"unexpected {type(error).__name__}: {text[:300]}\n--debug shows the traceback")
+    # Libraries written in Rust (safetensors, tokenizers) report a full disk in the text of a class of their own.
+    if (isinstance(error, OSError) and error.errno in _DISK_ERRNOS) or "(os error " in text:
+        return DiskError(
+            f"cannot read or write: {text}\nfree some space or choose another --output_dir; "
+            "--resume_from_checkpoint continues from the last checkpoint"
+        )
+    return FullftError(f"unexpected {type(error).__name__}: {text}\n--debug shows the traceback")
+
+
+def _report(error: BaseException, debug: bool) -> int:
+    """Tell the user, and give the exit code."""
+    if debug and not isinstance(error, StoppedBySignal):
+        traceback.print_exception(error)
+    user_error = as_user_error(error)
+    if isinstance(error, KeyboardInterrupt):
+        print(file=sys.stderr)  # the terminal has just shown ^C
+    print(f"error: {user_error}", file=sys.stderr)
+    return user_error.exit_code
 
 
 @contextmanager
@@ -104,10 +138,18 @@ def report_errors(debug: bool) -> Iterator[None]:
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        if debug and not isinstance(error, StoppedBySignal):
-            import traceback
+        sys.exit(_report(error, debug))
 
-            traceback.print_exc()
-        user_error = _as_user_error(error)
-        print(f"\nerror: {user_error}", file=sys.stderr)
-        sys.exit(user_error.exit_code)
+
+def report_uncaught_errors(debug: bool) -> None:
+    """Do as `report_errors` for all that is not inside one, such as a package that is missing or Ctrl-C in imports.
+
+    Args:
+        debug: let the traceback through as well.
+    """
+
+    def report(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+        # SystemExit out of the hook sets the exit code, which would otherwise be 1.
+        sys.exit(_report(error, debug))
+
+    sys.excepthook = report

@@ -3,6 +3,7 @@
 Owns the handlers while a run is in its loop, and restores the former ones.
 """
 
+import os
 import signal
 import types
 
@@ -28,8 +29,11 @@ class StopRequest:
 
     def _receive(self, number: int, _: types.FrameType | None) -> None:
         if self.received is not None:
-            raise StoppedBySignal("stopped at once; the last checkpoint is intact", number)
+            raise StoppedBySignal("stopped at once; the checkpoints saved so far are intact", number)
         self.received = number
+        # Past Python's buffers: one of them may be what the signal interrupted.
+        name = signal.Signals(number).name
+        os.write(2, f"\n{name}: finishing the step and saving a checkpoint; a second one ends at once\n".encode())
 
     def end_run(self, step: int) -> None:
         """End the run as the signal asked.

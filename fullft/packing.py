@@ -3,7 +3,6 @@
 Owns the assignment alone; that packed documents do not see each other is arranged where micro-batches are made.
 """
 
-import bisect
 from collections.abc import Sequence
 
 
@@ -21,15 +20,23 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
     Source: D. S. Johnson, "Near-optimal bin packing algorithms" (1973): at most 11/9 of the optimum, plus one.
     """
-    room: list[tuple[int, int]] = []  # (tokens left, sequence), sorted
+    with_room: list[list[list[int]]] = [[] for _ in range(capacity + 1)]  # tokens left -> the sequences that have them
     sequences: list[list[int]] = []
+    # Bit r is set where with_room[r] is not empty: the lowest bit from `length` on is the best fit, found without a
+    # sorted list, whose insertions cost seconds at 100,000 documents.
+    occupied = 0
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        place = bisect.bisect_left(room, (lengths[index], -1))
-        if place == len(room):
-            left, sequence = capacity, len(sequences)
-            sequences.append([])
+        length = lengths[index]
+        fitting = occupied >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            sequence = with_room[room].pop()
+            if not with_room[room]:
+                occupied ^= 1 << room
         else:
-            left, sequence = room.pop(place)
-        sequences[sequence].append(index)
-        bisect.insort(room, (left - lengths[index], sequence))
+            room, sequence = capacity, []
+            sequences.append(sequence)
+        sequence.append(index)
+        with_room[room - length].append(sequence)
+        occupied |= 1 << (room - length)
     return sorted(sorted(sequence) for sequence in sequences)

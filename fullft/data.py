@@ -12,18 +12,33 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from fullft.config import Config
 from fullft.errors import DataError
 from fullft.loss import IGNORED
 from fullft.packing import pack
-from fullft.rows import load_rows, locate
+from fullft.rows import data_files, load_rows, locate, require_readable
 from fullft.templates import Rendered, RowError, RowFormat, find_format
 
 # Part of the cache's key: raise it whenever this file turns the same rows into other tokens.
-_TOKENISING_VERSION = 1
+_TOKENISING_VERSION = 2
+# Texts are handed to the tokenizer in groups of about so many characters: the spans of a thousand books at once would
+# take tens of GB.
+_CHARACTERS_PER_CALL = 4_000_000
+# Declared, since the library infers types from the first thousand rows, which may all be dropped.
+_TOKENISED = Features(
+    {
+        "row": Value("int64"),
+        "input_ids": List(Value("int32")),
+        "labels": List(Value("int32")),
+        "num_tokens": Value("int32"),
+        "num_target_tokens": Value("int32"),
+        "truncated": Value("bool"),
+        "largest_token_id": Value("int32"),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -165,13 +180,7 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
         DataError: the data cannot be read, fits no format, or leaves nothing to train on.
     """
     rows = load_rows(config)
-    columns = set(rows.column_names)
-    if config.dataset_text_field != "text":
-        if config.dataset_text_field not in columns:
-            raise DataError(f"--dataset_text_field {config.dataset_text_field}: found {', '.join(sorted(columns))}")
-        rows = rows.select_columns([config.dataset_text_field]).rename_column(config.dataset_text_field, "text")
-        columns = {"text"}
-    row_format = find_format(columns, str(config.dataset))
+    row_format = find_format(rows.column_names, str(config.dataset))
     tokenised = _tokenise_all(rows, row_format, tokenizer, config)
     if len(tokenised) == 0:
         raise DataError(
@@ -184,7 +193,7 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
         train=Batches(train_rows, config, pad),
         evaluation=Batches(held_out, config, pad) if len(held_out) else None,
         largest_token_id=max(tokenised["largest_token_id"][:]),
-        fingerprint=tokenised._fingerprint,
+        fingerprint=_fingerprint(tokenised),
         description=_describe(rows, tokenised, held_out, row_format, tokenizer, config),
     )
 
@@ -209,18 +218,35 @@ def _split(tokenised: Dataset, num_rows: int, config: Config) -> tuple[Dataset, 
 def _tokenise_all(rows: Dataset, row_format: RowFormat, tokenizer: PreTrainedTokenizerBase, config: Config) -> Dataset:
     """Tokenise all rows, or take them from the cache of `datasets`."""
     # An own key: the library's would hash the tokenizer's whole state, which changes as it is used.
-    options = (config.max_length, config.train_on_prompt, row_format.name, sorted(config.columns.items()))
-    parts = (_TOKENISING_VERSION, rows._fingerprint, options, tokenizer.chat_template, tokenizer.eos_token_id)
+    options = (config.max_length, config.train_on_prompt, row_format.name)
+    special_tokens = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
+    parts = (_TOKENISING_VERSION, rows._fingerprint, options, tokenizer.chat_template, special_tokens)
     key = hashlib.sha256(repr(parts).encode() + tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:32]
-    tokenised = rows.map(
-        lambda batch, indices: _tokenise_batch(batch, indices, row_format, tokenizer, config),
-        batched=True,
-        with_indices=True,
-        remove_columns=rows.column_names,
-        new_fingerprint=key,
-        desc="Tokenising",
-    )
-    return tokenised
+    try:
+        return rows.map(
+            lambda batch, indices: _tokenise_batch(batch, indices, row_format, tokenizer, config),
+            batched=True,
+            with_indices=True,
+            remove_columns=rows.column_names,
+            features=_TOKENISED,
+            new_fingerprint=key,
+            desc="Tokenising",
+        )
+    except UnicodeDecodeError as error:  # the JSON reader lets bytes that are no UTF-8 pass
+        require_readable(data_files(str(config.dataset)))
+        raise DataError(f"{config.dataset} is not UTF-8 text: {error.reason}") from error
+
+
+def _fingerprint(tokenised: Dataset) -> str:
+    """Hash what is trained on: the same rows in another file, or read again, are the same rows."""
+    digest = hashlib.sha256()
+    for batch in tokenised.with_format("arrow").iter(batch_size=1000):
+        for name in ("row", "num_tokens"):
+            digest.update(batch[name].to_numpy().tobytes())
+        for name in ("input_ids", "labels"):
+            for chunk in batch[name].chunks:
+                digest.update(chunk.flatten().to_numpy().tobytes())
+    return digest.hexdigest()[:32]
 
 
 def _tokenise_batch(
@@ -234,65 +260,75 @@ def _tokenise_batch(
     for index, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
         row = dict(zip(batch, values, strict=True))
         try:
-            rendered.append(row_format.render(row, tokenizer))
+            text = row_format.render(row, tokenizer)
         except RowError as error:
             raise DataError(f"{locate(config, index, row)}: {error}") from error
-    pieces: dict[str, list[Any]] = {
-        name: []
-        for name in ("row", "input_ids", "labels", "num_tokens", "num_target_tokens", "truncated", "largest_token_id")
-    }
-    for index, text, encoding in zip(indices, rendered, _encode(rendered, tokenizer), strict=True):
-        if not text.targets:
-            continue  # nothing to learn: an empty response, or no turn of the assistant
-        input_ids, labels = _with_labels(text, encoding, tokenizer, config.train_on_prompt)
-        length = config.max_length
-        last = len(input_ids) if row_format.name == "text" else 1
-        for start in range(0, last, length):
-            ids, own = input_ids[start : start + length], [IGNORED, *labels[start + 1 : start + length]]
-            num_target_tokens = len(own) - own.count(IGNORED)
+        if text.targets:  # else there is nothing to learn: an empty response, or no turn of the assistant
+            rendered.append((index, text))
+    pieces: dict[str, list[Any]] = {name: [] for name in _TOKENISED}
+    length = config.max_length
+    for index, text, encoding in _encode(rendered, tokenizer):
+        input_ids, labels = _with_labels(text, encoding, tokenizer.eos_token_id, config.train_on_prompt)
+        is_cut = len(input_ids) > length and row_format.name != "text"
+        for start in range(0, len(input_ids) if row_format.name == "text" else 1, length):
+            ids, own = input_ids[start : start + length], labels[start : start + length].copy()
+            own[0] = IGNORED  # nothing comes before it that could predict it
+            num_target_tokens = np.count_nonzero(own != IGNORED)
             if num_target_tokens == 0:
                 continue
-            pieces["row"].append(index)
-            pieces["input_ids"].append(ids)
-            pieces["labels"].append(own)
-            pieces["num_tokens"].append(len(ids))
-            pieces["num_target_tokens"].append(num_target_tokens)
-            pieces["truncated"].append(row_format.name != "text" and len(input_ids) > length)
-            pieces["largest_token_id"].append(max(ids))
+            values = (index, ids, own, len(ids), num_target_tokens, is_cut, ids.max())
+            for name, value in zip(_TOKENISED, values, strict=True):
+                pieces[name].append(value)
     return pieces
 
 
-def _encode(rendered: list[Rendered], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], Any]]:
-    """Tokenise texts in one call, prompt and response together; yield token ids and character spans of each."""
-    if not rendered:
-        return
-    encoded = tokenizer(
-        [text.text for text in rendered],
-        add_special_tokens=not rendered[0].has_special_tokens,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
-    yield from zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+def _encode(
+    rendered: list[tuple[int, Rendered]], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[int, Rendered, tuple[list[int], list[tuple[int, int]], list[int]]]]:
+    """Tokenise texts in few calls, prompt and response together.
+
+    Yields:
+        For each row its index and text, and for each token: its id, its character span, and 1 where the tokenizer
+        added it by itself.
+    """
+    ends = np.cumsum([len(text.text) for _, text in rendered])
+    for group in np.split(np.arange(len(rendered)), np.flatnonzero(np.diff(ends // _CHARACTERS_PER_CALL)) + 1):
+        texts = [rendered[i] for i in group]
+        if not texts:
+            continue
+        encoded = tokenizer(
+            [text.text for _, text in texts],
+            add_special_tokens=not texts[0][1].has_special_tokens,
+            return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        columns = (encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"])
+        for (index, text), *encoding in zip(texts, *columns, strict=True):
+            yield index, text, tuple(encoding)
 
 
 def _with_labels(
-    text: Rendered, encoding: tuple[list[int], Any], tokenizer: PreTrainedTokenizerBase, train_on_prompt: bool
-) -> tuple[list[int], list[int]]:
+    text: Rendered,
+    encoding: tuple[list[int], list[tuple[int, int]], list[int]],
+    eos_token_id: int,
+    train_on_prompt: bool,
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Give the token ids of a row, closed by EOS, and its labels; masked by position, never by id."""
-    input_ids, spans = encoding
-    eos = tokenizer.eos_token_id
-    targets = [(0, len(text.text))] if train_on_prompt else text.targets
-    labels = [
-        token if any(start <= begin < end for start, end in targets) else IGNORED
-        for token, (begin, _) in zip(input_ids, spans, strict=True)
-    ]
-    if text.ends_turn:
-        return list(input_ids), labels
-    if len(input_ids) > 1 and input_ids[-1] == eos and spans[-1][0] == spans[-1][1]:
-        return list(input_ids), [*labels[:-1], eos]  # the tokenizer appended it by itself
-    return [*input_ids, eos], [*labels, eos]
+    ids, spans, added = encoding
+    input_ids = np.array(ids, dtype=np.int32)
+    begins = np.fromiter((begin for begin, _ in spans), dtype=np.int64, count=len(spans))
+    is_target = np.zeros(len(ids), dtype=bool)
+    for start, end in [(0, len(text.text))] if train_on_prompt else text.targets:
+        is_target |= (start <= begins) & (begins < end)
+    is_target &= np.array(added, dtype=np.int8) == 0
+    if not text.ends_turn:
+        if len(ids) < 2 or ids[-1] != eos_token_id:  # else the tokenizer appended it, or the row has it
+            input_ids, is_target = np.append(input_ids, np.int32(eos_token_id)), np.append(is_target, True)
+        is_target[-1] = True
+    return input_ids, np.where(is_target, input_ids, np.int32(IGNORED))
 
 
 # ---------------------------------------------------------------------------------------------- showing

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from fullft.errors import DataError
+from fullft.rows import without_nulls
 
 Row = dict[str, Any]
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -87,21 +88,23 @@ def _render_conversations(row: Row, tokenizer: PreTrainedTokenizerBase) -> Rende
     return _render_chat(_messages(turns, *(("from", "value") if from_value else ("role", "content"))), tokenizer)
 
 
-def _messages(turns: Any, role_key: str, content_key: str) -> list[dict[str, str]]:
-    """Bring turns to `role` and `content`, checking each."""
+def _messages(turns: Any, role_key: str, content_key: str) -> list[dict[str, Any]]:
+    """Bring turns to `role` and `content`, checking each; what else they hold is for the template to read."""
     if not isinstance(turns, list) or not turns:
         raise RowError("there are no messages")
     messages = []
     for number, turn in enumerate(turns, start=1):
-        role = turn.get(role_key) if isinstance(turn, dict) else None
-        content = turn.get(content_key) if isinstance(turn, dict) else None
+        others = without_nulls(turn) if isinstance(turn, dict) else {}
+        role, content = others.pop(role_key, None), others.pop(content_key, None)
+        if content is None and "tool_calls" in others:
+            content = ""  # a call says nothing beside
         if not isinstance(role, str) or not isinstance(content, str):
             raise RowError(f"message {number} needs {role_key!r} and {content_key!r} as text")
-        messages.append({"role": _ROLES.get(role, role), "content": content})
+        messages.append({**others, "role": _ROLES.get(role, role), "content": content})
     return messages
 
 
-def _render_chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, first_target: int = 0) -> Rendered:
+def _render_chat(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, first_target: int = 0) -> Rendered:
     """Render by the tokenizer's chat template; the turns of the assistant are the targets.
 
     A turn begins where the template's generation prompt ends, and ends with its EOS, or, in templates that close turns
@@ -120,7 +123,11 @@ def _render_chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerB
     for index, message in enumerate(messages):
         if message["role"] != "assistant" or index < first_target:
             continue
-        before = _apply_template(messages[:index], tokenizer, add_generation_prompt=True) if index else ""
+        before = (
+            _apply_template(messages[:index], tokenizer, add_generation_prompt=True)
+            if index
+            else _before_first_turn(message, tokenizer)
+        )
         through = _apply_template(messages[: index + 1], tokenizer)
         if not text.startswith(before) or not text.startswith(through):
             raise RowError(
@@ -132,6 +139,16 @@ def _render_chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerB
     return Rendered(text, targets, has_special_tokens=True, ends_turn=text.rstrip().endswith(eos))
 
 
+def _before_first_turn(message: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Give what a template writes before a conversation's first turn, when that is the assistant's.
+
+    Templates refuse to prompt for a turn after none: the prompt is taken from behind the turn, and looked for in it.
+    """
+    turn = _apply_template([message], tokenizer)
+    prompt = _apply_template([message], tokenizer, add_generation_prompt=True).removeprefix(turn)
+    return turn[: turn.index(prompt) + len(prompt)] if prompt in turn else ""
+
+
 def _end_of_turn(text: str, start: int, end: int, tokenizer: PreTrainedTokenizerBase) -> int:
     """Leave out the white space that templates put behind EOS: generation has stopped by then."""
     stripped = len(text[start:end].rstrip()) + start
@@ -139,7 +156,7 @@ def _end_of_turn(text: str, start: int, end: int, tokenizer: PreTrainedTokenizer
 
 
 def _apply_template(
-    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False
+    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False
 ) -> str:
     try:
         rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)

@@ -1,0 +1,1 @@
+"""Where every byte goes: measured while training, planned before it, and told."""

@@ -1,0 +1,221 @@
+"""The plan: the worst step of a run on fake tensors, which have shapes and dtypes but no bytes.
+
+Owns the prediction. It needs a config, no weights and no accelerator: a model of a few layers is built and tracked as a
+real one would be, and the figures are extended to all layers. That is exact where layers repeat: at each moment of a
+step, named by its phase and by the layer at work, live bytes are linear in the number of layers, and over the layers
+they are largest at the first or the last ones.
+"""
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from transformers import AutoModelForCausalLM, PreTrainedConfig, masking_utils
+from transformers.initialization import no_init_weights
+
+from fullft.activation_checkpointing import apply_activation_checkpointing
+from fullft.config import Config
+from fullft.data import MicroBatch
+from fullft.memory.step import take_worst_step
+from fullft.memory.tracker import COMPONENTS, Profile
+from fullft.model import PRECISIONS, count_parameters
+from fullft.optimizer import build_optimizer
+
+# Part of the step, phase, whether the layer is counted from the first or from behind the last one, and that count.
+Slot = tuple[int, str, bool, int]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The shape of the largest micro-batches.
+
+    Attributes:
+        sequences: rows.
+        length: tokens of each.
+        evaluation_length: tokens of each held-out one; 0 without evaluation.
+    """
+
+    sequences: int
+    length: int
+    evaluation_length: int = 0
+
+
+@dataclass(frozen=True)
+class _Trace:
+    """What a model of so many layers needs.
+
+    Attributes:
+        num_parameters: trainable ones.
+        totals: per slot, the composition of its largest total.
+        maxima: per slot, each component's own largest.
+    """
+
+    num_parameters: int
+    totals: dict[Slot, dict[str, int]]
+    maxima: dict[Slot, dict[str, int]]
+
+
+def plan_step(config: Config, model_config: PreTrainedConfig, batch: Batch) -> dict[str, Any]:
+    """Predict the memory of a run's worst step.
+
+    Args:
+        config: precision, optimizer, checkpointing, accumulation and packing count.
+        model_config: of a causal language model; its layers may be of several kinds, if these repeat.
+        batch: the largest micro-batches.
+
+    Returns:
+        The figures of `memory.json`, in bytes, and `num_parameters`.
+    """
+    layers = num_layers(model_config)
+    period = _period(model_config, config)
+    few = 2 * period + layers % period
+    if few + period >= layers:
+        return _figures(trace(config, model_config, batch, layers, period))
+    small = trace(config, model_config, batch, few, period)
+    large = trace(config, model_config, batch, few + period, period)
+    return _figures(_extend(small, large, (layers - few) // period))
+
+
+def num_layers(model_config: PreTrainedConfig) -> int:
+    """Give the number of decoder layers."""
+    return int(model_config.get_text_config(decoder=True).num_hidden_layers)
+
+
+def _period(model_config: PreTrainedConfig, config: Config) -> int:
+    """After how many layers the kinds of layers, and the checkpointed ones among them, repeat."""
+    layers = num_layers(model_config)
+    periods = [
+        next(p for p in range(1, layers + 1) if all(kinds[i] == kinds[i % p] for i in range(layers)))
+        for kinds in _per_layer_lists(model_config, layers).values()
+    ]
+    mode = config.activation_checkpointing
+    return math.lcm(*periods, int(mode.removeprefix("every_")) if mode.startswith("every_") else 1)
+
+
+def _per_layer_lists(model_config: PreTrainedConfig, layers: int) -> dict[str, list[Any]]:
+    values = model_config.get_text_config(decoder=True).to_dict()
+    return {name: value for name, value in values.items() if isinstance(value, list) and len(value) == layers}
+
+
+# ---------------------------------------------------------------------------------------------- tracing
+
+
+def trace(config: Config, model_config: PreTrainedConfig, batch: Batch, layers: int, period: int) -> _Trace:
+    """Track the worst step of a model with so many layers, on fake tensors.
+
+    Args:
+        config: as in `plan_step`.
+        model_config: of the whole model.
+        batch: the largest micro-batches.
+        layers: of the model to build.
+        period: how many layers at either end have slots of their own.
+    """
+    precision = PRECISIONS[config.precision]
+    # The non-fake inputs are bitsandbytes' code books of 256 numbers.
+    with FakeTensorMode(allow_non_fake_inputs=True), _decide_as_on_real_tensors(config.packing), no_init_weights():
+        model = AutoModelForCausalLM.from_config(_shortened(model_config, layers), dtype=precision.weights).train()
+        model.tie_weights()  # left out together with the initial values
+        apply_activation_checkpointing(model, config.activation_checkpointing)
+        with unset_fake_temporarily():  # bitsandbytes computes its code books here
+            optimizer = build_optimizer(model, config)
+        micro_batch = _micro_batch(batch.sequences, batch.length, config.packing)
+        held_out = batch.evaluation_length and _micro_batch(batch.sequences, batch.evaluation_length, config.packing)
+        profile = take_worst_step(
+            model,
+            optimizer,
+            [micro_batch] * min(2, config.gradient_accumulation_steps or 1),
+            held_out or None,
+            torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision.autocast),
+            config.max_grad_norm,
+        )
+        return _by_slot(profile, count_parameters(model), layers, period)
+
+
+def _shortened(model_config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    short = copy.deepcopy(model_config)
+    text = short.get_text_config(decoder=True)
+    for name, kinds in _per_layer_lists(model_config, num_layers(model_config)).items():
+        setattr(text, name, kinds[:layers])
+    text.num_hidden_layers = layers
+    return short
+
+
+def _micro_batch(sequences: int, length: int, packing: bool) -> MicroBatch:
+    ids = torch.ones(sequences, length, dtype=torch.int64)
+    inputs = {"input_ids": ids}
+    if packing:
+        inputs["position_ids"] = torch.ones_like(ids)
+    return MicroBatch(inputs, torch.ones_like(ids), sequences * length, sequences * (length - 1))
+
+
+@contextmanager
+def _decide_as_on_real_tensors(packing: bool) -> Iterator[None]:
+    """Let transformers mask fake tensors as it would real ones.
+
+    It reads from the positions' values whether a row is packed, and assumes the worst of a tensor without values: a
+    mask where a run has none, and copies of keys and values with it.
+    """
+    original = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = original if packing else (lambda position_ids: None)
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = original
+
+
+def _by_slot(profile: Profile, num_parameters: int, layers: int, period: int) -> _Trace:
+    totals: dict[Slot, dict[str, int]] = {}
+    maxima: dict[Slot, dict[str, int]] = {}
+    largest: dict[Slot, int] = {}
+    for event, (moment, total) in enumerate(zip(profile.moments, profile.totals, strict=True)):
+        from_end = moment.layer >= layers - period
+        if not from_end and moment.layer >= period:
+            continue  # a layer in the middle: less than one of the ends, or as much
+        slot = (moment.part, moment.phase, from_end, moment.layer - layers if from_end else moment.layer)
+        live = {name: profile.curves[name][event] for name in COMPONENTS}
+        if total > largest.get(slot, -1):
+            largest[slot], totals[slot] = total, live
+        known = maxima.setdefault(slot, live)
+        maxima[slot] = {name: max(known[name], live[name]) for name in COMPONENTS}
+    return _Trace(num_parameters, totals, maxima)
+
+
+# ---------------------------------------------------------------------------------------------- extending
+
+
+def _extend(small: _Trace, large: _Trace, times: int) -> _Trace:
+    """Continue the line through two models to the one with `times` more periods of layers than the small one."""
+
+    def extended(few: dict[Slot, dict[str, int]], more: dict[Slot, dict[str, int]]) -> dict[Slot, dict[str, int]]:
+        return {
+            slot: {name: size + times * (more[slot][name] - size) for name, size in live.items()}
+            for slot, live in few.items()
+        }
+
+    grown = large.num_parameters - small.num_parameters
+    return _Trace(
+        small.num_parameters + times * grown, extended(small.totals, large.totals), extended(small.maxima, large.maxima)
+    )
+
+
+def _figures(whole: _Trace) -> dict[str, Any]:
+    sums = {slot: sum(live.values()) for slot, live in whole.totals.items()}
+    peak = max(sums, key=sums.__getitem__)
+    phases: dict[str, int] = {}
+    for slot, total in sums.items():
+        phases[slot[1]] = max(total, phases.get(slot[1], 0))
+    return {
+        "num_parameters": whole.num_parameters,
+        "peak_bytes": sums[peak],
+        "peak_phase": peak[1],
+        "components": {name: max(live[name] for live in whole.maxima.values()) for name in COMPONENTS},
+        "at_peak": whole.totals[peak],
+        "phases": phases,
+        "host_bytes": 0,
+        "disk_bytes": 0,
+    }

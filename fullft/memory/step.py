@@ -1,0 +1,86 @@
+"""The worst step of a run, taken once before it: it shows within a minute what would fail at hour three.
+
+Owns that step, which is `train.py`'s with the largest micro-batches and without consequences. The tracker watches it on
+real tensors, the planner on fake ones.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from fullft.data import MicroBatch
+from fullft.loss import summed_cross_entropy
+from fullft.memory.tracker import MemoryTracker, Profile
+from fullft.optimizer import clip_gradients
+
+
+def take_worst_step(
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: Sequence[MicroBatch],
+    evaluation: MicroBatch | None,
+    autocast: torch.autocast,
+    max_grad_norm: float,
+) -> Profile:
+    """Take a whole step under the tracker, with the optimizer's states in place as they are from the second step on.
+
+    Gradients are zeroed before the optimizer sees them and its learning rate is 0, so no weight moves; its states are
+    dropped afterwards.
+
+    Args:
+        model: in training mode, on its device.
+        optimizer: without states yet.
+        micro_batches: on the CPU; two stand for any number, since the second one finds gradients already there.
+        evaluation: the largest held-out micro-batch.
+        autocast: the context that training computes in.
+        max_grad_norm: as in training.
+
+    Returns:
+        The live bytes, event by event.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    _make_states(model, optimizer)
+    with MemoryTracker(model, optimizer) as tracker:
+        for micro_batch in micro_batches:
+            micro_batch = micro_batch.to(model.device)
+            tracker.forward({**micro_batch.inputs, "labels": micro_batch.labels})
+            with autocast:
+                logits = model(**micro_batch.inputs, use_cache=False).logits
+                loss = summed_cross_entropy(logits, micro_batch.labels) / micro_batch.num_target_tokens
+            tracker.backward()
+            loss.backward()
+            del logits, loss
+        tracker.optimizer_step()
+        clip_gradients(model.parameters(), max_norm=max_grad_norm)
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if evaluation is not None:
+            tracker.evaluation()
+            _evaluate(model, evaluation, autocast)
+    optimizer.state.clear()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    return tracker.profile()
+
+
+def _make_states(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+    """Let the optimizer allocate its states, by a step on gradients of zero."""
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _evaluate(model: PreTrainedModel, micro_batch: MicroBatch, autocast: torch.autocast) -> None:
+    micro_batch = micro_batch.to(model.device)
+    model.eval()
+    with torch.no_grad(), autocast:
+        logits = model(**micro_batch.inputs, use_cache=False).logits
+        summed_cross_entropy(logits, micro_batch.labels)
+    model.train()

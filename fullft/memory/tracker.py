@@ -1,0 +1,290 @@
+"""The tracker: every live byte of a training step, by component and phase, on any device and on fake tensors.
+
+Owns measuring. It sees each tensor that an operator returns (a `TorchDispatchMode`), counts its storage once however
+many views share it, and notes when the storage dies. What a storage was is often known only later (a gradient is a
+temporary until backward hands it over), so components are settled when tracking ends. The workspaces inside kernels are
+not seen: no operator returns them.
+"""
+
+import weakref
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import PreTrainedModel
+
+from fullft.model import decoder_layers
+
+COMPONENTS = ("parameters", "gradients", "optimizer_states", "activations", "logits", "temporaries", "other")
+PHASES = ("forward", "backward", "optimizer_step", "evaluation")
+
+
+@dataclass(eq=False)
+class Block:
+    """One storage: its bytes, what it is, and the innermost module that was at work when it was made."""
+
+    num_bytes: int
+    component: str
+    module: str
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where in the tracked work an event fell.
+
+    Attributes:
+        part: counts the marks (`forward()`, `backward()`, ...) since tracking began.
+        phase: one of `PHASES`.
+        layer: the decoder layer at work; -1 before the first one, the number of layers behind the last one.
+    """
+
+    part: int
+    phase: str
+    layer: int
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Live bytes over the tracked work.
+
+    Attributes:
+        moments: [events], where each allocation or release fell.
+        totals: [events] live bytes after it.
+        curves: per component, [events] its live bytes after it.
+        modules_at_peak: (module, bytes) of what was alive at the peak, the largest first.
+    """
+
+    moments: list[Moment]
+    totals: list[int]
+    curves: dict[str, list[int]]
+    modules_at_peak: list[tuple[str, int]]
+
+    @property
+    def peak(self) -> int:
+        """The index of the event after which most bytes were alive."""
+        return max(range(len(self.totals)), key=self.totals.__getitem__)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the figures as `memory.json` holds them, in bytes."""
+        phases: dict[str, int] = {}
+        for moment, total in zip(self.moments, self.totals, strict=True):
+            phases[moment.phase] = max(total, phases.get(moment.phase, 0))
+        return {
+            "peak_bytes": self.totals[self.peak],
+            "peak_phase": self.moments[self.peak].phase,
+            "components": {name: max(curve) for name, curve in self.curves.items()},
+            "at_peak": {name: curve[self.peak] for name, curve in self.curves.items()},
+            "phases": phases,
+            "host_bytes": 0,
+            "disk_bytes": 0,
+        }
+
+
+class MemoryTracker(TorchDispatchMode):
+    """Tracks a model at work. A context manager; `forward()`, `backward()` and the like mark the phases within."""
+
+    def __init__(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+        """Count what is there already.
+
+        Args:
+            model: its parameters and buffers; hooks are put on it while tracking.
+            optimizer: its states, those to come too.
+        """
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.model, self.optimizer = model, optimizer
+        self._blocks: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._references: dict[int, weakref.ref[Any]] = {}
+        self._events: list[tuple[int, Block, Moment]] = []
+        self._moment = Moment(0, "forward", -1)
+        self._in_loss = False
+        self._modules: list[str] = []
+        self._born: list[weakref.ref[Block]] = []  # of the forward (or recomputation) under way
+        for parameter in model.parameters():
+            self._see(parameter, "parameters")
+        for buffer in model.buffers():
+            self._see(buffer, "other")
+        self._label_optimizer_states()
+
+    # ------------------------------------------------------------------------------------------ phases
+
+    def forward(self, inputs: dict[str, torch.Tensor]) -> None:
+        """Mark the start of a micro-batch's forward pass.
+
+        Args:
+            inputs: the micro-batch's tensors, counted as `other`.
+        """
+        self._begin("forward")
+        for tensor in inputs.values():
+            self._see(tensor, "other")
+
+    def backward(self) -> None:
+        """Mark the end of the loss and the start of backward: what forward left alive are the activations."""
+        self._settle_activations()
+        self._begin("backward", layer=len(self._layers), in_loss=True)
+
+    def optimizer_step(self) -> None:
+        """Mark the start of clipping and of the step."""
+        self._settle_activations()
+        self._begin("optimizer_step")
+
+    def evaluation(self) -> None:
+        """Mark the start of an evaluation batch."""
+        self._label_optimizer_states()
+        self._begin("evaluation")
+
+    def _begin(self, phase: str, layer: int = -1, in_loss: bool = False) -> None:
+        self._moment = Moment(self._moment.part + 1, phase, layer)
+        self._in_loss = in_loss
+        self._born.clear()
+
+    # ------------------------------------------------------------------------------------------ seeing
+
+    def __enter__(self) -> "MemoryTracker":
+        """Start tracking."""
+        self._hooks = ExitStack()
+        self._add_hooks()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        """Stop tracking, and take the hooks off the model."""
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        self._label_optimizer_states()
+        self._hooks.close()
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operator, and see what it returns."""
+        result = operator(*args, **(kwargs or {}))
+        component = "logits" if self._in_loss else "temporaries"
+        recomputing = self._moment.phase == "backward" and torch.is_grad_enabled()
+        if self._moment.phase == "backward" and not recomputing and self._born:
+            self._settle_activations()  # recomputation is over: what it left is what backward now uses
+        # Autocast's copy of a weight outlives the forward, but it is no activation.
+        is_copy = operator is torch.ops.aten._to_copy.default and self._component_of(args[0]) == "parameters"
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                block = self._see(tensor, component)
+                if block and not is_copy and (recomputing or self._moment.phase == "forward"):
+                    self._born.append(weakref.ref(block))
+        return result
+
+    def _see(self, tensor: torch.Tensor, component: str) -> Block | None:
+        """Count a tensor's storage, unless it is known; give its block if it is new."""
+        storage = tensor.untyped_storage()
+        if storage in self._blocks:
+            return None
+        block = Block(storage.nbytes(), component, self._modules[-1] if self._modules else "")
+        self._blocks[storage] = block
+        self._references[id(block)] = weakref.ref(storage, self._release(block))
+        self._events.append((1, block, self._moment))
+        return block
+
+    def _release(self, block: Block) -> Callable[[Any], None]:
+        def released(_: Any) -> None:
+            self._events.append((-1, block, self._moment))
+            self._references.pop(id(block), None)
+
+        return released
+
+    def _component_of(self, tensor: Any) -> str | None:
+        block = self._blocks.get(tensor.untyped_storage()) if isinstance(tensor, torch.Tensor) else None
+        return block.component if block is not None else None
+
+    def _relabel(self, tensor: torch.Tensor, component: str) -> None:
+        self._see(tensor, component)
+        self._blocks[tensor.untyped_storage()].component = component
+
+    def _settle_activations(self) -> None:
+        for reference in self._born:
+            block = reference()
+            if block is not None and block.component == "temporaries" and id(block) in self._references:
+                block.component = "activations"
+        self._born.clear()
+
+    def _label_optimizer_states(self) -> None:
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, torch.Tensor):
+                    self._relabel(value, "optimizer_states")
+
+    # ------------------------------------------------------------------------------------------ hooks
+
+    def _add_hooks(self) -> None:
+        self._layers = list(decoder_layers(self.model))
+        for name, module in self.model.named_modules():
+            self._keep(module.register_forward_pre_hook(lambda *_, name=name: self._modules.append(name)))
+            self._keep(module.register_forward_hook(self._leave_module, always_call=True))
+        for index, layer in enumerate(self._layers):
+            self._keep(
+                layer.register_forward_pre_hook(lambda _, args, kw, i=index: self._enter(i, args, kw), with_kwargs=True)
+            )
+            self._keep(layer.register_forward_hook(lambda _, args, output, i=index: self._leave(i, output)))
+        self._keep(self.model.register_forward_hook(lambda _, args, output: self._end_of_model(output.logits)))
+        for parameter in self.model.parameters():
+            self._keep(parameter.register_post_accumulate_grad_hook(self._gradient_arrived))
+
+    def _keep(self, handle: Any) -> None:
+        self._hooks.callback(handle.remove)
+
+    def _leave_module(self, *_: Any) -> None:
+        self._modules.pop()
+
+    def _gradient_arrived(self, parameter: torch.Tensor) -> None:
+        if parameter.grad is not None:
+            self._relabel(parameter.grad, "gradients")
+
+    def _at_layer(self, index: int) -> None:
+        self._moment = Moment(self._moment.part, self._moment.phase, index)
+
+    def _enter(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._at_layer(index)
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        if index == 0 and isinstance(hidden, torch.Tensor) and hidden.requires_grad:
+            hidden.register_hook(lambda _: self._at_layer(-1))
+
+    def _leave(self, index: int, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if isinstance(hidden, torch.Tensor) and hidden.requires_grad:
+            hidden.register_hook(lambda _: self._at_layer(index))
+        if index == len(self._layers) - 1:
+            self._at_layer(len(self._layers))
+
+    def _end_of_model(self, logits: torch.Tensor) -> None:
+        self._relabel(logits, "logits")
+        self._in_loss = self._moment.phase == "forward"
+        if logits.requires_grad:
+            logits.register_hook(self._loss_backward_over)
+
+    def _loss_backward_over(self, gradient: torch.Tensor) -> None:
+        self._relabel(gradient, "logits")
+        self._in_loss = False
+
+    # ------------------------------------------------------------------------------------------ result
+
+    def profile(self) -> Profile:
+        """Add the events up, each under the component that its storage turned out to be."""
+        live = dict.fromkeys(COMPONENTS, 0)
+        curves: dict[str, list[int]] = {name: [] for name in COMPONENTS}
+        totals: list[int] = []
+        for sign, block, _ in self._events:
+            live[block.component] += sign * block.num_bytes
+            totals.append(sum(live.values()))
+            for name in COMPONENTS:
+                curves[name].append(live[name])
+        moments = [moment for *_, moment in self._events]
+        profile = Profile(moments, totals, curves, [])
+        return Profile(moments, totals, curves, self._modules_at(profile.peak))
+
+    def _modules_at(self, event: int) -> list[tuple[str, int]]:
+        alive: dict[str, int] = {}
+        for sign, block, _ in self._events[: event + 1]:
+            if block.component not in ("parameters", "gradients", "optimizer_states"):
+                alive[block.module] = alive.get(block.module, 0) + sign * block.num_bytes
+        return sorted(((name, size) for name, size in alive.items() if size), key=lambda item: -item[1])

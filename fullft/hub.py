@@ -16,9 +16,11 @@ def go_offline_if_unreachable(*names: str | None) -> None:
     Args:
         names: hub ids or local paths; without a hub id among them nothing is asked.
     """
-    if all(name is None or os.path.exists(os.path.expanduser(name)) for name in names):
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all is local: spare the libraries' own look-ups
-    elif "HF_HUB_OFFLINE" not in os.environ and not _answers():
+    if os.environ.get("HF_HUB_OFFLINE"):
+        return  # the user's own word counts
+    # When all is local, nobody is asked, and the libraries are spared their own look-ups.
+    local = all(name is None or os.path.exists(os.path.expanduser(name)) for name in names)
+    if local or not _answers():
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 

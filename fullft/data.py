@@ -6,6 +6,7 @@ business, row formats are `templates.py`'s.
 
 import hashlib
 import math
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -318,17 +319,18 @@ def _with_labels(
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Give the token ids of a row, closed by EOS, and its labels; masked by position, never by id."""
     ids, spans, added = encoding
-    input_ids = np.array(ids, dtype=np.int32)
-    begins = np.fromiter((begin for begin, _ in spans), dtype=np.int64, count=len(spans))
-    is_target = np.zeros(len(ids), dtype=bool)
+    # Spans ascend, so that bisection finds a target's tokens; those of added tokens, in front and behind, do not.
+    first, last = [*added, 0].index(0), len(added) - [*reversed(added), 0].index(0)
+    # The tokenizer may have appended EOS, and rows may end with it.
+    has_eos = text.ends_turn or (len(ids) > 1 and ids[-1] == eos_token_id)
+    input_ids = np.array(ids if has_eos else [*ids, eos_token_id], dtype=np.int32)
+    labels = np.full_like(input_ids, IGNORED)
     for start, end in [(0, len(text.text))] if train_on_prompt else text.targets:
-        is_target |= (start <= begins) & (begins < end)
-    is_target &= np.array(added, dtype=np.int8) == 0
+        learned = slice(bisect_left(spans, (start,), first, last), bisect_left(spans, (end,), first, last))
+        labels[learned] = input_ids[learned]
     if not text.ends_turn:
-        if len(ids) < 2 or ids[-1] != eos_token_id:  # else the tokenizer appended it, or the row has it
-            input_ids, is_target = np.append(input_ids, np.int32(eos_token_id)), np.append(is_target, True)
-        is_target[-1] = True
-    return input_ids, np.where(is_target, input_ids, np.int32(IGNORED))
+        labels[-1] = eos_token_id
+    return input_ids, labels
 
 
 # ---------------------------------------------------------------------------------------------- showing

@@ -69,8 +69,8 @@ def main() -> None:
         trainers[name] = _run_trainer(config, rows, rate, mean_of_means)
     print(
         f"\n{arguments.model or 'tiny Qwen2, random weights'}; micro-batch {MICRO_BATCH} x accumulation "
-        f"{ACCUMULATION}, {padding:.0%} padding, fp32, AdamW, weight decay 0.01, warmup 3 steps, then linear from {rate:g}, "
-        "clipped at 1.0"
+        f"{ACCUMULATION}, {padding:.0%} padding, fp32, AdamW, weight decay 0.01, warmup 3 steps, then linear from "
+        f"{rate:g}, clipped at 1.0"
     )
     sys.exit(_compare(config, ours, *trainers.values()))
 

@@ -28,7 +28,7 @@ _TOKENISING_VERSION = 2
 # Texts are handed to the tokenizer in groups of about so many characters: the spans of a thousand books at once would
 # take tens of GB.
 _CHARACTERS_PER_CALL = 4_000_000
-# Declared, since the library infers types from the first thousand rows, which may all be dropped.
+# The columns of tokenised rows.
 _TOKENISED = Features(
     {
         "row": Value("int64"),

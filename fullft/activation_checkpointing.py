@@ -20,12 +20,12 @@ def apply_activation_checkpointing(model: PreTrainedModel, mode: str) -> None:
 
     Args:
         model: changed in place.
-        mode: `none`, `full` (every layer) or `every_<n>` (layers 0, n, 2n, ...).
+        mode: `none`, `full` (every layer) or `every_<n>` (layers 0, n, 2n, ...); `auto`, undecided, is `none`.
 
     Raises:
         ModelError: the model's decoder layers cannot be found.
     """
-    if mode == "none":
+    if mode in ("none", "auto"):
         return
     every = 1 if mode == "full" else int(mode.removeprefix("every_"))
     for layer in decoder_layers(model)[::every]:

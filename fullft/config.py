@@ -167,12 +167,35 @@ class Config:
         spellings={"fp32_true": "fp32", "32": "fp32", "32_true": "fp32", "float32": "fp32", "bf16": "bf16-mixed"},
     )
     activation_checkpointing: str = option(
-        "none",
-        "recompute activations in backward, of no, all or every n-th decoder layer",
-        choices=("none", "full", "every_<n>"),
+        "auto",
+        "recompute activations in backward, of no, all or every n-th decoder layer; auto: of as few as fit",
+        choices=("none", "full", "every_<n>", "auto"),
         aliases=("gradient_checkpointing",),
         spellings={"true": "full", "false": "none"},
         bare="full",
+        may_change=True,  # gradients are the same to the bit
+    )
+    fit: str = option(
+        "auto",
+        "let the plan set what is left at auto, as the fastest choice that fits; off: run what was asked",
+        choices=("auto", "off"),
+        may_change=True,
+    )
+    plan: bool = option(False, "print where every byte would go, and exit", called=("dry_run",), may_change=True)
+    json: bool = option(False, "print the plan as JSON", may_change=True)
+    device_memory: str | None = option(
+        None,
+        "plan for a card of this size, as in 24GiB (2^30) or 24GB (10^9)",
+        metavar="SIZE",
+        called=("gpu_memory", "vram"),
+        shown="this device's",
+        may_change=True,
+    )
+    gpus: int | None = option(
+        None, "show the plan for this many GPUs too", unit="GPUs", at_least=1, shown="1, 2, 4, 8", may_change=True
+    )
+    gpu_hour_price: float | None = option(
+        None, "show the plan's cost", unit="any currency per GPU-hour", above=0, shown="none", may_change=True
     )
 
     # --- records
@@ -269,7 +292,13 @@ def find_problems(config: Config, given: Mapping[str, Any]) -> list[str]:
     Returns:
         One message per problem, each with its remedy; empty when the run can start.
     """
-    problems = _output_dir_problems(config) + _package_problems(config)
+    problems = [] if config.plan else _output_dir_problems(config)  # a plan writes nothing
+    problems += _package_problems(config)
+    if config.device_memory is not None:
+        try:
+            parse_size(config.device_memory)
+        except ValueError as error:
+            problems.append(f"device_memory: {error}")
     if config.max_steps == 0:
         problems.append("max_steps 0 trains nothing: give a number above 0, or -1 to use num_train_epochs")
     if config.warmup_steps > 1 and config.warmup_steps != int(config.warmup_steps):
@@ -297,7 +326,33 @@ def _idle_flags(config: Config, flags: Mapping[str, Any]) -> list[str]:
         f"--{flag} does nothing with {strategy} {getattr(config, strategy)}: add --{strategy} steps"
         for flag, strategy in (("eval_steps", "eval_strategy"), ("save_steps", "save_strategy"))
         if flag in flags and getattr(config, strategy) != "steps"
+    ] + [
+        f"--{flag} does nothing without --plan: add it"
+        for flag in ("json", "gpus", "gpu_hour_price")
+        if flags.get(flag) and not config.plan
     ]
+
+
+_SIZE_UNITS = {"": 2**30, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+_SIZE_UNITS |= {"tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+def parse_size(text: str) -> int:
+    """Read an amount of memory.
+
+    Args:
+        text: as in 24GiB (2^30), 24GB (10^9), 24G or 24 (both GiB).
+
+    Returns:
+        Bytes.
+
+    Raises:
+        ValueError: it is none.
+    """
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([kmgt]?(?:i?b)?)", text.strip().lower())
+    if match is None or match[2] not in _SIZE_UNITS or not float(match[1]):
+        raise ValueError(f"{text!r} is no amount of memory: write it as in 24GiB (2^30) or 24GB (10^9)")
+    return round(float(match[1]) * _SIZE_UNITS[match[2]])
 
 
 def _package_problems(config: Config) -> list[str]:
@@ -389,8 +444,12 @@ def resolve(config: Config) -> Config:
         dataset = str(DEMO_FOLDER / "instructions.jsonl") if config.model is None else DEFAULT_DATASET
         if config.model is not None and config.dataset_split is None:
             split = DEFAULT_DATASET_SPLIT
+    # Who turns the fitting off leaves nothing to decide.
+    checkpointing = config.activation_checkpointing
+    checkpointing = "none" if checkpointing == "auto" and config.fit == "off" else checkpointing
     return replace(
         config,
+        activation_checkpointing=checkpointing,
         dataset=dataset,
         dataset_split=split,
         output_dir=_output_dir(config),

@@ -162,12 +162,13 @@ def test_a_bos_that_the_tokenizer_adds_stands_once_in_front_unlearned(
 
 
 @pytest.mark.parametrize("train_on_prompt", [False, True])
-def test_added_tokens_in_front_are_never_learned(
+def test_added_tokens_other_than_eos_are_never_learned(
     train_on_prompt: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    chat = adding(tokenizer, "<|endoftext|> <|im_start|> $A")
+    chat = adding(tokenizer, "<|endoftext|> <|im_start|> $A <|im_start|>")
     ((ids, labels),) = pairs(load(tmp_path, [{"text": "some text"}], chat, train_on_prompt=train_on_prompt))
-    assert labels == [IGNORED, IGNORED, *ids[2:]]
+    assert labels == [IGNORED, IGNORED, *ids[2:-2], IGNORED, EOS]
+    assert ids[2:-2] == tokenizer("some text").input_ids
 
 
 def test_an_eos_that_the_tokenizer_adds_is_learned_and_not_doubled(

@@ -43,8 +43,8 @@ def test_one_document_less_room_needs_one_sequence_more() -> None:
 
 
 def test_the_best_fit_is_chosen_not_the_first() -> None:
-    # 7 and 6 open sequences with 3 and 4 left; 3 must go to the 3, so that 4 still fits.
-    assert pack([6, 7, 3, 4], 10) == [[0, 3], [1, 2]]
+    # 7 and 6 leave 3 and 4; the 3 must fill the 3, so that both 2s find room.
+    assert pack([6, 7, 3, 2, 2], 10) == [[0, 3, 4], [1, 2]]
 
 
 def test_packing_is_deterministic_and_ordered_by_first_document() -> None:

@@ -171,7 +171,9 @@ def test_two_columns_can_swap_names(tmp_path: Path) -> None:
 
 def test_a_column_whose_name_is_taken_gives_way(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", '{"instruction": "x", "output": "y", "better": "z"}\n')
-    assert load(path, columns={"output": "better"}) == [{"instruction": "x", "output": "z"}]
+    rows = load_rows(make_config(dataset=str(path), columns={"output": "better"}))
+    assert rows.column_names == ["instruction", "output"]
+    assert rows[0] == {"instruction": "x", "output": "z"}
 
 
 def test_a_missing_column_is_named_with_those_found(tmp_path: Path) -> None:
@@ -286,10 +288,11 @@ def test_a_row_is_located_under_renamed_columns(tmp_path: Path) -> None:
 
 
 def test_a_row_is_located_although_arrow_filled_in_keys(tmp_path: Path) -> None:
-    rows = [{"messages": [{"role": "user", "content": str(i)}]} for i in range(3)]
+    rows = [{"messages": [{"role": "user", "content": str(i), "name": None}]} for i in range(3)]
     rows[2]["messages"][0]["name"] = "n"
+    del rows[0]["messages"][0]["name"]
     path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
-    assert place(path, 1) == f"{path}, line 2"
+    assert [place(path, i) for i in range(3)] == [f"{path}, line {i + 1}" for i in range(3)]
     Dataset.from_list(rows).to_parquet(tmp_path / "b.parquet")
     assert place(tmp_path / "b.parquet", 1) == f"{tmp_path / 'b.parquet'}, split train, row 2"
 

@@ -9,15 +9,16 @@ another optimizer, packing) is decided while building; the loop does not know of
 """
 
 from fullft.config import Config, parse_config
-from fullft.errors import report_errors
+from fullft.errors import report_uncaught_errors
 from fullft.hub import go_offline_if_unreachable
 
 if __name__ == "__main__":
     # Options are read before torch and transformers are imported (some 4 s), so that --help and a mistyped flag answer
     # at once; and the hub's libraries read at import whether they are offline.
-    with report_errors(debug=False):
-        CONFIG = parse_config()
-        go_offline_if_unreachable(CONFIG.model, CONFIG.dataset)
+    report_uncaught_errors(debug=False)
+    CONFIG = parse_config()
+    report_uncaught_errors(debug=CONFIG.debug)
+    go_offline_if_unreachable(CONFIG.model, CONFIG.dataset)
 
 # ruff: noqa: E402
 import torch
@@ -133,5 +134,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    with report_errors(CONFIG.debug):
-        main(CONFIG)
+    main(CONFIG)

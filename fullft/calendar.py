@@ -45,10 +45,18 @@ class Calendar:
         last = step == self.total_steps and self.config.save_strategy != "no"
         return last or self._due(self.config.save_strategy, self.config.save_steps, step)
 
+    @property
+    def num_checkpoints(self) -> int:
+        """How many checkpoints a whole run saves."""
+        if self.config.save_strategy == "no":
+            return 0
+        return math.ceil(self.total_steps / self._every(self.config.save_strategy, self.config.save_steps))
+
+    def _every(self, strategy: str, every: int) -> int:
+        return self.steps_per_epoch if strategy == "epoch" else every
+
     def _due(self, strategy: str, every: int, step: int) -> bool:
-        if strategy == "no":
-            return False
-        return step % (self.steps_per_epoch if strategy == "epoch" else every) == 0
+        return strategy != "no" and step % self._every(strategy, every) == 0
 
     def describe(self) -> str:
         """Say what one step consists of, and how many there are."""

@@ -67,12 +67,23 @@ def staged_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(retired, ignore_errors=True)
             target.rename(retired)
             staging.rename(target)
-            shutil.rmtree(retired)
+            _keep_foreign_files(retired, target)
         else:
             staging.rename(target)
         _sync(target.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _keep_foreign_files(retired: Path, target: Path) -> None:
+    """Delete a replaced checkpoint, and move what somebody else put into it to its successor."""
+    if (retired / MANIFEST).is_file():
+        delete_checkpoint(retired)
+    if retired.exists():
+        for path in retired.iterdir():
+            if not (target / path.name).exists():
+                path.rename(target / path.name)
+        shutil.rmtree(retired)
 
 
 def _sync(path: Path) -> None:
@@ -236,6 +247,11 @@ def verify(folder: Path) -> Checkpoint:
     """
     if not folder.is_dir():
         raise CheckpointError(f"there is no checkpoint folder {folder}")
+    if inside := list_checkpoints(folder):
+        raise CheckpointError(
+            f"{folder} holds {len(inside)} checkpoints: pass one, such as {inside[0]}, or --output_dir {folder} and a "
+            "bare --resume_from_checkpoint"
+        )
     for name, written in _read_json(folder / MANIFEST)["sha256"].items():
         if not (folder / name).is_file():
             raise CheckpointError(f"checkpoint {folder} lacks {name}: resume from another one")
@@ -366,7 +382,7 @@ def prepare_output_dir(config: Config, calendar: Calendar, model: nn.Module) -> 
 
 def _require_space(config: Config, calendar: Calendar, model: nn.Module, replaced: list[Path]) -> None:
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    kept = sum(calendar.checkpoint_due(step) for step in range(1, calendar.total_steps + 1))
+    kept = calendar.num_checkpoints
     if config.save_total_limit is not None:
         kept = min(kept, config.save_total_limit + 1)  # an old one goes when the new one is complete
     needed = weights + kept * (weights + estimate_state_bytes(config, model))

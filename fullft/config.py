@@ -321,11 +321,14 @@ def find_problems(config: Config, given: Mapping[str, Any]) -> list[str]:
 
 
 def _idle_flags(config: Config, flags: Mapping[str, Any]) -> list[str]:
-    """Name flags that would do nothing. In a file they may stay: a run's own config.yaml holds every option."""
+    """Name flags that would do nothing, unless the strategy was chosen too: then nothing was forgotten.
+
+    In a file they may stay: a run's own config.yaml holds every option.
+    """
     return [
         f"--{flag} does nothing with {strategy} {getattr(config, strategy)}: add --{strategy} steps"
         for flag, strategy in (("eval_steps", "eval_strategy"), ("save_steps", "save_strategy"))
-        if flag in flags and getattr(config, strategy) != "steps"
+        if flag in flags and strategy not in flags and getattr(config, strategy) != "steps"
     ] + [
         f"--{flag} does nothing without --plan: add it"
         for flag in ("json", "gpus", "gpu_hour_price")

@@ -34,6 +34,11 @@ _PEAK_FLOPS = {
     "A10G": 70e12,
 }
 
+_NON_FINITE_REMEDY = (
+    "resume from the last checkpoint with a lower --learning_rate or a longer --warmup_steps (--allow_changes), or "
+    "look for broken rows"
+)
+
 
 class Metrics:
     """Tells what happens, and keeps it. A context manager around the loop."""
@@ -107,8 +112,7 @@ class Metrics:
         if not (math.isfinite(self.loss) and math.isfinite(self.grad_norm)):
             raise NonFiniteError(
                 f"step {step}: the loss is {self.loss}, the gradient norm {self.grad_norm}; the step was not taken\n"
-                "resume from the last checkpoint with a lower --learning_rate or a longer --warmup_steps "
-                "(--allow_changes), or look for broken rows"
+                f"{_NON_FINITE_REMEDY}"
             )
 
     def step(self, step: int, learning_rate: float, num_tokens: int, num_target_tokens: int) -> None:
@@ -157,9 +161,14 @@ class Metrics:
         Args:
             step: the last finished step; 0 before training.
             loss: scalar, mean over the held-out target tokens; None without held-out rows.
+
+        Raises:
+            NonFiniteError: the loss is NaN or infinite.
         """
         if loss is not None:
             eval_loss = loss.item()
+            if not math.isfinite(eval_loss):
+                raise NonFiniteError(f"step {step}: the held-out loss is {eval_loss}; {_NON_FINITE_REMEDY}")
             perplexity = math.exp(min(eval_loss, 700.0))  # exp(710) is no float
             self._record({"step": step, "eval_loss": eval_loss, "eval_perplexity": perplexity})
             self.say(f"Step {step}: held-out loss {eval_loss:.4f}, perplexity {perplexity:,.2f}")

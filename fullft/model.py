@@ -73,6 +73,10 @@ def find_model(config: Config) -> str:
         return str(DEMO_MODEL)
     folder = Path(config.model)
     if folder.is_dir():
+        if (folder / "adapter_config.json").is_file():
+            raise ModelError(
+                f"{folder} holds an adapter, not a model: merge it into its base model and pass the result"
+            )
         if not (folder / "config.json").is_file():
             raise ModelError(f"model folder {folder} has no config.json: pass the folder that save_pretrained wrote")
         if not any(next(folder.glob(pattern), None) for pattern in _WEIGHT_FILES):
@@ -81,17 +85,30 @@ def find_model(config: Config) -> str:
         raise ModelError(f"there is no model folder {folder}: pass an existing folder or a hub id")
     with _loading(config.model):
         model_config = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
-    _require_causal_class(model_config, config)
+    require_trainable(model_config, config.model)
     return config.model
 
 
-def _require_causal_class(model_config: PreTrainedConfig, config: Config) -> None:
+def require_trainable(model_config: PreTrainedConfig, name: str) -> None:
+    """Check that a config describes a causal language model whose weights can be trained.
+
+    Args:
+        model_config: as loaded.
+        name: what the user calls the model.
+
+    Raises:
+        ModelError: it is another kind of model, or its weights are quantised.
+    """
     remote = getattr(model_config, "auto_map", None) or {}
-    if "AutoModelForCausalLM" not in remote and type(model_config) not in AutoModelForCausalLM._model_mapping:
+    is_causal = "AutoModelForCausalLM" in remote or type(model_config) in AutoModelForCausalLM._model_mapping
+    masked = [each for each in model_config.architectures or [] if "MaskedLM" in each or "ForPreTraining" in each]
+    if masked or not is_causal:
         raise ModelError(
-            f"{config.model} is a {model_config.model_type} model, not a causal language model: choose a decoder such "
-            "as mistralai/Mistral-7B-v0.1"
+            f"{name} is a {model_config.model_type} model, not a causal language model: choose a decoder such as "
+            "mistralai/Mistral-7B-v0.1"
         )
+    if getattr(model_config, "quantization_config", None):
+        raise ModelError(f"the weights of {name} are quantised, and cannot be trained: pass the original model")
 
 
 @contextmanager
@@ -117,7 +134,11 @@ def _loading(name: str) -> Iterator[None]:
                 f"download it with `hf download {name} --local-dir {Path(name).name}` and pass "
                 f"--model {Path(name).name}; a gated model needs its licence accepted and `hf auth login` first"
             ) from error
-        raise ModelError(f"cannot load {name}: {text[:300]}") from error
+        if "SafetensorError" in kinds:
+            raise ModelError(
+                f"a weights file of {name} is damaged or incomplete ({text[:200]}): download it again"
+            ) from error
+        raise ModelError(f"cannot load {name} ({type(causes[-1]).__name__}: {text[:300]})") from error
 
 
 def _causes(error: BaseException) -> list[BaseException]:
@@ -183,13 +204,20 @@ def _from_pretrained(config: Config, source: str, dtype: torch.dtype) -> PreTrai
         source,
         dtype=dtype,
         trust_remote_code=config.trust_remote_code,
+        ignore_mismatched_sizes=True,  # so that they are reported rather than raised, and refused below
         output_loading_info=True,
     )
-    if missing := sorted(loaded["missing_keys"]):
-        raise ModelError(
-            f"the weights of {source} lack {len(missing)} tensors, such as {missing[0]}: they would be trained from "
-            "random values; download the model again, completely"
-        )
+    for problem, names in (
+        ("lack", loaded["missing_keys"]),  # they would be trained from random values
+        ("have the wrong shape in", [mismatch[0] for mismatch in loaded["mismatched_keys"]]),
+    ):
+        if names:
+            raise ModelError(
+                f"the weights of {source} {problem} {len(names)} tensors, such as {min(names)}: they do not belong to "
+                "its config.json; download the model again, completely"
+            )
+    if extra := loaded["unexpected_keys"]:
+        print(f"warning: {source} has {len(extra)} tensors that its config.json has no place for, such as {min(extra)}")
     return model
 
 

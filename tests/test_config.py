@@ -221,8 +221,8 @@ def test_a_flag_is_read_as(words: str, name: str, value: object) -> None:
             "--global_batch_size 8 --per_device_train_batch_size 2 --gradient_accumulation_steps 3",
             "global_batch_size 8 is not 2 x 3: leave out gradient_accumulation_steps, or correct one of the two",
         ),
-        ("--eval_steps 5 --eval_strategy epoch", "--eval_steps does nothing with eval_strategy epoch"),
-        ("--save_steps 5 --save_strategy no", "--save_steps does nothing with save_strategy no"),
+        ("--model x --eval_steps 5", "--eval_steps does nothing with eval_strategy epoch"),
+        ("--model x --save_steps 5", "--save_steps does nothing with save_strategy epoch"),
     ],
 )
 def test_a_wrong_flag_is_answered_with(words: str, message: str) -> None:

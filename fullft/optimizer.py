@@ -51,11 +51,13 @@ def _adamw_8bit(
         raise OptionsError("--optim adamw_8bit needs bitsandbytes: pip install bitsandbytes") from error
     # Embeddings keep 32-bit states: their gradients are too uneven for 256-element blocks (Source: Dettmers et al.,
     # "8-bit Optimizers via Block-wise Quantization", section 2.3).
+    manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
+    # It is global, and would apply what it was told of another model (the plan's) to parameters that have inherited
+    # their addresses.
+    manager.initialize()
     for module in model.modules():
         if isinstance(module, nn.Embedding):
-            bitsandbytes.optim.GlobalOptimManager.get_instance().register_module_override(
-                module, "weight", {"optim_bits": 32}
-            )
+            manager.register_module_override(module, "weight", {"optim_bits": 32})
     # 16384 rather than the library's 4096, so that no norm of a usual width is quantised.
     optimizer = bitsandbytes.optim.AdamW8bit(groups, min_8bit_size=16384, is_paged=paged, **constants)
     optimizer.check_overrides()

@@ -7,6 +7,7 @@ they are largest at the first or the last ones.
 """
 
 import copy
+import gc
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from transformers import AutoModelForCausalLM, PreTrainedConfig, masking_utils
 from transformers.initialization import no_init_weights
 
+from fullft import optimizer as optimizer_module
 from fullft.activation_checkpointing import apply_activation_checkpointing
 from fullft.config import Config
 from fullft.data import MicroBatch
@@ -74,10 +76,11 @@ def plan_step(config: Config, model_config: PreTrainedConfig, batch: Batch) -> d
     layers = num_layers(model_config)
     period = _period(model_config, config)
     few = 2 * period + layers % period
-    if few + period >= layers:
-        return _figures(trace(config, model_config, batch, layers, period))
-    small = trace(config, model_config, batch, few, period)
-    large = trace(config, model_config, batch, few + period, period)
+    with _paused_garbage_collection():
+        if few + period >= layers:
+            return _figures(trace(config, model_config, batch, layers, period))
+        small = trace(config, model_config, batch, few, period)
+        large = trace(config, model_config, batch, few + period, period)
     return _figures(_extend(small, large, (layers - few) // period))
 
 
@@ -86,15 +89,20 @@ def num_layers(model_config: PreTrainedConfig) -> int:
     return int(model_config.get_text_config(decoder=True).num_hidden_layers)
 
 
-def _period(model_config: PreTrainedConfig, config: Config) -> int:
-    """After how many layers the kinds of layers, and the checkpointed ones among them, repeat."""
+def layer_period(model_config: PreTrainedConfig) -> int:
+    """After how many layers the kinds of layers repeat."""
     layers = num_layers(model_config)
     periods = [
         next(p for p in range(1, layers + 1) if all(kinds[i] == kinds[i % p] for i in range(layers)))
         for kinds in _per_layer_lists(model_config, layers).values()
     ]
+    return math.lcm(*periods)
+
+
+def _period(model_config: PreTrainedConfig, config: Config) -> int:
+    """After how many layers the kinds of layers, and the checkpointed ones among them, repeat."""
     mode = config.activation_checkpointing
-    return math.lcm(*periods, int(mode.removeprefix("every_")) if mode.startswith("every_") else 1)
+    return math.lcm(layer_period(model_config), int(mode.removeprefix("every_")) if mode.startswith("every_") else 1)
 
 
 def _per_layer_lists(model_config: PreTrainedConfig, layers: int) -> dict[str, list[Any]]:
@@ -117,8 +125,13 @@ def trace(config: Config, model_config: PreTrainedConfig, batch: Batch, layers: 
     """
     precision = PRECISIONS[config.precision]
     # The non-fake inputs are bitsandbytes' code books of 256 numbers.
-    with FakeTensorMode(allow_non_fake_inputs=True), _decide_as_on_real_tensors(config.packing), no_init_weights():
-        model = AutoModelForCausalLM.from_config(_shortened(model_config, layers), dtype=precision.weights).train()
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        _decide_as_on_real_tensors(config.packing),
+        _two_chunks_stand_for_all(),
+        no_init_weights(),
+    ):
+        model = AutoModelForCausalLM.from_config(shortened(model_config, layers), dtype=precision.weights).train()
         model.tie_weights()  # left out together with the initial values
         apply_activation_checkpointing(model, config.activation_checkpointing)
         with unset_fake_temporarily():  # bitsandbytes computes its code books here
@@ -136,7 +149,8 @@ def trace(config: Config, model_config: PreTrainedConfig, batch: Batch, layers: 
         return _by_slot(profile, count_parameters(model), layers, period)
 
 
-def _shortened(model_config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+def shortened(model_config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    """Describe the same model with its first layers alone."""
     short = copy.deepcopy(model_config)
     text = short.get_text_config(decoder=True)
     for name, kinds in _per_layer_lists(model_config, num_layers(model_config)).items():
@@ -166,6 +180,34 @@ def _decide_as_on_real_tensors(packing: bool) -> Iterator[None]:
         yield
     finally:
         masking_utils.find_packed_sequence_indices = original
+
+
+@contextmanager
+def _two_chunks_stand_for_all() -> Iterator[None]:
+    """Let the gradient norm square only two chunks of each gradient.
+
+    It never holds more than two at a time, so the bytes are those of all; a large embedding has a thousand of them,
+    and each would cost about a millisecond here.
+    """
+    original = optimizer_module._squared_norm
+    shown = 2 * optimizer_module._NORM_CHUNK
+    optimizer_module._squared_norm = lambda gradient, wide: original(gradient.flatten()[:shown], wide)
+    try:
+        yield
+    finally:
+        optimizer_module._squared_norm = original
+
+
+@contextmanager
+def _paused_garbage_collection() -> Iterator[None]:
+    """Spare a third of the time: each collection would visit all the objects that torch and transformers made."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _by_slot(profile: Profile, num_parameters: int, layers: int, period: int) -> _Trace:

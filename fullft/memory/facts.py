@@ -1,0 +1,105 @@
+"""What follows from a model's shapes alone: counts of parameters, operations and optimizer states, without a trace.
+
+Owns counting. As in the plan, two models of a few layers are built and the line through them is continued: every count
+is linear in the number of layers.
+"""
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from fullft.memory.plan import layer_period, num_layers, shortened
+from fullft.model import count_parameters, decoder_layers, flops_per_token
+
+LORA_RANK = 8
+# The projections to queries and values, or the matrix that they are part of, as families call them.
+_QUERIES_AND_VALUES = ("q_proj", "v_proj", "query", "value", "c_attn", "qkv_proj", "query_key_value", "Wqkv")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Counts of one model.
+
+    Attributes:
+        parameters: all of them, tied ones once.
+        tensors: of parameters.
+        layer_matrices: parameters in the decoder layers' matrices.
+        matrices: the same and the output head: what a token is multiplied with.
+        lora_parameters: of adapters of rank `LORA_RANK` on queries and values.
+        states_8bit: bytes of bitsandbytes' AdamW states.
+        flops_per_token: of forward and backward, without recomputation.
+    """
+
+    parameters: int
+    tensors: int
+    layer_matrices: int
+    matrices: int
+    lora_parameters: int
+    states_8bit: int
+    flops_per_token: int
+
+
+def find_facts(model_config: PreTrainedConfig, length: int) -> Facts:
+    """Count a model's parameters and what follows from them.
+
+    Args:
+        model_config: of a causal language model.
+        length: tokens per sequence, for attention's share of the operations.
+    """
+    layers, period = num_layers(model_config), layer_period(model_config)
+    few = period + layers % period
+    if few + period >= layers:
+        return _count(model_config, layers, length)
+    small, large = _count(model_config, few, length), _count(model_config, few + period, length)
+    times = (layers - few) // period
+    return Facts(*(_continue(getattr(small, f.name), getattr(large, f.name), times) for f in fields(Facts)))
+
+
+def _continue(small: int, large: int, times: int) -> int:
+    return small + times * (large - small)
+
+
+def _count(model_config: PreTrainedConfig, layers: int, length: int) -> Facts:
+    with torch.device("meta"), no_init_weights():
+        model = AutoModelForCausalLM.from_config(shortened(model_config, layers))
+    model.tie_weights()
+    layer_matrices = sum(p.numel() for p in decoder_layers(model).parameters() if p.dim() > 1)
+    head = model.get_output_embeddings()
+    return Facts(
+        count_parameters(model),
+        len(list(model.parameters())),
+        layer_matrices,
+        layer_matrices + (0 if head is None else head.weight.numel()),
+        _lora_parameters(model),
+        _states_8bit(model),
+        round(flops_per_token(model, length)),
+    )
+
+
+def _lora_parameters(model: PreTrainedModel) -> int:
+    """Count adapters: a matrix of [n, m] gets one of [n, rank] and one of [rank, m] (Source: Hu et al. 2021)."""
+    return sum(
+        LORA_RANK * sum(module.weight.shape)
+        for name, module in decoder_layers(model).named_modules()
+        if name.rpartition(".")[2] in _QUERIES_AND_VALUES and getattr(module, "weight", None) is not None
+    )
+
+
+def _states_8bit(model: PreTrainedModel) -> int:
+    """Add up what bitsandbytes keeps for `--optim adamw_8bit`, as `optimizer.py` configures it.
+
+    Two moments: a byte per element and a fp32 scale per block of 256; in fp32 for embeddings and tensors of fewer than
+    16384 elements. The two code books of 256 fp32 numbers are shared by all.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    code_books = 2 * 256 * 4
+    return code_books + sum(
+        8 * parameter.numel()
+        if id(parameter) in embeddings or parameter.numel() < 16384
+        else 2 * (parameter.numel() + 4 * math.ceil(parameter.numel() / 256))
+        for parameter in model.parameters()
+    )

@@ -4,7 +4,8 @@ Owns that step, which is `train.py`'s with the largest micro-batches and without
 real tensors, the planner on fake ones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from transformers import PreTrainedModel
@@ -26,7 +27,7 @@ def take_worst_step(
     """Take a whole step under the tracker, with the optimizer's states in place as they are from the second step on.
 
     Gradients are zeroed before the optimizer sees them and its learning rate is 0, so no weight moves; its states are
-    dropped afterwards.
+    dropped afterwards, and the random state is put back: a run goes on from here as if nothing had happened.
 
     Args:
         model: in training mode, on its device.
@@ -39,10 +40,37 @@ def take_worst_step(
     Returns:
         The live bytes, event by event.
     """
+    with _without_consequences(model, optimizer):
+        _make_states(model, optimizer)
+        return _track(model, optimizer, micro_batches, evaluation, autocast, max_grad_norm)
+
+
+@contextmanager
+def _without_consequences(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Leave weights, learning rates, the absence of states and gradients, and the random state as they were."""
     rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-    _make_states(model, optimizer)
+    accelerators = [] if model.device.type == "cpu" else [model.device]
+    kind = model.device.type if accelerators else "cuda"
+    with torch.random.fork_rng(accelerators, device_type=kind):  # dropout draws from it
+        try:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.0
+            yield
+        finally:
+            optimizer.zero_grad(set_to_none=True)
+            optimizer.state.clear()
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+
+
+def _track(
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: Sequence[MicroBatch],
+    evaluation: MicroBatch | None,
+    autocast: torch.autocast,
+    max_grad_norm: float,
+) -> Profile:
     with MemoryTracker(model, optimizer) as tracker:
         for micro_batch in micro_batches:
             micro_batch = micro_batch.to(model.device)
@@ -63,9 +91,6 @@ def take_worst_step(
         if evaluation is not None:
             tracker.evaluation()
             _evaluate(model, evaluation, autocast)
-    optimizer.state.clear()
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
     return tracker.profile()
 
 

@@ -7,6 +7,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    PhiConfig,
     PreTrainedModel,
     Qwen2Config,
 )
@@ -34,7 +35,7 @@ def tiny_model(
     """Make a model with random weights, in training mode.
 
     Args:
-        family: gpt2, llama, mistral (with a sliding window of 8 tokens), qwen2 or gemma2 (soft-capped logits).
+        family: gpt2, llama, mistral (with a sliding window of 8 tokens), qwen2, gemma2 (soft-capped logits) or phi.
         dtype: of its weights.
         dropout: everywhere the family has it.
         tied: whether the head is the embedding (GPT-2's always is).
@@ -58,6 +59,7 @@ def tiny_model(
         "mistral": lambda: MistralConfig(**shape, sliding_window=8),
         "qwen2": lambda: Qwen2Config(**shape),
         "gemma2": lambda: Gemma2Config(**shape, head_dim=8, sliding_window=8, final_logit_softcapping=5.0),
+        "phi": lambda: PhiConfig(**shape, resid_pdrop=dropout, embd_pdrop=dropout),
     }
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(configs[family](), dtype=dtype)

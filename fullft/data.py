@@ -87,6 +87,7 @@ class Batches:
         self.batch_size = config.per_device_train_batch_size
         self.sequences_per_step = int(config.global_batch_size or 0)
         self.steps_per_epoch = math.ceil(len(self.documents) / self.sequences_per_step)
+        self._order: tuple[int, list[int]] = (-1, [])  # the epoch under way, and its order
 
     def global_batch(self, step: int) -> list[MicroBatch]:
         """Make the micro-batches of one optimizer step, on the CPU.
@@ -95,19 +96,29 @@ class Batches:
             step: counted from 1. An epoch's last global batch may be smaller.
         """
         epoch, position = divmod(step - 1, self.steps_per_epoch)
-        # The order depends on (seed, epoch) alone: no state to save, and no draw from torch's random stream.
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.documents))
+        if self._order[0] != epoch:
+            # The order depends on (seed, epoch) alone: no state to save, and no draw from torch's random stream.
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.documents))
+            self._order = (epoch, order.tolist())
         start = position * self.sequences_per_step
-        return list(self._micro_batches(order[start : start + self.sequences_per_step].tolist()))
+        return list(self._micro_batches(self._order[1][start : start + self.sequences_per_step]))
 
     def in_order(self) -> Iterator[MicroBatch]:
         """Make micro-batches of all sequences, in the order of the rows, for evaluation."""
         return self._micro_batches(range(len(self.documents)))
 
+    def largest(self) -> MicroBatch:
+        """Make a micro-batch of the longest sequences: none of the run takes more memory."""
+        longest = sorted(range(len(self.documents)), key=lambda number: -self._length(number))
+        return next(self._micro_batches(longest[: self.batch_size]))
+
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence."""
-        return max(sum(self.lengths[i] for i in documents) for documents in self.documents)
+        return max(self._length(number) for number in range(len(self.documents)))
+
+    def _length(self, sequence: int) -> int:
+        return sum(self.lengths[i] for i in self.documents[sequence])
 
     @property
     def mean_length(self) -> float:

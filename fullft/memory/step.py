@@ -73,7 +73,7 @@ def _track(
 ) -> Profile:
     with MemoryTracker(model, optimizer) as tracker:
         for micro_batch in micro_batches:
-            micro_batch = micro_batch.to(model.device)
+            micro_batch = _copy(micro_batch, model.device)
             tracker.forward({**micro_batch.inputs, "labels": micro_batch.labels})
             with autocast:
                 logits = model(**micro_batch.inputs, use_cache=False).logits
@@ -89,8 +89,9 @@ def _track(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if evaluation is not None:
-            tracker.evaluation()
-            _evaluate(model, evaluation, autocast)
+            micro_batch = _copy(evaluation, model.device)
+            tracker.evaluation({**micro_batch.inputs, "labels": micro_batch.labels})
+            _evaluate(model, micro_batch, autocast)
     return tracker.profile()
 
 
@@ -102,8 +103,14 @@ def _make_states(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> No
     optimizer.zero_grad(set_to_none=True)
 
 
+def _copy(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
+    """Copy a micro-batch to the device, and on a CPU too: there as elsewhere one is alive at a time."""
+    inputs = {name: tensor.to(device, copy=True) for name, tensor in micro_batch.inputs.items()}
+    labels = micro_batch.labels.to(device, copy=True)
+    return MicroBatch(inputs, labels, micro_batch.num_tokens, micro_batch.num_target_tokens)
+
+
 def _evaluate(model: PreTrainedModel, micro_batch: MicroBatch, autocast: torch.autocast) -> None:
-    micro_batch = micro_batch.to(model.device)
     model.eval()
     with torch.no_grad(), autocast:
         logits = model(**micro_batch.inputs, use_cache=False).logits

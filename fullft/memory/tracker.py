@@ -119,8 +119,7 @@ class MemoryTracker(TorchDispatchMode):
             inputs: the micro-batch's tensors, counted as `other`.
         """
         self._begin("forward")
-        for tensor in inputs.values():
-            self._see(tensor, "other")
+        self._label_inputs(inputs)
 
     def backward(self) -> None:
         """Mark the end of the loss and the start of backward: what forward left alive are the activations."""
@@ -132,10 +131,19 @@ class MemoryTracker(TorchDispatchMode):
         self._settle_activations()
         self._begin("optimizer_step")
 
-    def evaluation(self) -> None:
-        """Mark the start of an evaluation batch."""
+    def evaluation(self, inputs: dict[str, torch.Tensor]) -> None:
+        """Mark the start of an evaluation batch.
+
+        Args:
+            inputs: the held-out micro-batch's tensors, counted as `other`.
+        """
         self._label_optimizer_states()
         self._begin("evaluation")
+        self._label_inputs(inputs)
+
+    def _label_inputs(self, inputs: dict[str, torch.Tensor]) -> None:
+        for tensor in inputs.values():
+            self._relabel(tensor, "other")
 
     def _begin(self, phase: str, layer: int = -1, in_loss: bool = False) -> None:
         self._moment = Moment(self._moment.part + 1, phase, layer)

@@ -1,0 +1,283 @@
+"""How true the memory figures are: planned, tracked, and what the operating system saw.
+
+    python benchmarks/memory_accuracy.py            # all, some minutes on two cores
+    python benchmarks/memory_accuracy.py --quick    # without SmolLM2 and the operating system
+
+Owns two tables. The first sets the plan (fake tensors) beside the tracker (real ones) on small models of six families,
+where the options are varied together. The second does so for SmolLM2-135M, and adds the operating system's figure: each
+case runs in a process of its own, which takes a small step first (libraries load, thread pools start), notes its
+resident set, loads the model, resets the high-water mark (5 into `/proc/self/clear_refs`), takes the worst step and reads
+`VmHWM`. glibc is told to map every tensor above 64 KiB by itself, so that freed ones go back at once; otherwise the heap's
+holes, which are no tensor's, would be counted too. Linux only.
+"""
+
+import argparse
+import gc
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PhiConfig,
+    Qwen2Config,
+)
+from transformers.utils import logging
+
+from fullft.activation_checkpointing import apply_activation_checkpointing
+from fullft.config import Config, resolve
+from fullft.data import MicroBatch
+from fullft.memory.plan import Batch, plan_step
+from fullft.memory.step import take_worst_step
+from fullft.memory.tracker import COMPONENTS
+from fullft.model import PRECISIONS
+from fullft.model_configs import bundled_config
+from fullft.optimizer import build_optimizer
+
+SMOLLM2 = ROOT / "benchmarks" / "work" / "smollm2-135m"
+# Mappings of their own for all but the smallest tensors, and nothing kept back.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+GIB, MIB = 2**30, 2**20
+
+# ---------------------------------------------------------------------------------------------- configurations
+
+
+def model_configs() -> dict:
+    """Small models whose weights and activations are megabytes; Gemma-2's layers alternate between two kinds."""
+    shape = {"vocab_size": 8192, "num_key_value_heads": 2, "num_attention_heads": 4, "max_position_embeddings": 1024}
+    tokens = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+    small = {**shape, **tokens, "hidden_size": 256, "intermediate_size": 704}
+    return {
+        "gpt2": GPT2Config(vocab_size=8192, n_embd=320, n_layer=6, n_head=5, bos_token_id=0, eos_token_id=0),
+        "llama": LlamaConfig(**small, num_hidden_layers=5),
+        "mistral": MistralConfig(**small, num_hidden_layers=6, sliding_window=128),
+        "qwen2": Qwen2Config(**small, num_hidden_layers=6, tie_word_embeddings=True),
+        "gemma2": Gemma2Config(**small, num_hidden_layers=6, head_dim=64, sliding_window=128),
+        "phi": PhiConfig(**small, num_hidden_layers=5, resid_pdrop=0.1),
+    }
+
+
+def combinations() -> list[tuple]:
+    """Vary the options together: each pair of values occurs, in few runs."""
+    precisions, modes = list(PRECISIONS), ["none", "full", "every_2"]
+    cases = []
+    for number, (precision, mode) in enumerate(itertools.product(precisions, modes)):
+        optim = ("adamw", "adamw_8bit")[number % 2]
+        accumulation, packing = ((1, False), (4, True), (4, False), (1, True))[number % 4]
+        cases.append((precision, mode, optim, accumulation, packing))
+    return cases
+
+
+def options(precision: str, mode: str, optim: str, accumulation: int, packing: bool) -> Config:
+    """Make resolved options."""
+    return resolve(
+        Config(
+            model="given",
+            precision=precision,
+            activation_checkpointing=mode,
+            optim=optim,
+            gradient_accumulation_steps=accumulation,
+            packing=packing,
+        )
+    )
+
+
+def micro_batch(config: Config, vocabulary: int, sequences: int, length: int) -> MicroBatch:
+    """Make random tokens; packed, two documents a row."""
+    ids = torch.randint(0, vocabulary, (sequences, length))
+    inputs = {"input_ids": ids}
+    if config.packing:
+        inputs["position_ids"] = torch.cat([torch.arange(length // 2), torch.arange(length - length // 2)]).repeat(
+            sequences, 1
+        )
+    return MicroBatch(inputs, ids.clone(), ids.numel(), sequences * (length - 1))
+
+
+def track(config: Config, model, batch: Batch) -> dict:
+    """Take the worst step on real tensors."""
+    apply_activation_checkpointing(model, config.activation_checkpointing)
+    vocabulary = model.config.vocab_size
+    profile = take_worst_step(
+        model,
+        build_optimizer(model, config),
+        [micro_batch(config, vocabulary, batch.sequences, batch.length)] * min(2, config.gradient_accumulation_steps),
+        micro_batch(config, vocabulary, batch.sequences, batch.evaluation_length),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=PRECISIONS[config.precision].autocast),
+        config.max_grad_norm,
+    )
+    return profile.to_dict()
+
+
+# ---------------------------------------------------------------------------------------------- planned and tracked
+
+
+def compare_plans() -> list[tuple[float, float, str]]:
+    """Print the first table.
+
+    Returns:
+        For each configuration the error at the peak, the largest one of a component, and its name.
+    """
+    print("Planned on fake tensors, tracked on real ones (MiB; errors in % of what was tracked)")
+    print(
+        f"{'family':8} {'precision':10} {'ckpt':8} {'optimizer':11} acc pack  planned  tracked    error  worst component"
+    )
+    errors = []
+    for (family, model_config), case in itertools.product(model_configs().items(), combinations()):
+        config = options(*case)
+        batch = Batch(sequences=2, length=384, evaluation_length=256)
+        planned = plan_step(config, model_config, batch)
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(model_config, dtype=PRECISIONS[config.precision].weights).train()
+        tracked = track(config, model, batch)
+        worst, component = worst_component(planned, tracked)
+        error = relative(planned["peak_bytes"], tracked["peak_bytes"])
+        precision, mode, optim, accumulation, packing = case
+        print(
+            f"{family:8} {precision:10} {mode:8} {optim:11} {accumulation:3} {'yes' if packing else 'no':4}"
+            f"{planned['peak_bytes'] / MIB:9.2f}{tracked['peak_bytes'] / MIB:9.2f} {error:8.4%}  "
+            + (f"{worst:.4%} {component}" if worst else "none: equal to the byte"),
+            flush=True,
+        )
+        errors.append((error, worst, component))
+    return errors
+
+
+def worst_component(planned: dict, tracked: dict) -> tuple[float, str]:
+    """Find the component, at its maximum or at the peak, that differs most, relative to its own size."""
+    return max(
+        (relative(planned[kind][name], tracked[kind][name]), name)
+        for kind in ("components", "at_peak")
+        for name in COMPONENTS
+    )
+
+
+def relative(ours: int, truth: int) -> float:
+    """Give |ours - truth| / truth, and 0 where both are 0."""
+    return abs(ours - truth) / max(truth, 1)
+
+
+# ---------------------------------------------------------------------------------------------- the operating system
+
+
+def memory_field(name: str) -> int:
+    """Read a field of /proc/self/status, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(name)
+
+
+def measure_growth(case: list) -> None:
+    """Print the figures of one case on SmolLM2 as JSON; runs in a process of its own."""
+    config = options(*case)
+    model_config = AutoConfig.from_pretrained(SMOLLM2) if SMOLLM2.is_dir() else smollm2_config()
+    batch = Batch(sequences=1, length=512, evaluation_length=512)
+    planned = plan_step(config, model_config, batch)
+    dtype = PRECISIONS[config.precision].weights
+    # Everything that is loaded or started only once, such as kernels, thread pools and their buffers.
+    warm = LlamaConfig(**{**model_config.to_dict(), "num_hidden_layers": 1, "vocab_size": 4096})
+    track(config, AutoModelForCausalLM.from_config(warm, dtype=dtype).train(), Batch(1, 512, 512))
+    gc.collect()
+    before = memory_field("VmRSS")
+    if SMOLLM2.is_dir():
+        model = AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=dtype).train()
+    else:
+        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype).train()
+    gc.collect()
+    loaded = memory_field("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is now what is resident
+    started = time.perf_counter()
+    tracked = track(config, model, batch)
+    print(
+        json.dumps(
+            {
+                "planned": planned,
+                "tracked": tracked,
+                "grown": memory_field("VmHWM") - before,
+                "loaded": loaded - before,
+                "seconds": time.perf_counter() - started,
+            }
+        )
+    )
+
+
+def smollm2_config() -> LlamaConfig:
+    """Give the bundled config, for random weights."""
+    return LlamaConfig(**bundled_config("HuggingFaceTB/SmolLM2-135M"))
+
+
+SMOLLM2_CASES = [
+    ("fp32", "none", "adamw", 1, False),
+    ("fp32", "full", "adamw", 4, False),
+    ("bf16-mixed", "none", "adamw", 4, False),
+    ("bf16-mixed", "full", "adamw", 1, True),
+    ("bf16-true", "none", "adamw", 1, False),
+    ("bf16-true", "full", "adamw_8bit", 4, True),
+]
+
+
+def compare_with_operating_system() -> list[float]:
+    """Print the second table.
+
+    Returns:
+        For each case the error of the tracked peak.
+    """
+    origin = "its weights" if SMOLLM2.is_dir() else "random weights"
+    print(f"\nSmolLM2-135M ({origin}), 1 x 512 tokens, {torch.get_num_threads()} threads (MiB)")
+    print(f"{'precision':10} {'ckpt':6} {'optimizer':11} acc pack  planned  tracked  process grew by   tracked off by")
+    errors = []
+    for case in SMOLLM2_CASES:
+        command = [sys.executable, __file__, "--one", json.dumps(case)]
+        result = subprocess.run(command, env=os.environ | MALLOC, capture_output=True, text=True)
+        if result.returncode:
+            sys.exit(result.stderr)
+        figures = json.loads(result.stdout.splitlines()[-1])
+        tracked, grown = figures["tracked"]["peak_bytes"], figures["grown"]
+        precision, mode, optim, accumulation, packing = case
+        print(
+            f"{precision:10} {mode:6} {optim:11} {accumulation:3} {'yes' if packing else 'no':4}"
+            f"{figures['planned']['peak_bytes'] / MIB:9.1f}{tracked / MIB:9.1f}{grown / MIB:17.1f}"
+            f"{(tracked - grown) / grown:+17.2%}",
+            flush=True,
+        )
+        errors.append(relative(tracked, grown))
+    return errors
+
+
+def main() -> None:
+    """Print both tables and the worst errors."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="leave the operating system out")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    logging.set_verbosity_error()
+    torch.set_num_threads(2)
+    if arguments.one:
+        return measure_growth(json.loads(arguments.one))
+    errors = compare_plans()
+    grown = [] if arguments.quick else compare_with_operating_system()
+    print(f"\n{len(errors) + len(grown)} configurations; the worst errors:")
+    print(f"  planned against tracked, at the peak      {max(error for error, _, _ in errors):.4%}")
+    worst, component = max((worst, component) for _, worst, component in errors)
+    print(f"  planned against tracked, one component    {worst:.4%} ({component})")
+    if grown:
+        print(f"  tracked against the operating system      {max(grown):.2%}")
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,423 @@
+"""Memory figures are true: the tracker against arithmetic, the plan against the tracker, and no trace of either after."""
+
+import pytest
+import torch
+from models import VOCABULARY, make_config, tiny_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from fullft.activation_checkpointing import apply_activation_checkpointing
+from fullft.config import Config
+from fullft.data import MicroBatch
+from fullft.loss import summed_cross_entropy
+from fullft.memory import step as step_module
+from fullft.memory.plan import Batch, plan_step
+from fullft.memory.step import take_worst_step
+from fullft.memory.tracker import COMPONENTS, MemoryTracker, Profile
+from fullft.model import PRECISIONS
+from fullft.optimizer import build_optimizer, clip_gradients
+
+KIB = 1024
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads cost more than they bring on models this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def micro_batch(config: Config, length: int, sequences: int = 1) -> MicroBatch:
+    """Random tokens; packed, two documents in each sequence."""
+    ids = torch.randint(0, VOCABULARY, (sequences, length))
+    inputs = {"input_ids": ids}
+    if config.packing:
+        documents = [torch.arange(length // 2), torch.arange(length - length // 2)]
+        inputs["position_ids"] = torch.cat(documents).repeat(sequences, 1)
+    return MicroBatch(inputs, ids.clone(), ids.numel(), sequences * (length - 1))
+
+
+def autocast_of(config: Config, device: str = "cpu") -> torch.autocast:
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=PRECISIONS[config.precision].autocast)
+
+
+def model_of(family: str, config: Config, **options: object) -> PreTrainedModel:
+    model = tiny_model(family, PRECISIONS[config.precision].weights, **options)
+    apply_activation_checkpointing(model, config.activation_checkpointing)
+    return model
+
+
+def worst_step(
+    model: PreTrainedModel, config: Config, batch: Batch, count: int | None = None, optimizer=None
+) -> Profile:
+    count = min(2, config.gradient_accumulation_steps) if count is None else count
+    held_out = micro_batch(config, batch.evaluation_length, batch.sequences) if batch.evaluation_length else None
+    return take_worst_step(
+        model,
+        optimizer or build_optimizer(model, config),
+        [micro_batch(config, batch.length, batch.sequences) for _ in range(count)],
+        held_out,
+        autocast_of(config),
+        config.max_grad_norm,
+    )
+
+
+# ---------------------------------------------------------------------------------------------- by hand
+
+
+@pytest.fixture
+def tracker() -> MemoryTracker:
+    """One that starts from a model without a single byte of its own: only what the test does is counted."""
+    model = tiny_model("llama", torch.float32)
+    for parameter in model.parameters():
+        parameter.data = torch.empty(0)
+    for module in model.modules():
+        module._buffers.clear()
+    return MemoryTracker(model, torch.optim.SGD(model.parameters()))
+
+
+def test_a_tensor_is_counted_from_birth_to_death(tracker: MemoryTracker) -> None:
+    with tracker:
+        tensor = torch.ones(256)
+        del tensor
+    assert tracker.profile().totals[-2:] == [KIB, 0]
+
+
+def test_views_share_their_storage_and_keep_it_alive(tracker: MemoryTracker) -> None:
+    with tracker:
+        tensor = torch.ones(16, 16)
+        view = tensor.t()[3:].detach()
+        del tensor
+        other = torch.ones(256)
+        del view, other
+    assert [total for total in tracker.profile().totals if total] == [KIB, 2 * KIB, KIB]
+
+
+def test_in_place_operations_take_nothing(tracker: MemoryTracker) -> None:
+    with tracker:
+        tensor = torch.ones(256)
+        tensor.add_(1).mul_(2).clamp_(min=0)
+        tensor[::2] = 3
+    assert max(tracker.profile().totals) <= KIB + 8  # the number 3
+
+
+def test_a_chain_peaks_where_arithmetic_says(tracker: MemoryTracker) -> None:
+    """Each result replaces its input, so two are alive at a time: 1 + 4 KiB, then 4 + 2 KiB."""
+    with tracker:
+        tensor = torch.ones(256)
+        tensor = tensor.repeat(4)
+        tensor = tensor.to(torch.bfloat16)
+    profile = tracker.profile()
+    assert [total for total in profile.totals if total] == [KIB, 5 * KIB, 4 * KIB, 6 * KIB, 2 * KIB]
+    assert profile.totals[profile.peak] == 6 * KIB
+
+
+def test_saved_tensors_are_activations_until_backward_frees_them(tracker: MemoryTracker) -> None:
+    """exp keeps its result (1 KiB) and sum nothing; the square keeps its input, which is that result."""
+    weight = nn.Parameter(torch.ones(256))
+    tracker.model.register_parameter("extra", weight)
+    tracker._see(weight, "parameters")
+    with tracker:
+        tracker.forward({})
+        loss = (weight.exp() ** 2).sum()
+        tracker.backward()
+        loss.backward()
+        del loss
+        tracker.optimizer_step()
+    figures = tracker.profile().to_dict()
+    # The loss and the gradients on the way are temporaries: ours has 4 bytes, and was alive at the end of forward.
+    assert figures["components"]["activations"] == KIB + 4
+    assert figures["components"]["parameters"] == figures["components"]["gradients"] == KIB
+    assert tracker.profile().curves["activations"][-1] == 0
+
+
+def test_the_negative_control_counting_views_would_be_noticed(
+    tracker: MemoryTracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def see(self, tensor: torch.Tensor, component: str):
+        self._events.append((1, step_block(tensor, component), self._moment))
+
+    def step_block(tensor: torch.Tensor, component: str):
+        from fullft.memory.tracker import Block
+
+        return Block(tensor.numel() * tensor.element_size(), component, "")
+
+    monkeypatch.setattr(MemoryTracker, "_see", see)
+    with tracker:
+        tensor = torch.ones(16, 16)
+        tensor.t()
+    assert tracker.profile().totals[-1] == 2 * KIB
+
+
+# ---------------------------------------------------------------------------------------------- a model's step
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_parameters_gradients_and_states_have_their_exact_sizes(family: str, precision: str) -> None:
+    config = make_config(precision=precision)
+    model = model_of(family, config, tied=True)
+    figures = worst_step(model, config, Batch(1, 32)).to_dict()
+    count = sum(parameter.numel() for parameter in model.parameters())  # tied ones once
+    size = PRECISIONS[precision].weights.itemsize
+    steps = 4 * len(list(model.parameters()))  # AdamW counts its steps in an fp32 number per parameter
+    assert figures["components"]["parameters"] == count * size
+    assert figures["components"]["gradients"] == count * size
+    assert figures["components"]["optimizer_states"] == 2 * count * size + steps
+
+
+def test_the_optimizer_state_of_8_bits() -> None:
+    """Two bytes per element, two numbers per block of 256 elements, two shared code books; embeddings keep 32 bits."""
+    config = make_config(optim="adamw_8bit")
+    model = model_of("llama", config)
+    figures = worst_step(model, config, Batch(1, 32)).to_dict()
+    head = model.lm_head.weight.numel()
+    others = sum(parameter.numel() for parameter in model.parameters()) - head
+    assert head >= 16384
+    expected = 8 * others + 2 * head + 2 * 4 * head // 256 + 2 * 4 * 256
+    assert figures["components"]["optimizer_states"] == expected
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_components_add_up_at_the_peak_and_at_every_event(precision: str) -> None:
+    config = make_config(precision=precision, activation_checkpointing="every_2", packing=True)
+    profile = worst_step(model_of("qwen2", config), config, Batch(2, 32, 32))
+    figures = profile.to_dict()
+    assert sum(figures["at_peak"].values()) == figures["peak_bytes"] == max(profile.totals)
+    assert figures["peak_bytes"] == max(figures["phases"].values()) == figures["phases"][figures["peak_phase"]]
+    assert set(figures["phases"]) == {"forward", "backward", "optimizer_step", "evaluation"}
+    for event, total in enumerate(profile.totals):
+        assert total == sum(profile.curves[name][event] for name in COMPONENTS)
+        assert all(profile.curves[name][event] >= 0 for name in COMPONENTS)
+    at_peak = sum(figures["at_peak"][name] for name in ("activations", "logits", "temporaries", "other"))
+    assert sum(size for _, size in profile.modules_at_peak) == at_peak
+
+
+def test_activations_and_logits_are_gone_after_backward_and_gradients_after_the_step() -> None:
+    config = make_config()
+    profile = worst_step(model_of("llama", config), config, Batch(1, 32))
+    first = next(i for i, moment in enumerate(profile.moments) if moment.phase == "optimizer_step")
+    assert profile.curves["activations"][first] == profile.curves["logits"][first] == 0
+    assert profile.curves["gradients"][-1] == 0
+    assert profile.curves["gradients"][first] == max(profile.curves["gradients"])
+
+
+def test_checkpointing_keeps_layer_inputs_alone() -> None:
+    """`full` keeps each layer's input; with the recomputed layer gone, 4 layers x 64 tokens x 32 x 4 bytes."""
+    kept = {}
+    for mode in ("none", "every_2", "full"):
+        config = make_config(precision="fp32", activation_checkpointing=mode)
+        profile = worst_step(model_of("llama", config), config, Batch(1, 64))
+        # When backward begins, nothing has been recomputed yet.
+        first = next(i for i, moment in enumerate(profile.moments) if moment.phase == "backward")
+        kept[mode] = profile.curves["activations"][first]
+    inputs = 4 * 64 * 32 * 4
+    assert inputs <= kept["full"] < 2 * inputs  # the last norm, the rotary embedding and the loss keep something too
+    assert kept["full"] < kept["every_2"] < kept["none"]
+    assert kept["every_2"] == pytest.approx((kept["full"] + kept["none"]) / 2, rel=1e-2)
+
+
+def test_autocasts_weight_copies_are_temporaries() -> None:
+    """Every matrix of a layer, and the head, is copied to bf16 once and lives to the end of the forward."""
+    maxima = {}
+    for precision in ("fp32", "bf16-mixed"):
+        config = make_config(precision=precision)
+        model = model_of("llama", config)
+        maxima[precision] = worst_step(model, config, Batch(1, 8)).to_dict()["components"]
+    copies = 2 * sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    assert maxima["bf16-mixed"]["temporaries"] >= copies
+    assert maxima["bf16-mixed"]["activations"] < maxima["fp32"]["activations"]
+    assert maxima["bf16-mixed"]["parameters"] == maxima["fp32"]["parameters"]
+
+
+def test_two_micro_batches_stand_for_four() -> None:
+    config = make_config(precision="bf16-mixed", gradient_accumulation_steps=4)
+    two, four = (
+        worst_step(model_of("llama", config), config, Batch(1, 32, 16), count=count).to_dict() for count in (2, 4)
+    )
+    one = worst_step(model_of("llama", config), config, Batch(1, 32, 16), count=1).to_dict()
+    assert two == four
+    assert one["peak_bytes"] < two["peak_bytes"]  # the negative control: gradients are there in the second backward
+
+
+def test_evaluation_sees_no_activations_and_its_own_length() -> None:
+    config = make_config()
+    short, long = (worst_step(model_of("llama", config), config, Batch(1, 16, length)) for length in (16, 64))
+    assert long.to_dict()["phases"]["evaluation"] > short.to_dict()["phases"]["evaluation"]
+    for event, moment in enumerate(long.moments):
+        if moment.phase == "evaluation":
+            assert long.curves["activations"][event] == long.curves["gradients"][event] == 0
+
+
+# ---------------------------------------------------------------------------------------------- no consequences
+
+
+def train(model: PreTrainedModel, optimizer: torch.optim.Optimizer, config: Config, steps: int) -> list[torch.Tensor]:
+    """Some steps as train.py takes them, with dropout."""
+    random = torch.Generator().manual_seed(1)
+    losses = []
+    for _ in range(steps):
+        ids = torch.randint(0, VOCABULARY, (2, 24), generator=random)
+        with autocast_of(config):
+            loss = summed_cross_entropy(model(input_ids=ids, use_cache=False).logits, ids) / 46
+        loss.backward()
+        clip_gradients(model.parameters(), max_norm=1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.detach())
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("precision", "optim"), [("fp32", "adamw"), ("bf16-mixed", "adamw_8bit"), ("bf16-true", "adamw")]
+)
+def test_a_run_goes_on_bitwise_as_if_the_worst_step_had_not_been(precision: str, optim: str) -> None:
+    config = make_config(
+        precision=precision, optim=optim, activation_checkpointing="full", weight_decay=0.1, learning_rate=1e-3
+    )
+    results = []
+    for with_worst_step in (False, True):
+        model = model_of("gpt2", config, dropout=0.1)
+        optimizer = build_optimizer(model, config)
+        torch.manual_seed(5)
+        if with_worst_step:
+            before = {name: value.clone() for name, value in model.state_dict().items()}
+            hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+            torch.manual_seed(99)
+            prepared = [micro_batch(config, 24), micro_batch(config, 24)]
+            torch.manual_seed(5)
+            take_worst_step(model, optimizer, prepared, prepared[0], autocast_of(config), 1.0)
+            assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+            assert len(optimizer.state) == 0
+            assert [group["lr"] for group in optimizer.param_groups] == [config.learning_rate] * 2
+            assert model.training and all(parameter.grad is None for parameter in model.parameters())
+            assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+            assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
+        losses = train(model, optimizer, config, steps=3)
+        results.append((losses, [parameter.detach().clone() for parameter in model.parameters()]))
+    (plain, plain_weights), (after, after_weights) = results
+    assert all(torch.equal(one, other) for one, other in zip(plain, after, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(plain_weights, after_weights, strict=True))
+
+
+def test_without_putting_the_random_state_back_the_run_would_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control."""
+    from contextlib import nullcontext
+
+    config = make_config(precision="fp32")
+    losses = []
+    for forked in (True, False):
+        model = model_of("gpt2", config, dropout=0.1)
+        optimizer = build_optimizer(model, config)
+        prepared = [micro_batch(config, 24)]
+        if not forked:
+            monkeypatch.setattr(step_module.torch.random, "fork_rng", lambda *_, **__: nullcontext())
+        torch.manual_seed(5)
+        take_worst_step(model, optimizer, prepared, None, autocast_of(config), 1.0)
+        losses += train(model, optimizer, config, steps=1)
+    assert not torch.equal(*losses)
+
+
+def test_a_failing_worst_step_cleans_up_too() -> None:
+    config = make_config(precision="fp32")
+    model = model_of("llama", config)
+    optimizer = build_optimizer(model, config)
+    broken = micro_batch(config, 8)
+    broken.labels[0, 3] = VOCABULARY  # no such class
+    with pytest.raises(IndexError):
+        take_worst_step(model, optimizer, [broken], None, autocast_of(config), 1.0)
+    assert len(optimizer.state) == 0 and optimizer.param_groups[0]["lr"] == config.learning_rate
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+# ---------------------------------------------------------------------------------------------- planned = tracked
+
+# Family, precision, checkpointing, optimizer, accumulation, packing, sequences x tokens, held-out tokens: each value of
+# each with each family, and each pair of the others at least once.
+AGREEMENT = [
+    ("gpt2", "fp32", "none", "adamw", 1, False, Batch(2, 48, 32)),
+    ("gpt2", "bf16-mixed", "full", "adamw_8bit", 4, True, Batch(1, 64, 64)),
+    ("gpt2", "bf16-true", "every_2", "adamw", 4, False, Batch(1, 40)),
+    ("llama", "fp32", "full", "adamw", 4, True, Batch(2, 48, 32)),
+    ("llama", "bf16-mixed", "none", "adamw", 4, False, Batch(1, 100, 64)),
+    ("llama", "bf16-true", "every_2", "adamw_8bit", 1, True, Batch(1, 64)),
+    ("mistral", "fp32", "every_2", "adamw_8bit", 4, False, Batch(2, 48, 32)),
+    ("mistral", "bf16-mixed", "none", "adamw", 1, True, Batch(1, 64, 64)),
+    ("mistral", "bf16-true", "full", "adamw", 1, False, Batch(4, 16, 64)),
+    ("qwen2", "fp32", "none", "adamw_8bit", 1, True, Batch(2, 48, 32)),
+    ("qwen2", "bf16-mixed", "every_2", "adamw", 4, False, Batch(1, 64)),
+    ("qwen2", "bf16-true", "full", "adamw", 4, True, Batch(1, 4, 4)),
+    ("gemma2", "fp32", "full", "adamw", 1, False, Batch(2, 48, 32)),
+    ("gemma2", "bf16-mixed", "every_2", "adamw", 1, True, Batch(1, 64, 64)),
+    ("gemma2", "bf16-true", "none", "adamw_8bit", 4, False, Batch(3, 10, 30)),
+    ("phi", "fp32", "every_2", "adamw", 4, True, Batch(2, 48, 32)),
+    ("phi", "bf16-mixed", "full", "adamw", 1, False, Batch(1, 64)),
+    ("phi", "bf16-true", "none", "adamw_8bit", 4, False, Batch(1, 64, 64)),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "precision", "mode", "optim", "accumulation", "packing", "batch"),
+    AGREEMENT,
+    ids=["-".join(map(str, case[:-1])) for case in AGREEMENT],
+)
+def test_the_plan_equals_what_is_tracked(
+    family: str, precision: str, mode: str, optim: str, accumulation: int, packing: bool, batch: Batch
+) -> None:
+    config = make_config(
+        precision=precision,
+        activation_checkpointing=mode,
+        optim=optim,
+        gradient_accumulation_steps=accumulation,
+        packing=packing,
+    )
+    model = model_of(family, config, dropout=0.1 if family in ("gpt2", "phi") else 0.0)
+    planned = plan_step(config, model.config, batch)
+    tracked = worst_step(model, config, batch).to_dict()
+    assert planned["peak_phase"] == tracked["peak_phase"]
+    assert planned["peak_bytes"] == pytest.approx(tracked["peak_bytes"], rel=1e-3)
+    for kind in ("components", "at_peak", "phases"):
+        assert planned[kind] == pytest.approx(tracked[kind], rel=1e-3)
+
+
+def test_a_plan_for_other_options_would_be_noticed() -> None:
+    """The negative control: each option changes the figures by far more than the tolerance."""
+    tracked_config = make_config(precision="bf16-mixed", gradient_accumulation_steps=4)
+    model = model_of("llama", tracked_config)
+    tracked = worst_step(model, tracked_config, Batch(1, 64, 64)).to_dict()
+    changes = [
+        {"precision": "fp32"},
+        {"activation_checkpointing": "full"},
+        {"optim": "adamw_8bit"},
+        {"gradient_accumulation_steps": 1},
+    ]
+    for change in changes:
+        other = make_config(**{"precision": "bf16-mixed", "gradient_accumulation_steps": 4, **change})
+        planned = plan_step(other, model.config, Batch(1, 64, 64))
+        assert planned["peak_bytes"] != pytest.approx(tracked["peak_bytes"], rel=1e-2), change
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_the_plan_is_within_2_percent_of_the_allocators_peak(precision: str, mode: str) -> None:
+    """On CUDA, at a size where the allocator's rounding to 512 bytes and the matrix library's workspace weigh little."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = make_config(precision=precision, activation_checkpointing=mode, gradient_accumulation_steps=2)
+    shape = LlamaConfig(
+        vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=8, num_attention_heads=16
+    )
+    model = AutoModelForCausalLM.from_config(shape, dtype=PRECISIONS[precision].weights).cuda().train()
+    apply_activation_checkpointing(model, mode)
+    planned = plan_step(config, shape, Batch(1, 2048, 512))
+    torch.cuda.reset_peak_memory_stats()
+    ids = torch.randint(0, 32000, (1, 2048))
+    train_batch = MicroBatch({"input_ids": ids}, ids, 2048, 2047)
+    held_out = MicroBatch({"input_ids": ids[:, :512]}, ids[:, :512].contiguous(), 512, 511)
+    optimizer = build_optimizer(model, config)
+    take_worst_step(model, optimizer, [train_batch] * 2, held_out, autocast_of(config, "cuda"), 1.0)
+    assert planned["peak_bytes"] == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.02)

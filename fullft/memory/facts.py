@@ -76,14 +76,14 @@ def _count(model_config: PreTrainedConfig, layers: int, length: int) -> Facts:
         layer_matrices + (0 if head is None else head.weight.numel()),
         _lora_parameters(model),
         _states_8bit(model),
-        round(flops_per_token(model, length)),
+        int(flops_per_token(model, length)),
     )
 
 
 def _lora_parameters(model: PreTrainedModel) -> int:
     """Count adapters: a matrix of [n, m] gets one of [n, rank] and one of [rank, m] (Source: Hu et al. 2021)."""
     return sum(
-        LORA_RANK * sum(module.weight.shape)
+        LORA_RANK * int(sum(module.weight.shape))
         for name, module in decoder_layers(model).named_modules()
         if name.rpartition(".")[2] in _QUERIES_AND_VALUES and getattr(module, "weight", None) is not None
     )
@@ -96,10 +96,9 @@ def _states_8bit(model: PreTrainedModel) -> int:
     16384 elements. The two code books of 256 fp32 numbers are shared by all.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    code_books = 2 * 256 * 4
-    return code_books + sum(
-        8 * parameter.numel()
-        if id(parameter) in embeddings or parameter.numel() < 16384
-        else 2 * (parameter.numel() + 4 * math.ceil(parameter.numel() / 256))
-        for parameter in model.parameters()
-    )
+    total = 2 * 256 * 4
+    for parameter in model.parameters():
+        count = parameter.numel()
+        in_fp32 = id(parameter) in embeddings or count < 16384
+        total += 8 * count if in_fp32 else 2 * (count + 4 * math.ceil(count / 256))
+    return total

@@ -1,0 +1,226 @@
+"""The plan as people and programs read it: tables, JSON, verdicts per card, planned beside measured.
+
+Owns words and layout. Bytes are integers until they are printed; GiB is 2^30, GB is 10^9.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from fullft.config import Config
+from fullft.errors import FullftError, ModelError, OptionsError
+from fullft.memory.find import find_config
+from fullft.memory.fit import Device, Plans, cards, choose_checkpointing, find_device, gib
+from fullft.memory.levers import (
+    ALL,
+    GPUS,
+    MFU,
+    Lever,
+    estimate_adapters,
+    estimate_work,
+    estimate_zero,
+    find_levers,
+)
+from fullft.memory.plan import Batch, num_layers
+from fullft.memory.tracker import COMPONENTS
+from fullft.model import pick_device
+
+
+def show_plan(config: Config) -> None:
+    """Print where every byte of a run would go, without loading a weight.
+
+    Args:
+        config: resolved options; with `json` the contract's object is all that is printed.
+
+    Raises:
+        ModelError: the config cannot be found, or describes nothing that can be trained.
+        OptionsError: sequences are longer than the model has positions.
+    """
+    plans = Plans(find_config(config))
+    batch = largest_batch(config, plans)
+    device = find_device(config, pick_device())
+    try:
+        config, chosen = choose_checkpointing(config, plans, batch, device)
+        planned = plans.of(config, batch)
+        if config.json:
+            print(json.dumps(plan_object(config, planned, device), indent=1))
+        else:
+            print("\n\n".join(describe_plan(config, plans, batch, device, chosen)))
+    except FullftError:
+        raise
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ModelError(
+            f"{config.model} cannot be planned, its model cannot be built or run ({text[:300]})"
+        ) from error
+
+
+def largest_batch(config: Config, plans: Plans) -> Batch:
+    """Give the micro-batches of a run whose longest rows are as long as allowed.
+
+    Raises:
+        OptionsError: sequences are longer than the model has positions.
+    """
+    text = plans.model_config.get_text_config(decoder=True)
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions and config.max_length > positions:
+        raise OptionsError(
+            f"max_length: a sequence of {config.max_length} tokens is longer than the model's {positions} positions: "
+            f"pass --max_length {positions}"
+        )
+    return Batch(config.per_device_train_batch_size, config.max_length, config.max_length if config.val_size else 0)
+
+
+def plan_object(config: Config, planned: Mapping[str, Any], device: Device) -> dict[str, Any]:
+    """Make what `--plan --json` prints: the figures of `memory.json`, and what they belong to.
+
+    Args:
+        config: without any auto.
+        planned: from `plan_step`.
+        device: the one at hand; the usual cards follow it.
+    """
+    verdicts = [
+        {"device": each.name, "memory_bytes": each.memory_bytes, "fits": planned["peak_bytes"] <= each.memory_bytes}
+        for each in (device, *cards())
+    ]
+    head = {"model": config.model or "the built-in demo", "num_parameters": planned["num_parameters"]}
+    return head | dict(planned) | {"options": asdict(config), "verdicts": verdicts}
+
+
+# ---------------------------------------------------------------------------------------------- the screen
+
+
+def describe_plan(config: Config, plans: Plans, batch: Batch, device: Device, chosen: str) -> list[str]:
+    """Write the screen that `--plan` shows, part by part.
+
+    Args:
+        config: without any auto.
+        plans: of the model.
+        batch: the largest micro-batches.
+        device: the one at hand.
+        chosen: what was chosen, and why.
+    """
+    planned = plans.of(config, batch)
+    levers = find_levers(config, plans, batch)
+    return [
+        _assumptions(config, planned, batch, chosen),
+        _components(config, plans, batch),
+        _verdicts(planned["peak_bytes"], device, levers),
+        *([_levers(levers)] if levers else []),
+        _several_gpus(config, plans, batch),
+        _time(config, plans, batch),
+    ]
+
+
+def _assumptions(config: Config, planned: Mapping[str, Any], batch: Batch, chosen: str) -> str:
+    accumulated = f"{config.gradient_accumulation_steps} per step" + ("; packed" if config.packing else "")
+    return (
+        f"Full fine-tuning of {config.model or 'the built-in demo'}: all {planned['num_parameters']:,} parameters\n"
+        f"Assumed: micro-batches of {batch.sequences} x {batch.length} tokens, {accumulated}; {config.precision}, "
+        f"{config.optim},\n  activation checkpointing {config.activation_checkpointing}. Kernels' workspaces come on "
+        f"top.\n{chosen}."
+    )
+
+
+def _components(config: Config, plans: Plans, batch: Batch) -> str:
+    planned = plans.of(config, batch)
+    lora, qlora = estimate_adapters(config, plans, batch)
+    facts, count = plans.facts(batch.length), planned["num_parameters"]
+    lines = [
+        f"{'':18}{'------- full fine-tuning, predicted -------':>48}  {'-- rank 8, estimated --':>23}",
+        f"{'component':18}{'own maximum':>13}{'at the peak':>13}{'':>13}{'B/param':>9}  {'LoRA':>11}{'QLoRA':>12}",
+    ]
+    for name in COMPONENTS:
+        own, size = planned["components"][name], planned["at_peak"][name]
+        lines.append(
+            f"{_words(name):18}{gib(own):>9} GiB{gib(size):>9} GiB{size / 1e9:>10,.2f} GB{size / count:>9.2f}"
+            f"  {gib(lora[name]):>7} GiB{gib(qlora[name]):>8} GiB"
+        )
+    peak = planned["peak_bytes"]
+    lines.append(
+        f"{'all, in ' + _words(planned['peak_phase']):31}{gib(peak):>9} GiB{peak / 1e9:>10,.2f} GB{peak / count:>9.2f}"
+        f"  {gib(sum(lora.values())):>7} GiB{gib(sum(qlora.values())):>8} GiB"
+    )
+    lines.append(f"{'trained':18}{count:>39,}{'':9}  {facts.lora_parameters:>11,}{facts.lora_parameters:>12,}")
+    phases = ", ".join(f"{_words(phase)} {gib(size)}" for phase, size in planned["phases"].items())
+    lines.append(f"Largest per phase: {phases} GiB. GiB = 2^30, GB = 10^9.")
+    if config.precision == "bf16-mixed":
+        lines.append("Temporaries: mostly autocast's bf16 copies of the weights, which --precision bf16-true spares.")
+    return "\n".join(lines)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _verdicts(peak: int, device: Device, levers: list[Lever]) -> str:
+    lines = [f"Fits {gib(peak)} GiB?"]
+    for each in (device, *cards()):
+        spare = each.memory_bytes - peak
+        if spare >= 0:
+            verdict = f"yes  {gib(spare):>7} GiB to spare"
+        else:
+            help_ = next((lever.flags for lever in levers if lever.peak_bytes <= each.memory_bytes), None)
+            help_ = "with all the levers below" if help_ == ALL else help_ and f"with {help_}"
+            verdict = f"no   {gib(-spare):>7} GiB short    {help_ or ''}".rstrip()
+        lines.append(f"  {each.name[:28]:28}{gib(each.memory_bytes):>8} GiB  {verdict}")
+    return "\n".join(lines)
+
+
+def _levers(levers: list[Lever]) -> str:
+    lines = [f"{'Levers, cheapest in time first':36}{'saves':>11}{'then needs':>13}   {'time':12}but"]
+    for lever in levers:
+        lines.append(
+            f"  {lever.flags:34}{gib(lever.saved_bytes):>7} GiB{gib(lever.peak_bytes):>9} GiB   {lever.time:12}"
+            f"{lever.price}".rstrip()
+        )
+    return "\n".join(lines)
+
+
+def _several_gpus(config: Config, plans: Plans, batch: Batch) -> str:
+    counts = sorted({1, 2, 4, 8, *([config.gpus] if config.gpus else [])})
+    lines = [f"{'GiB per GPU with ZeRO (estimated)':38}" + "".join(f"{f'{n} GPU' + 's' * (n > 1):>11}" for n in counts)]
+    for stage, spread in ((1, "optimizer states"), (2, "and gradients"), (3, "and parameters")):
+        sizes = [estimate_zero(config, plans, batch, stage, gpus) for gpus in counts]
+        lines.append(f"  {f'stage {stage}: spreads {spread}':36}" + "".join(f"{gib(size):>11}" for size in sizes))
+    return "\n".join(lines)
+
+
+def _time(config: Config, plans: Plans, batch: Batch) -> str:
+    work = estimate_work(config, plans.facts(batch.length), batch, num_layers(plans.model_config))
+    line = (
+        f"Time (estimated): {work.rows:,} rows of at most {batch.length} tokens, {work.tokens / 1e6:,.2f} M in all, "
+        f"{work.flops:.1e} FLOP"
+    )
+    if config.precision == "fp32":
+        return f"{line}; GPUs differ too much in fp32 for hours"
+    hours = {name: work.hours(peak) for name, peak in GPUS.items()}
+    shown = ", ".join(
+        f"{name} {spent:.2g}" + (f" (costs {spent * config.gpu_hour_price:.2f})" if config.gpu_hour_price else "")
+        for name, spent in hours.items()
+    )
+    return f"{line}\n  GPU-hours at {MFU:.0%} of a GPU's bf16 peak, recomputation included: {shown}"
+
+
+# ---------------------------------------------------------------------------------------------- after a run
+
+
+def compare(planned: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
+    """Write planned and measured bytes side by side, per component at the peak.
+
+    Args:
+        planned: the figures of `memory.json`, from the plan.
+        measured: the same, from the tracker.
+    """
+    lines = [f"{'Memory at the peak':18}{'planned':>13}{'measured':>13}{'difference':>12}"]
+    rows = [(name, planned["at_peak"][name], measured["at_peak"][name]) for name in COMPONENTS]
+    rows.append(("all", planned["peak_bytes"], measured["peak_bytes"]))
+    for name, expected, found in rows:
+        share = f"{(found - expected) / expected:+.2%}" if expected else ("0.00%" if found == 0 else "new")
+        lines.append(f"{_words(name):18}{gib(expected):>9} GiB{gib(found):>9} GiB{share:>12}")
+    lines.append(
+        f"Peak in {planned['peak_phase'].replace('_', ' ')} (planned), {measured['peak_phase'].replace('_', ' ')}"
+        " (measured). GiB = 2^30 bytes."
+    )
+    return "\n".join(lines)

@@ -5,12 +5,13 @@
 
 Owns two tables. The first sets the plan (fake tensors) beside the tracker (real ones) on small models of six families,
 where the options are varied together. The second does so for SmolLM2-135M, and adds the operating system's figure: each
-case runs in a process of its own, which takes a small step first (libraries load, thread pools start), notes its
-resident set, loads the model, resets the high-water mark (5 into `/proc/self/clear_refs`), takes the worst step and reads
-`VmHWM`. glibc is told to map every tensor above 64 KiB by itself, so that freed ones go back at once; otherwise the heap's
-holes, which are no tensor's, would be counted too. Linux only.
+case runs in a process of its own, which takes the step of a smaller model first (libraries load, thread pools start),
+notes its resident set, loads the model, resets the high-water mark (5 into `/proc/self/clear_refs`), takes the worst
+step and reads `VmHWM`. glibc is told to map every tensor above 64 KiB by itself, so that freed ones go back at once;
+otherwise the heap's holes, which are no tensor's, would be counted too. Linux only.
 """
 
+# ruff: noqa: E402
 import argparse
 import gc
 import itertools
@@ -132,9 +133,8 @@ def compare_plans() -> list[tuple[float, float, str]]:
         For each configuration the error at the peak, the largest one of a component, and its name.
     """
     print("Planned on fake tensors, tracked on real ones (MiB; errors in % of what was tracked)")
-    print(
-        f"{'family':8} {'precision':10} {'ckpt':8} {'optimizer':11} acc pack  planned  tracked    error  worst component"
-    )
+    head = f"{'family':8} {'precision':10} {'ckpt':8} {'optimizer':11} acc pack"
+    print(f"{head}  planned  tracked    error  worst component")
     errors = []
     for (family, model_config), case in itertools.product(model_configs().items(), combinations()):
         config = options(*case)

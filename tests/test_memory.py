@@ -1,4 +1,4 @@
-"""Memory figures are true: the tracker against arithmetic, the plan against the tracker, and no trace of either after."""
+"""Memory figures are true: the tracker against arithmetic, the plan against the tracker. Neither leaves a trace."""
 
 import pytest
 import torch
@@ -404,7 +404,7 @@ def test_a_plan_for_other_options_would_be_noticed() -> None:
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("mode", ["none", "full"])
 def test_the_plan_is_within_2_percent_of_the_allocators_peak(precision: str, mode: str) -> None:
-    """On CUDA, at a size where the allocator's rounding to 512 bytes and the matrix library's workspace weigh little."""
+    """At a size where the allocator's rounding to 512 bytes and the matrix library's workspace weigh little."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     config = make_config(precision=precision, activation_checkpointing=mode, gradient_accumulation_steps=2)

@@ -16,6 +16,7 @@ from fullft.memory.levers import (
     ALL,
     GPUS,
     MFU,
+    ROWS,
     Lever,
     estimate_adapters,
     estimate_work,
@@ -119,7 +120,7 @@ def _assumptions(config: Config, planned: Mapping[str, Any], batch: Batch, chose
         f"Full fine-tuning of {config.model or 'the built-in demo'}: all {planned['num_parameters']:,} parameters\n"
         f"Assumed: micro-batches of {batch.sequences} x {batch.length} tokens, {accumulated}; {config.precision}, "
         f"{config.optim},\n  activation checkpointing {config.activation_checkpointing}. Kernels' workspaces come on "
-        f"top.\n{chosen}."
+        f"top. GiB = 2^30 bytes, GB = 10^9.\n{chosen}."
     )
 
 
@@ -144,7 +145,7 @@ def _components(config: Config, plans: Plans, batch: Batch) -> str:
     )
     lines.append(f"{'trained':18}{count:>39,}{'':9}  {facts.lora_parameters:>11,}{facts.lora_parameters:>12,}")
     phases = ", ".join(f"{_words(phase)} {gib(size)}" for phase, size in planned["phases"].items())
-    lines.append(f"Largest per phase: {phases} GiB. GiB = 2^30, GB = 10^9.")
+    lines.append(f"Largest per phase: {phases} GiB.")
     if config.precision == "bf16-mixed":
         lines.append("Temporaries: mostly autocast's bf16 copies of the weights, which --precision bf16-true spares.")
     return "\n".join(lines)
@@ -189,18 +190,16 @@ def _several_gpus(config: Config, plans: Plans, batch: Batch) -> str:
 
 def _time(config: Config, plans: Plans, batch: Batch) -> str:
     work = estimate_work(config, plans.facts(batch.length), batch, num_layers(plans.model_config))
-    line = (
-        f"Time (estimated): {work.rows:,} rows of at most {batch.length} tokens, {work.tokens / 1e6:,.2f} M in all, "
-        f"{work.flops:.1e} FLOP"
-    )
+    of_all = "" if config.max_steps > 0 else f" ({config.num_train_epochs:g} epochs of {ROWS}, less held-out)"
+    line = f"Time, estimated: {work.rows:,} rows{of_all} of at most {batch.length} tokens, {work.flops:.1e} FLOP"
     if config.precision == "fp32":
-        return f"{line}; GPUs differ too much in fp32 for hours"
+        return f"{line}\n  GPU-hours are given for bf16 alone: GPUs differ too much in fp32"
     hours = {name: work.hours(peak) for name, peak in GPUS.items()}
     shown = ", ".join(
-        f"{name} {spent:.2g}" + (f" (costs {spent * config.gpu_hour_price:.2f})" if config.gpu_hour_price else "")
+        f"{name} {spent:.2g}" + (f" (cost {spent * config.gpu_hour_price:.2f})" if config.gpu_hour_price else "")
         for name, spent in hours.items()
     )
-    return f"{line}\n  GPU-hours at {MFU:.0%} of a GPU's bf16 peak, recomputation included: {shown}"
+    return f"{line}\n  GPU-hours at {MFU:.0%} of peak, with recomputation: {shown}"
 
 
 # ---------------------------------------------------------------------------------------------- after a run

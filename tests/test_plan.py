@@ -1,0 +1,376 @@
+"""The plan: a few layers stand for all, levers are true, verdicts turn at the byte, wrong configs are refused."""
+
+import json
+import os
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from models import make_config, tiny_model
+from transformers import AutoConfig, PreTrainedConfig
+
+from fullft import optimizer as optimizer_module
+from fullft.config import Config, parse_config, parse_size
+from fullft.errors import MemoryExhaustedError, ModelError, OptionsError
+from fullft.memory import plan as plan_module
+from fullft.memory import report
+from fullft.memory.facts import find_facts
+from fullft.memory.find import find_config
+from fullft.memory.fit import (
+    CHOICES,
+    CONTEXT_BYTES,
+    Device,
+    Plans,
+    available_host_bytes,
+    cards,
+    choose_checkpointing,
+    plan_run,
+)
+from fullft.memory.levers import ALL, estimate_adapters, estimate_work, estimate_zero, find_levers
+from fullft.memory.plan import Batch, _figures, layer_period, num_layers, plan_step, trace
+from fullft.memory.tracker import COMPONENTS
+
+# As published with the models.
+PUBLISHED = {
+    "mistralai/Mistral-7B-v0.1": 7_241_732_096,
+    "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    "meta-llama/Meta-Llama-3.1-8B": 8_030_261_248,
+    "meta-llama/Llama-3.1-70B": 70_553_706_496,
+    "meta-llama/Llama-3.2-1B": 1_235_814_400,
+    "meta-llama/Llama-3.2-3B": 3_212_749_824,
+    "microsoft/Phi-3-mini-4k-instruct": 3_821_079_552,
+    "Qwen/Qwen2.5-0.5B": 494_032_768,
+    "Qwen/Qwen2.5-7B": 7_615_616_512,
+    "openai-community/gpt2": 124_439_808,
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+    "distilgpt2": 81_912_576,
+    "distilbert/distilgpt2": 81_912_576,
+    "HuggingFaceTB/SmolLM2-135M": 134_515_008,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
+}
+MISTRAL = "mistralai/Mistral-7B-v0.1"
+BATCH = Batch(1, 512, 512)
+
+
+def deep(family: str, layers: int = 7) -> PreTrainedConfig:
+    """Give a tiny config with more layers than the plan builds."""
+    config = tiny_model(family, torch.float32, tied=family == "qwen2").config
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[i % 2] for i in range(layers)]
+    config.num_hidden_layers = layers
+    return config
+
+
+@pytest.fixture
+def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# ---------------------------------------------------------------------------------------------- bundled configs
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_bundled_config_has_the_published_number_of_parameters(name: str) -> None:
+    assert find_facts(find_config(Config(model=name)), 512).parameters == PUBLISHED[name]
+
+
+def test_counts_continued_from_a_few_layers_are_those_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    for family in ("gpt2", "gemma2", "phi"):
+        continued = find_facts(deep(family, 9), 64)
+        with monkeypatch.context() as patch:
+            patch.setattr("fullft.memory.facts.layer_period", num_layers)  # every layer is built
+            assert find_facts(deep(family, 9), 64) == continued
+
+
+def test_a_folder_of_ones_own_beats_a_bundled_name(in_empty_folder: Path) -> None:
+    deep("llama").save_pretrained("gpt2")
+    assert find_config(Config(model="gpt2")).model_type == "llama"
+
+
+# ---------------------------------------------------------------------------------------------- a few layers for all
+
+CASES = [
+    ("gpt2", {}),
+    ("gpt2", {"packing": True, "activation_checkpointing": "full", "precision": "bf16-true"}),
+    ("llama", {"precision": "fp32", "optim": "adamw_8bit", "gradient_accumulation_steps": 1}),
+    ("llama", {"activation_checkpointing": "every_2", "packing": True}),
+    ("mistral", {"precision": "bf16-true", "activation_checkpointing": "every_2", "optim": "adamw_8bit"}),
+    ("qwen2", {"activation_checkpointing": "full", "gradient_accumulation_steps": 1}),
+    ("gemma2", {"precision": "bf16-true", "packing": True}),
+    ("gemma2", {"activation_checkpointing": "every_2", "optim": "adamw_8bit"}),
+    ("phi", {"precision": "fp32", "activation_checkpointing": "full"}),
+    ("phi", {"packing": True, "optim": "adamw_8bit"}),
+]
+
+
+@pytest.mark.parametrize(("family", "options"), CASES, ids=lambda value: value if isinstance(value, str) else "")
+def test_the_plan_from_a_few_layers_is_the_trace_of_all(family: str, options: dict[str, object]) -> None:
+    if options.get("optim") == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
+    config, model_config, batch = make_config(**options), deep(family, 9), Batch(2, 24, 16)
+    whole = _figures(trace(config, model_config, batch, 9, 9))  # no slot left out, nothing continued
+    assert plan_step(config, model_config, batch) == whole
+    assert sum(whole["at_peak"].values()) == whole["peak_bytes"] == max(whole["phases"].values())
+
+
+def test_the_negative_control_one_layer_less_would_be_noticed() -> None:
+    config, batch = make_config(), Batch(2, 24, 16)
+    assert plan_step(config, deep("llama", 8), batch) != plan_step(config, deep("llama", 9), batch)
+
+
+def test_two_chunks_of_a_gradient_norm_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many bytes, by far fewer operators; the chunks are small here, so that the norm is the step's peak."""
+    monkeypatch.setattr(optimizer_module, "_NORM_CHUNK", 1000)
+    config, model_config, batch = make_config(), deep("llama"), Batch(1, 4)
+    planned = plan_step(config, model_config, batch)
+    monkeypatch.setattr(plan_module, "_two_chunks_stand_for_all", nullcontext)
+    assert plan_step(config, model_config, batch) == planned
+
+
+# ---------------------------------------------------------------------------------------------- Mistral-7B
+
+
+def test_the_lessons_numbers_of_mistral_7b() -> None:
+    model_config = find_config(Config(model=MISTRAL))
+    config = make_config(model=MISTRAL, precision="bf16-true", activation_checkpointing="full")
+    planned = plan_step(config, model_config, BATCH)
+    gigabytes = {name: round(size / 1e9, 2) for name, size in planned["components"].items()}
+    assert planned["num_parameters"] == 7_241_732_096
+    assert (gigabytes["parameters"], gigabytes["gradients"], gigabytes["optimizer_states"]) == (14.48, 14.48, 28.97)
+    # The lesson's 2 x 28.97 GB are moments in fp32.
+    mixed = plan_step(replace(config, precision="bf16-mixed"), model_config, BATCH)["components"]
+    assert (round(mixed["parameters"] / 1e9, 2), round(mixed["optimizer_states"] / 1e9, 2)) == (28.97, 57.93)
+
+
+def test_lora_zero_and_time_follow_their_formulas() -> None:
+    plans = Plans(find_config(Config(model=MISTRAL)))
+    config = make_config(model=MISTRAL, precision="bf16-true", activation_checkpointing="full")
+    facts, count = plans.facts(512), PUBLISHED[MISTRAL]
+    assert facts.lora_parameters == 32 * 8 * (4096 + 4096 + 4096 + 1024)
+    assert facts.layer_matrices == 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    lora, qlora = estimate_adapters(config, plans, BATCH)
+    assert lora["parameters"] == 2 * count + 4 * facts.lora_parameters
+    assert lora["gradients"] + lora["optimizer_states"] == 12 * facts.lora_parameters
+    assert 3.9e9 < qlora["parameters"] < 4.2e9
+    planned = plans.of(config, BATCH)
+    states = planned["at_peak"]["optimizer_states"]
+    assert (
+        estimate_zero(config, plans, BATCH, 1, 1) == estimate_zero(config, plans, BATCH, 3, 1) == planned["peak_bytes"]
+    )
+    assert planned["peak_bytes"] - estimate_zero(config, plans, BATCH, 1, 4) == states - states // 4
+    work = estimate_work(config, facts, BATCH, 32)
+    assert (work.rows, work.tokens) == (2850, 2850 * 512)
+    assert work.flops == pytest.approx(work.tokens * facts.flops_per_token * 4 / 3)
+    assert facts.flops_per_token == 6 * (count - 32000 * 4096) + 12 * 32 * 4096 * 512
+    assert estimate_work(replace(config, max_steps=10), facts, BATCH, 32).rows == 160
+
+
+# ---------------------------------------------------------------------------------------------- levers
+
+
+@pytest.mark.parametrize(
+    "options", [{"per_device_train_batch_size": 4}, {"precision": "fp32", "activation_checkpointing": "every_2"}]
+)
+def test_levers_are_true(options: dict[str, object]) -> None:
+    """Planning anew with a lever's own flags gives the bytes that it states."""
+    pytest.importorskip("bitsandbytes")
+    config = make_config(activation_checkpointing="none") if "precision" not in options else make_config()
+    config = replace(config, **options)
+    model_config = deep("llama", 3)
+    model_config.vocab_size, model_config.hidden_size = 64, 256  # large matrices, to be worth 8 bits
+    plans, batch = Plans(model_config), Batch(config.per_device_train_batch_size, 256, 256)
+    peak = plan_step(config, model_config, batch)["peak_bytes"]
+    levers = find_levers(config, plans, batch)
+    assert len(levers) > 3 and levers[-1].flags == ALL
+    every: list[str] = []
+    for lever in levers:
+        words = lever.flags.split() if lever.flags != ALL else every
+        if lever.price.startswith("accumulate"):
+            words = [*words, "--gradient_accumulation_steps", lever.price.split()[1]]
+        every += words
+        changes = {word[2:]: value for word, value in zip(words[::2], words[1::2], strict=True)}
+        numbers = {name: int(value) if value.isdigit() else value for name, value in changes.items()}
+        length = numbers.pop("max_length", batch.length)
+        lowered = replace(config, **numbers)
+        anew = plan_step(lowered, model_config, Batch(lowered.per_device_train_batch_size, length, length))
+        assert anew["peak_bytes"] == lever.peak_bytes == peak - lever.saved_bytes
+
+
+# ---------------------------------------------------------------------------------------------- what fits
+
+
+def test_verdicts_turn_at_the_byte() -> None:
+    planned = plan_step(make_config(), deep("llama"), BATCH)
+    peak = planned["peak_bytes"]
+    for size, fits in ((peak, True), (peak - 1, False)):
+        first, *others = report.plan_object(make_config(), planned, Device("mine", size))["verdicts"]
+        assert first == {"device": "mine", "memory_bytes": size, "fits": fits}
+        assert [each["memory_bytes"] for each in others] == [each.memory_bytes for each in cards()]
+    assert cards()[2].memory_bytes == 24 * 2**30 - CONTEXT_BYTES
+
+
+def test_the_fastest_choice_that_fits_is_taken() -> None:
+    plans, batch, config = Plans(deep("llama", 4)), Batch(4, 256, 256), make_config()
+    assert config.activation_checkpointing == "auto"
+    peaks = [plans.of(replace(config, **choice.sets), batch)["peak_bytes"] for choice in CHOICES]
+    assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == 3
+    for choice, peak in zip(CHOICES, peaks, strict=True):
+        chosen, line = choose_checkpointing(config, plans, batch, Device("mine", peak))
+        assert chosen == replace(config, **choice.sets)
+        assert choice.describe() in line and choice.costs in line
+        # One byte less, and it is no longer this one.
+        assert choose_checkpointing(config, plans, batch, Device("mine", peak - 1))[0] != chosen or peak == peaks[-1]
+    chosen, line = choose_checkpointing(config, plans, batch, Device("mine", peaks[-1] - 1))
+    assert chosen.activation_checkpointing == "full" and "nothing fits mine" in line
+    asked = replace(config, activation_checkpointing="every_3")
+    assert choose_checkpointing(asked, plans, batch, Device("mine", 0))[0] == asked
+    assert make_config(fit="off").activation_checkpointing == "none"
+
+
+def test_a_run_that_cannot_fit_stops_before_its_weights_are_loaded() -> None:
+    model_config, cpu = deep("llama", 4), torch.device("cpu")
+    config, batch = make_config(), Batch(1, 32)
+    with pytest.raises(MemoryExhaustedError) as refusal:
+        plan_run(replace(config, device_memory="512.5MiB"), model_config, batch, cpu)
+    assert refusal.value.exit_code == 8
+    for part in ("512.5MiB card has", "GiB at its peak", "--precision bf16-true", "--fit off"):
+        assert part in str(refusal.value)
+    chosen, planned, _ = plan_run(replace(config, device_memory="1GiB"), model_config, batch, cpu)
+    assert chosen.activation_checkpointing == "none" and planned == plan_step(chosen, model_config, batch)
+    off = make_config(device_memory="512.5MiB", fit="off")
+    assert plan_run(off, model_config, batch, cpu)[1] == planned
+
+
+def test_available_memory_is_less_than_there_is() -> None:
+    assert 0 < available_host_bytes() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("24GiB", 24 * 2**30), ("24GB", 24 * 10**9), ("24G", 24 * 2**30), ("1.5 gib", 3 * 2**29)]
+)
+def test_an_amount_of_memory_is_read_as(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "lots", "-1GiB", "24XB", "0", "24b", "GiB"])
+def test_what_is_no_amount_of_memory(text: str) -> None:
+    with pytest.raises(ValueError, match="no amount of memory"):
+        parse_size(text)
+
+
+def test_flags_that_need_a_plan_say_so(in_empty_folder: Path) -> None:
+    with pytest.raises(OptionsError) as refusal:
+        parse_config(["--json", "--gpus", "2", "--gpu_hour_price", "3", "--device_memory", "much"])
+    for flag in ("--json", "--gpus", "--gpu_hour_price"):
+        assert f"{flag} does nothing without --plan" in str(refusal.value)
+    assert "device_memory: 'much' is no amount of memory" in str(refusal.value)
+    Path("full-ft-demo").mkdir()
+    Path("full-ft-demo", "notes.txt").touch()
+    parse_config(["--plan", "--json", "--output_dir", "full-ft-demo"])  # a plan writes nothing there
+
+
+# ---------------------------------------------------------------------------------------------- what is shown
+
+
+def test_json_follows_the_contract(in_empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    deep("llama", 14).save_pretrained("tiny")
+    config = parse_config(["--model", "tiny", "--plan", "--json", "--device_memory", "24GiB", "--max_length", "32"])
+    report.show_plan(config)
+    shown = json.loads(capsys.readouterr().out)
+    planned = plan_step(replace(config, activation_checkpointing="none"), find_config(config), Batch(1, 32, 32))
+    assert {name: shown[name] for name in planned} == planned
+    assert set(shown) == {*planned, "model", "options", "verdicts"}
+    assert set(shown["at_peak"]) == set(shown["components"]) == set(COMPONENTS)
+    assert sum(shown["at_peak"].values()) == shown["peak_bytes"]
+    assert shown["options"]["activation_checkpointing"] == "none"
+    assert shown["model"] == "tiny" and len(shown["verdicts"]) == 8
+    assert shown["verdicts"][0] == {"device": "24GiB card", "memory_bytes": 47 * 2**29, "fits": True}
+
+
+def test_the_screen_fits_the_screen(in_empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """45 lines of 100 columns, for a model that fits nowhere and for one that has every lever."""
+    for words in (
+        ["--model", MISTRAL, "--device_memory", "24GiB", "--gpu_hour_price", "2.5"],
+        ["--model", "gpt2", "--per_device_train_batch_size", "4", "--device_memory", "24GiB", "--gpus", "16"],
+    ):
+        report.show_plan(parse_config([*words, "--plan"]))
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) <= 45 and max(map(len, lines)) <= 100, max(lines, key=len)
+        text = "\n".join(lines)
+        for part in ("GiB = 2^30", "LoRA", "stage 3", "24GiB card", "141 GB card", "A100", *words[1:2]):
+            assert part in text
+
+
+def test_planned_and_measured_side_by_side() -> None:
+    planned = plan_step(make_config(), deep("llama"), BATCH)
+    measured = planned | {"at_peak": planned["at_peak"] | {"logits": 2 * planned["at_peak"]["logits"]}}
+    lines = {line[:18].strip(): line.split()[-1] for line in report.compare(planned, measured).splitlines()}
+    assert lines["logits"] == "+100.00%" and lines["parameters"] == lines["all"] == "+0.00%"
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": -5}, "vocab_size is -5, not a whole number above 0"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"hidden_size": 32.5}, "hidden_size is 32.5"),
+        ({"hidden_size": "wide"}, "hidden_size is 'wide'"),
+        ({"intermediate_size": True}, "intermediate_size is True"),
+        ({"hidden_size": 33}, "the width 33 is not divisible by 4 attention heads"),
+        ({"num_key_value_heads": 3}, "4 attention heads cannot share 3 key-value heads"),
+        ({"num_hidden_layers": 10**9, "hidden_size": 8192}, "parameters, more than any model has"),
+        ({"text_config": {"vocab_size": 0}}, "vocab_size is 0"),
+        ({"model_type": "nonesuch"}, "nonesuch"),
+        ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "not a causal language model"),
+        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "not a causal language model"),
+        ({"model_type": "bert", "architectures": ["BertModel"]}, "not a causal language model"),
+    ],
+)
+def test_a_config_that_cannot_be_trained_is_refused(changes: dict[str, object], message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | changes))
+    with pytest.raises(ModelError) as refusal:
+        find_config(Config(model=str(tmp_path)))
+    assert message in str(refusal.value) and refusal.value.exit_code == 4
+    assert len(str(refusal.value).splitlines()) <= 2
+
+
+def test_a_model_that_is_nowhere(in_empty_folder: Path) -> None:
+    Path("empty").mkdir()
+    for name, message in (
+        ("empty", "has no config.json"),
+        ("./nothing", "there is no model folder"),
+        ("nobody/nothing", "found neither as a folder"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            find_config(Config(model=name))
+
+
+def test_sequences_longer_than_the_positions_are_refused() -> None:
+    with pytest.raises(OptionsError, match="pass --max_length 1024"):
+        report.largest_batch(make_config(max_length=2048), Plans(find_config(Config(model="gpt2"))))
+
+
+def test_kinds_of_layers_repeat() -> None:
+    assert layer_period(deep("llama")) == 1 and layer_period(deep("gemma2", 8)) == 2
+    assert layer_period(AutoConfig.for_model("gpt2")) == 1

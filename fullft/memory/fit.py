@@ -185,7 +185,7 @@ class Choice:
 
     Attributes:
         sets: options that the user left at auto.
-        costs: its price in time, in words.
+        costs: its price in time, in words, if it has one.
     """
 
     sets: Mapping[str, Any]
@@ -198,7 +198,7 @@ class Choice:
 
 # The fastest first. Recomputing a layer's forward costs a third of its forward and backward.
 CHOICES = (
-    Choice({"activation_checkpointing": "none"}, "nothing is computed twice"),
+    Choice({"activation_checkpointing": "none"}, ""),
     Choice({"activation_checkpointing": "every_2"}, "17% more computing"),
     Choice({"activation_checkpointing": "full"}, "33% more computing"),
 )
@@ -230,8 +230,9 @@ def choose_checkpointing(config: Config, plans: Plans, batch: Batch, device: Dev
         chosen = replace(config, **choice.sets)
         peak = plans.of(chosen, batch)["peak_bytes"]
         if peak <= device.memory_bytes:
-            spare = f"{device.name}, with {gib(device.memory_bytes - peak)} GiB to spare"
-            return chosen, f"{choice.describe()}: {choice.costs}, the fastest that fits {spare}"
+            costs = f" ({choice.costs})" if choice.costs else ""
+            spare = f"{gib(device.memory_bytes - peak)} GiB to spare"
+            return chosen, f"{choice.describe()}{costs}: the fastest to fit {device.name}, {spare}"
         if place == 0 and plans.peak_bytes(slowest, batch) > device.memory_bytes:
             break
     return slowest, f"{CHOICES[-1].describe()}: it needs least, but nothing fits {device.name}"

@@ -203,8 +203,8 @@ def checkpointing() -> str:
         (
             "activations down 60-70%",
             f"down {gone:.0%} on Mistral-7B (planned: {gb(none['components']['activations'])} to "
-            f"{gb(full['components']['activations'])}), {saving('activations', real_none, real_full):.0%} on a Llama of "
-            f"8 layers (tracked while it ran); the peak falls by {gb(peak)}",
+            f"{gb(full['components']['activations'])}), {saving('activations', real_none, real_full):.0%} on a Llama "
+            f"of 8 layers (tracked while it ran); the peak falls by {gb(peak)}",
             "better than claimed",
         ),
         (
@@ -336,8 +336,9 @@ The table is that of an optimizer that keeps fp32 moments beside bf16 weights. t
 | float32 | {fp32} |
 
 Plain PyTorch with bf16 weights thus needs 8 bytes per parameter, not 12: {gb(8 * count)},
-and {gb(all_bf16["peak_bytes"])} at the peak. The missing bytes are missing precision, too: bf16 has 8 significant bits, and an update below 1/512 of a
-weight is rounded away. fp32 moments are what fp32 weights bring, or `bitsandbytes`' AdamW.
+and {gb(all_bf16["peak_bytes"])} at the peak. The missing bytes are missing precision, too: bf16 has 8 significant bits,
+and an update below 1/512 of a weight is rounded away. fp32 moments are what fp32 weights bring, or `bitsandbytes`'
+AdamW.
 
 ## 70B
 

@@ -8,6 +8,8 @@
 another optimizer, packing) is decided while building; the loop does not know of it.
 """
 
+import sys
+
 from fullft.config import Config, parse_config
 from fullft.errors import report_uncaught_errors
 from fullft.hub import go_offline_if_unreachable
@@ -18,6 +20,11 @@ if __name__ == "__main__":
     report_uncaught_errors(debug=False)
     CONFIG = parse_config()
     report_uncaught_errors(debug=CONFIG.debug)
+    if CONFIG.plan:
+        from fullft.memory.report import show_plan
+
+        show_plan(CONFIG)
+        sys.exit()
     go_offline_if_unreachable(CONFIG.model, CONFIG.dataset)
 
 # ruff: noqa: E402
@@ -30,18 +37,11 @@ from fullft.data import load_data
 from fullft.evaluation import Samples, evaluate
 from fullft.export import check_export, export_model
 from fullft.loss import summed_cross_entropy
+from fullft.memory.find import find_config
+from fullft.memory.plan import Batch
+from fullft.memory.run import measure_run, plan_run, record_memory
 from fullft.metrics import Metrics, describe_results
-from fullft.model import (
-    PRECISIONS,
-    count_parameters,
-    describe_parameters,
-    find_model,
-    flops_per_token,
-    load_model,
-    load_tokenizer,
-    pick_device,
-    require_fit,
-)
+from fullft.model import PRECISIONS, describe_model, find_model, load_model, load_tokenizer, pick_device, require_fit
 from fullft.optimizer import build_optimizer, build_schedule, clip_gradients, describe_optimizer
 from fullft.signals import StopRequest
 
@@ -56,28 +56,32 @@ def main(config: Config) -> None:
         FullftError: with a message and an exit code for the user.
     """
     # --- The model, the data, the optimizer. Mistakes show here, in the order of how fast they can be found.
-    device, precision = pick_device(), PRECISIONS[config.precision]
+    device = pick_device()
     source = find_model(config)
     checkpoint = open_checkpoint(config)
     tokenizer = load_tokenizer(config, source)
     data = load_data(config, tokenizer)
     print(data.description)
+    plan = plan_run(config, find_config(config), Batch.of(*data.largest(accumulation=2)), device)
+    config = plan.config  # without any auto: the plan has chosen
+    print(plan.description)
     model = load_model(config, source if checkpoint is None else str(checkpoint.folder), device)
     require_fit(model, data.largest_token_id, data.longest, config.packing)
     apply_activation_checkpointing(model, config.activation_checkpointing)
     optimizer = build_optimizer(model, config)
     calendar = Calendar(config, data.train.steps_per_epoch)
     learning_rate_at = build_schedule(config, calendar.total_steps)
-    autocast = torch.autocast(device_type=device.type, dtype=torch.bfloat16, enabled=precision.autocast)
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=PRECISIONS[config.precision].autocast)
+    print(f"{describe_model(config, model)}\nOptimizer: {describe_optimizer(config)}\n{calendar.describe()}")
+    worst_step = measure_run(plan, model, optimizer, data, autocast)  # without consequences: no weight moves
     prepare_output_dir(config, calendar, model)
-    print(f"{describe_parameters(model)} on {device}\nPrecision: {config.precision}: {precision.meaning}")
-    print(f"Optimizer: {describe_optimizer(config)}\n{calendar.describe()}")
+    memory_table = record_memory(plan, worst_step)
 
     # --- How good is it before? A resumed run has been asked already.
     samples = Samples(data, tokenizer)
     torch.manual_seed(config.seed)  # dropout draws from here on
     last_step = restore(checkpoint, config, model, optimizer, data.fingerprint)
-    metrics = Metrics(config, calendar, device, last_step + 1, flops_per_token(model, data.train.mean_length))
+    metrics = Metrics(config, calendar, model, data.train.mean_length, first_step=last_step + 1)
     with metrics, StopRequest() as stop:
         if last_step == 0:
             samples.complete(model, autocast, after=False)
@@ -103,6 +107,7 @@ def main(config: Config) -> None:
                     # use_cache: a key-value cache serves generation; in training it would hide packing's boundaries.
                     logits = model(**micro_batch.inputs, use_cache=False).logits
                     micro_loss = summed_cross_entropy(logits, micro_batch.labels) / num_target_tokens
+                del logits  # backward frees them as it goes; by this name they would live on
                 micro_loss.backward()
                 loss += micro_loss.detach()  # stays on the device: reading it would wait for the device
 
@@ -127,10 +132,10 @@ def main(config: Config) -> None:
     samples.complete(model, autocast, after=True)
     print(samples.describe())
     del optimizer  # its states make room for the reloaded copy
-    results = metrics.results(count_parameters(model), samples.samples)
+    results = metrics.results(samples)
     export_model(config, model, tokenizer, results)
     print(check_export(config, model, data.train.rows[0]["input_ids"]))
-    print(describe_results(results))
+    print(f"{memory_table}\n{describe_results(results)}")
 
 
 if __name__ == "__main__":

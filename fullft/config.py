@@ -452,6 +452,7 @@ def resolve(config: Config) -> Config:
     checkpointing = "none" if checkpointing == "auto" and config.fit == "off" else checkpointing
     return replace(
         config,
+        model=config.model and os.path.expanduser(config.model),
         activation_checkpointing=checkpointing,
         dataset=dataset,
         dataset_split=split,
@@ -462,11 +463,15 @@ def resolve(config: Config) -> Config:
     )
 
 
+# Asked of one run only: in its config.yaml they would ask every later run, too, to replace what it finds.
+_ONE_SHOT = ("overwrite_output_dir", "resume_from_checkpoint", "allow_changes", "plan", "json", "debug")
+
+
 def to_yaml(config: Config) -> str:
-    """Write the options as a file that `--config` reads back."""
+    """Write the options as a file that `--config` reads back; not those that were asked of this run only."""
     import yaml
 
-    values = {name: getattr(config, name) for name in by_name(Config)}
+    values = {name: getattr(config, name) for name in by_name(Config) if name not in _ONE_SHOT}
     return yaml.safe_dump({name: value for name, value in values.items() if value is not None}, sort_keys=False)
 
 

@@ -61,10 +61,9 @@ class MicroBatch:
     num_target_tokens: int
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """Copy the tensors to a device, without waiting for the copy."""
-        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
-        labels = self.labels.to(device, non_blocking=True)
-        return MicroBatch(inputs, labels, self.num_tokens, self.num_target_tokens)
+        """Copy the tensors to a device."""
+        inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
+        return MicroBatch(inputs, self.labels.to(device), self.num_tokens, self.num_target_tokens)
 
 
 class Batches:
@@ -111,11 +110,6 @@ class Batches:
         """Make a micro-batch of the longest sequences: none of the run takes more memory."""
         longest = sorted(range(len(self.documents)), key=lambda number: -self._length(number))
         return next(self._micro_batches(longest[: self.batch_size]))
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence."""
-        return max(self._length(number) for number in range(len(self.documents)))
 
     def _length(self, sequence: int) -> int:
         return sum(self.lengths[i] for i in self.documents[sequence])
@@ -172,10 +166,19 @@ class Data:
     fingerprint: str
     description: str
 
+    def largest(self, accumulation: int) -> tuple[list[MicroBatch], MicroBatch | None]:
+        """Make the micro-batches that take most memory: for training, at most two, and for evaluation.
+
+        Args:
+            accumulation: micro-batches of one step. The second one finds gradients already there; more change nothing.
+        """
+        held_out = self.evaluation.largest() if self.evaluation is not None else None
+        return [self.train.largest()] * min(2, accumulation), held_out
+
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence, held-out ones included."""
-        return max(batches.longest for batches in (self.train, self.evaluation) if batches is not None)
+        """Tokens of the longest document, held-out ones included: as many positions as the model needs."""
+        return max(max(batches.lengths) for batches in (self.train, self.evaluation) if batches is not None)
 
 
 # ---------------------------------------------------------------------------------------------- assembly
@@ -275,7 +278,8 @@ def _tokenise_batch(
             text = row_format.render(row, tokenizer)
         except RowError as error:
             raise DataError(f"{locate(config, index, row)}: {error}") from error
-        if text.targets:  # else there is nothing to learn: an empty response, or no turn of the assistant
+        # Else there is nothing to learn: an empty response, or no turn of the assistant.
+        if text.targets or config.train_on_prompt:
             rendered.append((index, text))
     pieces: dict[str, list[Any]] = {name: [] for name in _TOKENISED}
     length = config.max_length

@@ -10,7 +10,7 @@ import signal
 import sys
 import traceback
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -71,6 +71,17 @@ class StoppedBySignal(FullftError):
         self.exit_code = 128 + signal_number
 
 
+def _general_advice() -> str:
+    return (
+        "cheapest remedies: --activation_checkpointing full, a smaller --per_device_train_batch_size or --max_length, "
+        "--optim adamw_8bit"
+    )
+
+
+# What is said when memory runs out. A run that has been planned puts its own in here: what each byte is for, and the
+# levers that help it.
+out_of_memory_advice: Callable[[], str] = _general_advice
+
 _OUT_OF_MEMORY = re.compile("out of memory|DefaultCPUAllocator|cannot allocate memory|ALLOC_FAILED", re.IGNORECASE)
 # What a write can meet; reading code names missing files itself.
 _DISK_ERRNOS = {
@@ -100,11 +111,7 @@ def as_user_error(error: BaseException) -> FullftError:
         )
     # By text, because torch is not imported here, and each of its backends has a class of its own for this.
     if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(f"{type(error).__name__} {text}"):
-        return MemoryExhaustedError(
-            f"out of memory: {text or type(error).__name__}\n"
-            "cheapest remedies: --activation_checkpointing full, a smaller --per_device_train_batch_size or "
-            "--max_length, --optim adamw_8bit"
-        )
+        return MemoryExhaustedError(f"out of memory: {text or type(error).__name__}\n{out_of_memory_advice()}")
     # Libraries written in Rust (safetensors, tokenizers) report a full disk in the text of a class of their own.
     if (isinstance(error, OSError) and error.errno in _DISK_ERRNOS) or "(os error " in text:
         return DiskError(
@@ -112,6 +119,25 @@ def as_user_error(error: BaseException) -> FullftError:
             "--resume_from_checkpoint continues from the last checkpoint"
         )
     return FullftError(f"unexpected {type(error).__name__}: {text}\n--debug shows the traceback")
+
+
+_FULL_ERRNOS = {getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG".split() if hasattr(errno, name)}
+
+
+def exhaustion(error: BaseException) -> FullftError | None:
+    """Recognise memory or disk running out, in an error or in what caused it; for code that blames other things.
+
+    Args:
+        error: any exception.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        found = as_user_error(cause)
+        is_full = isinstance(cause, OSError) and cause.errno in _FULL_ERRNOS or "(os error 28)" in str(cause)
+        if isinstance(found, MemoryExhaustedError) or is_full:
+            return found
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def _report(error: BaseException, debug: bool) -> int:

@@ -95,7 +95,9 @@ class Samples:
         generation = GenerationConfig(
             max_new_tokens=_MAX_NEW_TOKENS, do_sample=False, eos_token_id=eos, pad_token_id=eos
         )
+        positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2**31
         for ids, sample in zip(self.prompts, self.samples, strict=True):
+            ids = ids[-(max(1, positions - _MAX_NEW_TOKENS)) :]  # what is generated needs positions too
             prompt = torch.tensor([ids], device=model.device)
             with _evaluating(model), autocast:
                 output = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=generation)

@@ -5,7 +5,7 @@ global batch is the loop's business: a mean taken here would weigh micro-batches
 """
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100
@@ -25,8 +25,9 @@ def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Te
     Returns:
         A scalar, in nats.
     """
-    predictions = logits[:, :-1].flatten(0, 1)
-    targets = labels[:, 1:].flatten()
+    # The labels are shifted, not the logits: a slice of these would have to be copied.
+    predictions = logits.flatten(0, 1)
+    targets = pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
     total = torch.zeros((), dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
     for chunk, chunk_targets in zip(predictions.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True):
         # No dropout in here: there is no random state to preserve.

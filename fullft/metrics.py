@@ -15,10 +15,14 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from fullft.calendar import Calendar
 from fullft.config import Config, to_yaml
+from fullft.disk import write_text
 from fullft.errors import NonFiniteError, OptionsError
+from fullft.evaluation import Samples
+from fullft.model import count_parameters, flops_per_token
 
 # Dense bf16 matrix products per second with fp32 accumulation. Source: the vendor's data sheets.
 _PEAK_FLOPS = {
@@ -44,21 +48,22 @@ class Metrics:
     """Tells what happens, and keeps it. A context manager around the loop."""
 
     def __init__(
-        self, config: Config, calendar: Calendar, device: torch.device, first_step: int, flops_per_token: float
+        self, config: Config, calendar: Calendar, model: PreTrainedModel, mean_length: float, first_step: int
     ) -> None:
         """Prepare the records; nothing is written yet.
 
         Args:
             config: the options of the group "records", and `output_dir`.
             calendar: tells when to log.
-            device: whose memory and peak are reported.
+            model: whose size, device and speed are reported.
+            mean_length: tokens of the average sequence.
             first_step: above 1 for a resumed run; what the log holds from there on is dropped.
-            flops_per_token: of forward and backward, without recomputation.
         """
-        self.config, self.calendar, self.device, self.first_step = config, calendar, device, first_step
+        self.config, self.calendar, self.device, self.first_step = config, calendar, model.device, first_step
         self.folder = Path(str(config.output_dir))
-        self.flops_per_token = flops_per_token
-        self.peak_flops = _peak_flops(device) if config.precision != "fp32" else None
+        self.num_parameters = count_parameters(model)
+        self.flops_per_token = flops_per_token(model, mean_length)
+        self.peak_flops = _peak_flops(model.device) if config.precision != "fp32" else None
         self.records: list[dict[str, Any]] = []
         self.loss = self.grad_norm = math.nan
         self.seconds = self._interval_seconds = 0.0
@@ -66,11 +71,11 @@ class Metrics:
 
     def __enter__(self) -> "Metrics":
         """Open the log and the bar."""
-        (self.folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+        write_text(self.folder / "config.yaml", to_yaml(self.config))
         self._reports = _build_reports(self.config)
         self.records = [r for r in _read_log(self.folder / "log.jsonl") if r["step"] < self.first_step]
         lines = "".join(json.dumps(record) + "\n" for record in self.records)
-        (self.folder / "log.jsonl").write_text(lines, encoding="utf-8")
+        write_text(self.folder / "log.jsonl", lines)
         self._bar = tqdm(
             total=self.calendar.total_steps,
             initial=self.first_step - 1,
@@ -86,7 +91,10 @@ class Metrics:
         """Close the bar, and draw what there is, also when the run has failed."""
         self._bar.close()
         if any("loss" in record for record in self.records):
-            plot_loss(self.records, self.folder / "loss.png", title=self.folder.name)
+            try:
+                plot_loss(self.records, self.folder / "loss.png", title=self.folder.name)
+            except Exception as error:  # must neither hide why a run failed, nor cost the model of one that did not
+                print(f"warning: loss.png could not be drawn ({type(error).__name__}: {error})")
 
     def say(self, text: str) -> None:
         """Print above the bar."""
@@ -179,11 +187,10 @@ class Metrics:
         self.say(f"Saved {folder}")
         self._elapsed()
 
-    def results(self, num_parameters: int, samples: list[Any]) -> dict[str, Any]:
+    def results(self, samples: Samples) -> dict[str, Any]:
         """Sum the run up, and write it to `train_results.json`.
 
         Args:
-            num_parameters: trained ones.
             samples: prompts and what the model made of them.
         """
         losses = [record for record in self.records if "loss" in record]
@@ -192,7 +199,7 @@ class Metrics:
         results = {
             "steps": self.calendar.total_steps,
             "epochs": self.calendar.epoch(self.calendar.total_steps),
-            "num_parameters": num_parameters,
+            "num_parameters": self.num_parameters,
             "first_loss": losses[0]["loss"] if losses else None,
             "last_loss": losses[-1]["loss"] if losses else None,
             "eval_loss_before": before,
@@ -202,7 +209,7 @@ class Metrics:
             "tokens_per_second": self.num_tokens / self.seconds if self.seconds else None,
             "peak_memory_bytes": peak_memory_bytes(self.device),
             "resumed_at_step": self.first_step - 1 or None,
-            "samples": [asdict(sample) for sample in samples],
+            "samples": [asdict(sample) for sample in samples.samples],
         }
         (self.folder / "train_results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
         return results

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from fullft.config import DEMO_FOLDER, Config
-from fullft.errors import ModelError, OptionsError
+from fullft.errors import ModelError, OptionsError, exhaustion
 
 DEMO_MODEL = DEMO_FOLDER / "model"
 _WEIGHT_FILES = ("*.safetensors", "*.bin")
@@ -42,12 +42,7 @@ PRECISIONS = {
     "bf16-mixed": Precision(
         torch.float32, True, "weights and gradients in fp32, computation in bf16 under torch.autocast"
     ),
-    "bf16-true": Precision(
-        torch.bfloat16,
-        False,
-        "weights, gradients and computation in bf16\n"
-        "warning: bf16 weights round away updates below 1/512 of a weight; bf16-mixed keeps them, for twice the memory",
-    ),
+    "bf16-true": Precision(torch.bfloat16, False, "weights, gradients and computation in bf16"),
 }
 
 
@@ -116,9 +111,11 @@ def _loading(name: str) -> Iterator[None]:
     """Translate what transformers and the hub raise into one message with a remedy."""
     try:
         yield
-    except ModelError:
-        raise
     except Exception as error:
+        if isinstance(error, ModelError):
+            raise
+        if (exhausted := exhaustion(error)) is not None:
+            raise exhausted from error
         causes = _causes(error)
         kinds = {type(cause).__name__ for cause in causes}
         text = " ".join(str(causes[-1]).split())
@@ -229,11 +226,24 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def describe_parameters(model: nn.Module) -> str:
-    """Say how many parameters are trained, as in `Total trainable parameters: 7,241,732,096 (7.24B)`."""
+def describe_model(config: Config, model: PreTrainedModel) -> str:
+    """Say how many parameters are trained, where and in which precision, and warn of what that costs.
+
+    Args:
+        config: `precision` counts.
+        model: on its device.
+    """
     count = count_parameters(model)
     scale, letter = next(((s, n) for s, n in ((1e9, "B"), (1e6, "M"), (1e3, "K")) if count >= s), (1, ""))
-    return f"Total trainable parameters: {count:,} ({count / scale:.2f}{letter})"
+    lines = [
+        f"Total trainable parameters: {count:,} ({count / scale:.2f}{letter})",
+        f"Precision: {config.precision} on {model.device}: {PRECISIONS[config.precision].meaning}",
+    ]
+    if config.precision == "bf16-true":
+        lines.append("warning: bf16 weights round away updates below 1/512 of a weight; bf16-mixed keeps them")
+    if model.device.type == "cuda" and config.precision != "fp32" and not torch.cuda.is_bf16_supported(False):
+        lines.append("warning: this GPU has no bf16 units and emulates them slowly: --precision fp32 may be faster")
+    return "\n".join(lines)
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -246,9 +256,11 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
         ModelError: no list of modules has as many entries as the config has layers.
     """
     count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
-    for _, module in model.named_modules():  # from the outside in, so that the outermost list is found first
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
+    # In the decoder first: a model that also sees or hears has other stacks, perhaps as high.
+    for part in (model.get_decoder(), model):
+        for module in part.modules() if isinstance(part, nn.Module) else []:
+            if isinstance(module, nn.ModuleList) and len(module) == count:
+                return module
     raise ModelError(
         f"no decoder layers were found in {type(model).__name__}: --activation_checkpointing none trains without them"
     )
@@ -297,20 +309,28 @@ def _probe(model: PreTrainedModel, token_ids: list[int], positions: list[int] | 
     return logits
 
 
+# Two documents for the probes: token ids that every vocabulary has.
+_PROBE = list(range(1, 33))
+
+
 def _require_causal_attention(model: PreTrainedModel) -> None:
-    seen, changed = _probe(model, [1, 2, 3, 4]), _probe(model, [1, 2, 3, 5])
-    if not torch.allclose(seen[:3], changed[:3], rtol=1e-2, atol=1e-2):
+    seen, changed = _probe(model, [*_PROBE, 1]), _probe(model, [*_PROBE, 2])
+    if not torch.equal(seen[:-1], changed[:-1]):
         raise ModelError(f"{type(model).__name__} lets a token see the tokens after it: it is no causal language model")
 
 
 def _require_isolation(model: PreTrainedModel) -> None:
-    # Two documents with other first halves: what the second one computes must not differ.
-    positions = [0, 1, 2, 3, 0, 1, 2]
+    """Check that a document gives the same logits behind any other one, to the bit, and nearly the same alone."""
+    positions = list(range(len(_PROBE))) * 2
     try:
-        seen, changed = _probe(model, [1, 2, 3, 4, 5, 6, 7], positions), _probe(model, [4, 3, 2, 1, 5, 6, 7], positions)
+        behind = _probe(model, _PROBE + _PROBE, positions)[len(_PROBE) :]
+        behind_another = _probe(model, _PROBE[::-1] + _PROBE, positions)[len(_PROBE) :]
     except TypeError as error:
         raise ModelError(f"{type(model).__name__} takes no position_ids: train it without --packing") from error
-    if not torch.allclose(seen[4:], changed[4:], rtol=1e-2, atol=1e-2):
+    alone = _probe(model, _PROBE, positions[: len(_PROBE)])
+    # Alone, other kernels may run; what a leak adds is larger than their rounding.
+    tolerance = (1e-4 if model.dtype == torch.float32 else 5e-2) * alone.abs().max()
+    if not torch.equal(behind, behind_another) or (behind - alone).abs().max() > tolerance:
         raise ModelError(f"{type(model).__name__} lets packed documents see each other: train it without --packing")
 
 

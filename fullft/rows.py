@@ -14,7 +14,7 @@ import datasets
 from datasets import Dataset, Features, Value
 
 from fullft.config import COLUMNS, Config
-from fullft.errors import DataError
+from fullft.errors import DataError, exhaustion
 
 # File ending -> the `datasets` reader and its options.
 _READERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -100,6 +100,8 @@ def _load_files(config: Config, files: list[Path]) -> Dataset:
                 reader, data_files=[str(file) for file in files], split=config.dataset_split, **attempt
             )
         except Exception as error:
+            if (exhausted := exhaustion(error)) is not None:
+                raise exhausted from error
             failures.append(error)
             if not failures[1:]:
                 require_readable(files)
@@ -122,10 +124,14 @@ def _load_from_hub(config: Config) -> Dataset:
     except ValueError as error:  # an unknown split or configuration: the library names the known ones
         raise DataError(f"data set {name}: {' '.join(str(error).split())[:300]}") from error
     except Exception as error:
-        raise DataError(
-            f"data set {name} was found neither as a file or folder, nor in the cache, nor on the hub (network?)\n"
-            f"pass --dataset <file.jsonl>; a gated data set needs its terms accepted and `hf auth login` first"
-        ) from error
+        raise exhaustion(error) or _not_found(name) from error
+
+
+def _not_found(name: str | None) -> DataError:
+    return DataError(
+        f"data set {name} was found neither as a file or folder, nor in the cache, nor on the hub (network?)\n"
+        "pass --dataset <file.jsonl>; a gated data set needs its terms accepted and `hf auth login` first"
+    )
 
 
 def _reject_wrapped_rows(rows: Dataset, file: Path) -> None:

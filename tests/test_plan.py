@@ -26,10 +26,10 @@ from fullft.memory.fit import (
     available_host_bytes,
     cards,
     choose_checkpointing,
-    plan_run,
 )
 from fullft.memory.levers import ALL, estimate_adapters, estimate_work, estimate_zero, find_levers
 from fullft.memory.plan import Batch, _figures, layer_period, num_layers, plan_step, trace
+from fullft.memory.run import plan_run
 from fullft.memory.tracker import COMPONENTS
 
 # As published with the models.
@@ -241,10 +241,11 @@ def test_a_run_that_cannot_fit_stops_before_its_weights_are_loaded() -> None:
     assert refusal.value.exit_code == 8
     for part in ("512.5MiB card has", "GiB at its peak", "--precision bf16-true", "--fit off"):
         assert part in str(refusal.value)
-    chosen, planned, _ = plan_run(replace(config, device_memory="1GiB"), model_config, batch, cpu)
-    assert chosen.activation_checkpointing == "none" and planned == plan_step(chosen, model_config, batch)
+    plan = plan_run(replace(config, device_memory="1GiB"), model_config, batch, cpu)
+    assert plan.config.activation_checkpointing == "none"
+    assert plan.figures == plan_step(plan.config, model_config, batch)
     off = make_config(device_memory="512.5MiB", fit="off")
-    assert plan_run(off, model_config, batch, cpu)[1] == planned
+    assert plan_run(off, model_config, batch, cpu).figures == plan.figures
 
 
 def test_available_memory_is_less_than_there_is() -> None:

@@ -15,7 +15,6 @@ import torch
 from transformers import PreTrainedConfig
 
 from fullft.config import Config, parse_size
-from fullft.errors import MemoryExhaustedError
 from fullft.memory.facts import Facts, find_facts
 from fullft.memory.plan import Batch, plan_step
 from fullft.model import PRECISIONS
@@ -236,40 +235,6 @@ def choose_checkpointing(config: Config, plans: Plans, batch: Batch, device: Dev
         if place == 0 and plans.peak_bytes(slowest, batch) > device.memory_bytes:
             break
     return slowest, f"{CHOICES[-1].describe()}: it needs least, but nothing fits {device.name}"
-
-
-def plan_run(
-    config: Config, model_config: PreTrainedConfig, batch: Batch, device: torch.device
-) -> tuple[Config, dict[str, Any], str]:
-    """Plan a training run before its weights are loaded, and set what was left at auto.
-
-    Args:
-        config: resolved options.
-        model_config: of the model to train.
-        batch: the largest micro-batches.
-        device: where it will train.
-
-    Returns:
-        The options without any auto, the figures of `memory.json` in bytes, and a line that says what was chosen.
-
-    Raises:
-        MemoryExhaustedError: with `--fit auto`, when no choice fits.
-    """
-    from fullft.memory.levers import find_levers  # which builds on this module
-
-    plans, there = Plans(model_config), find_device(config, device)
-    config, line = choose_checkpointing(config, plans, batch, there)
-    planned = plans.of(config, batch)
-    if config.fit == "auto" and planned["peak_bytes"] > there.memory_bytes:
-        levers = find_levers(config, plans, batch)[:3]
-        remedies = "; ".join(f"{lever.flags} (saves {gib(lever.saved_bytes)} GiB)" for lever in levers)
-        raise MemoryExhaustedError(
-            f"this run needs {gib(planned['peak_bytes'])} GiB at its peak, {there.name} has "
-            f"{gib(there.memory_bytes)} GiB free\n"
-            f"cheapest remedies: {remedies or 'a smaller model'}; --plan shows where every byte goes, --fit off tries "
-            "all the same"
-        )
-    return config, planned, line
 
 
 def gib(size: int) -> str:

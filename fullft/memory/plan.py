@@ -46,6 +46,12 @@ class Batch:
     length: int
     evaluation_length: int = 0
 
+    @staticmethod
+    def of(micro_batches: list[MicroBatch], evaluation: MicroBatch | None) -> "Batch":
+        """Take the shape of a run's largest micro-batches."""
+        sequences, length = micro_batches[0].labels.shape
+        return Batch(sequences, length, evaluation.labels.shape[1] if evaluation is not None else 0)
+
 
 @dataclass(frozen=True)
 class _Trace:

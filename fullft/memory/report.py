@@ -212,14 +212,16 @@ def compare(planned: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
         planned: the figures of `memory.json`, from the plan.
         measured: the same, from the tracker.
     """
-    lines = [f"{'Memory at the peak':18}{'planned':>13}{'measured':>13}{'difference':>12}"]
+    unit, name_of_unit = (2**30, "GiB") if planned["peak_bytes"] >= 2**30 else (2**20, "MiB")
+    lines = [f"{'Memory at the peak':18}{'planned':>14}{'measured':>14}{'difference':>12}"]
     rows = [(name, planned["at_peak"][name], measured["at_peak"][name]) for name in COMPONENTS]
     rows.append(("all", planned["peak_bytes"], measured["peak_bytes"]))
     for name, expected, found in rows:
         share = f"{(found - expected) / expected:+.2%}" if expected else ("0.00%" if found == 0 else "new")
-        lines.append(f"{_words(name):18}{gib(expected):>9} GiB{gib(found):>9} GiB{share:>12}")
+        amounts = "".join(f"{size / unit:>10,.2f} {name_of_unit}" for size in (expected, found))
+        lines.append(f"{_words(name):18}{amounts}{share:>12}")
     lines.append(
         f"Peak in {planned['peak_phase'].replace('_', ' ')} (planned), {measured['peak_phase'].replace('_', ' ')}"
-        " (measured). GiB = 2^30 bytes."
+        f" (measured). {name_of_unit} = 2^{30 if unit == 2**30 else 20} bytes."
     )
     return "\n".join(lines)

@@ -78,9 +78,10 @@ def _track(
             with autocast:
                 logits = model(**micro_batch.inputs, use_cache=False).logits
                 loss = summed_cross_entropy(logits, micro_batch.labels) / micro_batch.num_target_tokens
+            del logits
             tracker.backward()
             loss.backward()
-            del logits, loss
+            del loss
         tracker.optimizer_step()
         clip_gradients(model.parameters(), max_norm=max_grad_norm)
         for parameter in model.parameters():

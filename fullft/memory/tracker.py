@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
+from fullft.errors import ModelError
 from fullft.model import decoder_layers
 
 COMPONENTS = ("parameters", "gradients", "optimizer_states", "activations", "logits", "temporaries", "other")
@@ -225,7 +226,10 @@ class MemoryTracker(TorchDispatchMode):
     # ------------------------------------------------------------------------------------------ hooks
 
     def _add_hooks(self) -> None:
-        self._layers = list(decoder_layers(self.model))
+        try:
+            self._layers = list(decoder_layers(self.model))
+        except ModelError:
+            self._layers = []  # a model without a stack of layers has no places in it to name
         for name, module in self.model.named_modules():
             self._keep(module.register_forward_pre_hook(lambda *_, name=name: self._modules.append(name)))
             self._keep(module.register_forward_hook(self._leave_module, always_call=True))

@@ -1,0 +1,121 @@
+"""A run's memory: planned before its weights are loaded, measured before its first step, recorded beside each other.
+
+Owns `memory.json`, and what is said when memory runs out after all.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from fullft import errors
+from fullft.config import Config
+from fullft.data import Data
+from fullft.errors import FullftError, MemoryExhaustedError
+from fullft.memory.fit import Device, Plans, choose_checkpointing, find_device, gib
+from fullft.memory.levers import find_levers
+from fullft.memory.plan import Batch
+from fullft.memory.plot import plot_memory
+from fullft.memory.report import compare
+from fullft.memory.step import take_worst_step
+from fullft.memory.tracker import Profile
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run will need.
+
+    Attributes:
+        config: the options, without any auto.
+        figures: those of `memory.json`, in bytes; None where the model cannot be run on fake tensors.
+        device: what it has to fit on.
+        description: a line that says what was chosen, and why.
+    """
+
+    config: Config
+    figures: dict[str, Any] | None
+    device: Device
+    description: str
+
+
+def plan_run(config: Config, model_config: PreTrainedConfig, batch: Batch, device: torch.device) -> RunPlan:
+    """Plan a training run before its weights are loaded, and set what was left at auto.
+
+    Args:
+        config: resolved options.
+        model_config: of the model to train.
+        batch: the largest micro-batches.
+        device: where it will train.
+
+    Raises:
+        MemoryExhaustedError: with `--fit auto`, when no choice fits.
+    """
+    plans, there = Plans(model_config), find_device(config, device)
+    try:
+        config, choice = choose_checkpointing(config, plans, batch, there)
+        figures = plans.of(config, batch)
+    except FullftError:
+        raise
+    except Exception as error:  # code that comes with a model may need values, which fake tensors have none of
+        line = f"warning: the memory of this model cannot be planned ({type(error).__name__}: {str(error)[:150]})"
+        return RunPlan(config, None, there, line)
+    peak = figures["peak_bytes"]
+    if config.fit == "auto" and peak > there.memory_bytes:
+        raise MemoryExhaustedError(
+            f"this run needs {gib(peak)} GiB at its peak, {there.name} has {gib(there.memory_bytes)} GiB free\n"
+            f"cheapest remedies: {_remedies(config, plans, batch)}; --plan shows where every byte goes, --fit off "
+            "tries all the same"
+        )
+
+    def advice() -> str:
+        largest = sorted(figures["at_peak"].items(), key=lambda item: -item[1])[:4]
+        parts = ", ".join(f"{name.replace('_', ' ')} {gib(size)}" for name, size in largest)
+        return (
+            f"planned were {gib(peak)} GiB ({parts}); cheapest remedies: {_remedies(config, plans, batch)}\n"
+            "the checkpoints saved so far are intact"
+        )
+
+    errors.out_of_memory_advice = advice
+    return RunPlan(config, figures, there, f"Plan: {gib(peak)} GiB at the peak; {choice}")
+
+
+def _remedies(config: Config, plans: Plans, batch: Batch) -> str:
+    levers = find_levers(config, plans, batch)[:3]
+    return "; ".join(f"{lever.flags} (saves {gib(lever.saved_bytes)} GiB)" for lever in levers) or "a smaller model"
+
+
+def measure_run(
+    plan: RunPlan, model: PreTrainedModel, optimizer: torch.optim.Optimizer, data: Data, autocast: torch.autocast
+) -> Profile:
+    """Take the run's worst step under the tracker: what would run out of memory at hour three does so now.
+
+    Args:
+        plan: of this run.
+        model: in training mode, on its device.
+        optimizer: without states yet.
+        data: gives the largest micro-batches.
+        autocast: the context that training computes in.
+    """
+    micro_batches, evaluation = data.largest(plan.config.gradient_accumulation_steps or 1)
+    return take_worst_step(model, optimizer, micro_batches, evaluation, autocast, plan.config.max_grad_norm)
+
+
+def record_memory(plan: RunPlan, measured: Profile) -> str:
+    """Write `memory.json` and `memory.png`.
+
+    Args:
+        plan: of this run.
+        measured: its worst step.
+
+    Returns:
+        Planned, measured and their difference per component, as lines.
+    """
+    folder = Path(str(plan.config.output_dir))
+    figures = measured.to_dict()
+    record = {"planned": plan.figures, "measured": figures}
+    (folder / "memory.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    plot_memory(measured, folder / "memory.png", folder.name, plan.device.memory_bytes)
+    return compare(plan.figures or figures, figures)

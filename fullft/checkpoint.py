@@ -1,33 +1,41 @@
 """Checkpoints: saved so that no crash leaves half of one, verified before they are trusted, resumed to the bit.
 
-Owns `checkpoint-<step>/` and the atomic write of folders. No pickle: tensors in safetensors, the rest in JSON.
+Owns what is in `checkpoint-<step>/`, and which of them a run keeps. No pickle: tensors in safetensors, else JSON. How a
+folder becomes whole at once is `output_dir.py`'s business, how a file does `disk.py`'s.
 """
 
 import base64
 import dataclasses
 import hashlib
 import json
-import os
-import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fullft.calendar import Calendar
 from fullft.config import NEWEST, Config
-from fullft.errors import CheckpointError, DiskError, OptionsError
-from fullft.optimizer import estimate_state_bytes
+from fullft.disk import staged_folder, sync_folder, write_tensors
+from fullft.errors import CheckpointError, OptionsError
+from fullft.model import PRECISIONS
+from fullft.optimizer import allocate_states
 from fullft.options import by_name
+from fullft.output_dir import (
+    MANIFEST,
+    delete_checkpoint,
+    discard_earlier_run,
+    install_checkpoint,
+    list_checkpoints,
+    own_checkpoints,
+    recover,
+    step_of,
+)
+from fullft.output_dir import prepare_output_dir as prepare_output_dir  # for callers that know it from here
 
-MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
 OPTIMIZER = "optimizer.safetensors"
 MAX_SHARD_SIZE = "5GB"
@@ -43,56 +51,6 @@ class Checkpoint:
 
 
 # ---------------------------------------------------------------------------------------------- saving
-
-
-@contextmanager
-def staged_folder(target: Path) -> Iterator[Path]:
-    """Write a folder under a temporary name; it gets its own only when every byte of it is on disk.
-
-    Args:
-        target: the folder to be; an older one of that name is replaced at the last moment.
-
-    Yields:
-        The temporary folder to write into.
-    """
-    staging = target.parent / f".{target.name}.tmp"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
-        yield staging
-        for path in [*staging.rglob("*"), staging]:
-            _sync(path)
-        if target.exists():
-            retired = target.parent / f".{target.name}.old"
-            shutil.rmtree(retired, ignore_errors=True)
-            target.rename(retired)
-            staging.rename(target)
-            _keep_foreign_files(retired, target)
-        else:
-            staging.rename(target)
-        _sync(target.parent)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _keep_foreign_files(retired: Path, target: Path) -> None:
-    """Delete a replaced checkpoint, and move what somebody else put into it to its successor."""
-    if (retired / MANIFEST).is_file():
-        delete_checkpoint(retired)
-    if retired.exists():
-        for path in retired.iterdir():
-            if not (target / path.name).exists():
-                path.rename(target / path.name)
-        shutil.rmtree(retired)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def save_checkpoint(
@@ -130,7 +88,8 @@ def save_checkpoint(
         "data": {
             "fingerprint": data_fingerprint,
             "epoch": step // calendar.steps_per_epoch,
-            "cursor": step % calendar.steps_per_epoch,
+            "cursor": step % calendar.steps_per_epoch,  # in global batches
+            "global_batch_size": config.global_batch_size,
         },
         "schedule": {"lr_scheduler_type": config.lr_scheduler_type, "last_step": step},
         "rng": _random_states(model.device),
@@ -140,14 +99,18 @@ def save_checkpoint(
     with staged_folder(folder) as staging:
         model.save_pretrained(staging, max_shard_size=MAX_SHARD_SIZE)
         tokenizer.save_pretrained(staging)
-        save_file(tensors, staging / OPTIMIZER)
         (staging / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
         hashes = {
             str(file.relative_to(staging)): _sha256(file) for file in sorted(staging.rglob("*")) if file.is_file()
         }
+        hashes[OPTIMIZER] = write_tensors(staging / OPTIMIZER, tensors)
         (staging / MANIFEST).write_text(json.dumps({"sha256": hashes}, indent=1), encoding="utf-8")
+        sync_folder(staging)
+        install_checkpoint(staging, folder)
+    discard_earlier_run(folder.parent)
     if config.save_total_limit is not None:
-        for old in list_checkpoints(folder.parent)[config.save_total_limit :]:
+        kept = [old for old in own_checkpoints(folder.parent) if step_of(old) <= step]
+        for old in kept[config.save_total_limit :]:
             delete_checkpoint(old)
     return folder
 
@@ -164,14 +127,11 @@ def _optimizer_state(
     optimizer: torch.optim.Optimizer, model: nn.Module
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Collect states as `<parameter>.<state>`: tensors, and plain numbers apart."""
-    tensors, scalars = {}, {}
+    tensors: dict[str, torch.Tensor] = {}
+    scalars: dict[str, Any] = {}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
-            if isinstance(value, torch.Tensor):
-                # Cloned on the host if need be: tensors such as bitsandbytes' code book are shared between parameters.
-                tensors[f"{name}.{key}"] = value.clone() if key.startswith("qmap") else value.contiguous()
-            else:
-                scalars[f"{name}.{key}"] = value
+            (tensors if isinstance(value, torch.Tensor) else scalars)[f"{name}.{key}"] = value
     return tensors, scalars
 
 
@@ -183,21 +143,6 @@ def _random_states(device: torch.device) -> dict[str, str]:
 
 
 # ---------------------------------------------------------------------------------------------- finding
-
-
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """List `checkpoint-<step>` folders, the newest step first."""
-    folders = output_dir.glob("checkpoint-*") if output_dir.is_dir() else []
-    steps = [(int(match[1]), folder) for folder in folders if (match := re.fullmatch(r"checkpoint-(\d+)", folder.name))]
-    return [folder for _, folder in sorted(steps, reverse=True)]
-
-
-def delete_checkpoint(folder: Path) -> None:
-    """Delete the files that a checkpoint's manifest lists, and the folder if nobody put anything else there."""
-    for name in [*_read_json(folder / MANIFEST)["sha256"], MANIFEST]:
-        (folder / name).unlink(missing_ok=True)
-    if not any(folder.iterdir()):
-        folder.rmdir()
 
 
 def open_checkpoint(config: Config) -> Checkpoint | None:
@@ -215,6 +160,7 @@ def open_checkpoint(config: Config) -> Checkpoint | None:
     """
     if config.resume_from_checkpoint is None:
         return None
+    recover(Path(str(config.output_dir)))
     if config.resume_from_checkpoint != NEWEST:
         checkpoint = verify(Path(config.resume_from_checkpoint))
     else:
@@ -252,7 +198,10 @@ def verify(folder: Path) -> Checkpoint:
             f"{folder} holds {len(inside)} checkpoints: pass one, such as {inside[0]}, or --output_dir {folder} and a "
             "bare --resume_from_checkpoint"
         )
-    for name, written in _read_json(folder / MANIFEST)["sha256"].items():
+    hashes = _read_json(folder / MANIFEST).get("sha256")
+    if not isinstance(hashes, dict):
+        raise CheckpointError(f"{folder} is no checkpoint of this program: its {MANIFEST} lists no sha256")
+    for name, written in hashes.items():
         if not (folder / name).is_file():
             raise CheckpointError(f"checkpoint {folder} lacks {name}: resume from another one")
         if _sha256(folder / name) != written:
@@ -291,9 +240,12 @@ def restore(
 ) -> int:
     """Put optimizer and random states back. The weights are already there: the model was loaded from the checkpoint.
 
+    Our own checkpoints of later steps are deleted: they belong to a course that this run leaves, and the next bare
+    `--resume_from_checkpoint` must not return to it.
+
     Args:
         checkpoint: None starts afresh.
-        config: `optim` and `allow_changes` count.
+        config: `output_dir`, `optim`, `precision`, the batch size and `allow_changes` count.
         model: on its device.
         optimizer: filled in place, every state in the dtype that it was saved in.
         data_fingerprint: of the rows as they are now.
@@ -311,88 +263,56 @@ def restore(
         raise CheckpointError(
             f"the data has changed since {checkpoint.folder} was saved: restore it, or --allow_changes"
         )
-    if state["options"]["optim"] != config.optim:
-        raise CheckpointError(f"{checkpoint.folder} holds states of --optim {state['options']['optim']}: pass that")
-    _load_optimizer_state(optimizer, model, load_file(checkpoint.folder / OPTIMIZER), state["optimizer"])
+    saved = state["options"]
+    if saved["optim"] != config.optim:
+        raise CheckpointError(f"{checkpoint.folder} holds states of --optim {saved['optim']}: pass that")
+    if PRECISIONS[saved["precision"]].weights != PRECISIONS[config.precision].weights:
+        raise CheckpointError(
+            f"{checkpoint.folder} holds weights and states of --precision {saved['precision']}: pass that"
+        )
+    if saved["global_batch_size"] != config.global_batch_size:
+        print(
+            f"note: the first {state['step']} steps took {saved['global_batch_size']} sequences each, now it is "
+            f"{config.global_batch_size}: in this epoch some rows may repeat, others be left out"
+        )
+    _load_optimizer_states(optimizer, model, checkpoint.folder / OPTIMIZER, state["optimizer"])
     for kind, encoded in state["rng"].items():
         random_state = torch.frombuffer(bytearray(base64.b64decode(encoded)), dtype=torch.uint8)
         if kind == "cpu":
             torch.set_rng_state(random_state)
         elif kind == model.device.type:
             torch.get_device_module(model.device).set_rng_state(random_state)
+    _leave_later_checkpoints(Path(str(config.output_dir)), state["step"])
     return int(state["step"])
 
 
-def _load_optimizer_state(
-    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, torch.Tensor], scalars: dict[str, Any]
-) -> None:
-    """Set states directly: `Optimizer.load_state_dict` would cast them to the parameter's dtype."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    saved: dict[str, dict[str, Any]] = {}
-    for full_name, value in (tensors | scalars).items():
-        name, key = full_name.rsplit(".", 1)
-        saved.setdefault(name, {})[key] = value
-    for group_number, group in enumerate(optimizer.param_groups):
-        for number, parameter in enumerate(group["params"]):
-            if hasattr(optimizer, "init_state"):  # bitsandbytes allocates its buffers, paged ones too, itself
-                optimizer.init_state(group, parameter, group_number, number)
-            state = optimizer.state[parameter]
-            for key, value in saved.get(names[id(parameter)], {}).items():
-                if isinstance(state.get(key), torch.Tensor):
-                    state[key].copy_(value)
-                else:
-                    state[key] = value.to(parameter.device) if isinstance(value, torch.Tensor) else value
-
-
-# ---------------------------------------------------------------------------------------------- the disk
-
-# What the contract lets a run write, and therefore lets --overwrite_output_dir remove.
-_OWN_FILES = (
-    "config.json generation_config.json model.safetensors model-*-of-*.safetensors model.safetensors.index.json "
-    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt "
-    "tokenizer.model chat_template.jinja README.md log.jsonl memory.json loss.png memory.png config.yaml "
-    "train_results.json"
-).split()
-
-
-def prepare_output_dir(config: Config, calendar: Calendar, model: nn.Module) -> None:
-    """Make the output folder; remove an earlier run's files if asked to; check that this run's will fit.
-
-    Called when all else has been loaded, so that no mistake costs the earlier run.
-
-    Args:
-        config: `output_dir`, `overwrite_output_dir` and the saving options count.
-        calendar: tells how many checkpoints there will be.
-        model: its size, and the optimizer's with it.
-
-    Raises:
-        DiskError: the disk has less room than the run will need.
-    """
-    output_dir = Path(str(config.output_dir))
-    output_dir.mkdir(parents=True, exist_ok=True)
-    resumes = config.resume_from_checkpoint is not None
-    old_files = [] if resumes else [file for pattern in _OWN_FILES for file in output_dir.glob(pattern)]
-    old_checkpoints = [] if resumes else [f for f in list_checkpoints(output_dir) if (f / MANIFEST).is_file()]
-    _require_space(config, calendar, model, old_files + [f for folder in old_checkpoints for f in folder.iterdir()])
-    for file in old_files:
-        file.unlink()
-    for folder in old_checkpoints:
+def _leave_later_checkpoints(output_dir: Path, step: int) -> None:
+    """Delete our own checkpoints above a step, the latest first."""
+    later = [folder for folder in own_checkpoints(output_dir) if step_of(folder) > step]
+    if later:
+        print(f"Continuing from step {step}: deleting what was saved after it, {', '.join(f.name for f in later)}")
+    for folder in later:
         delete_checkpoint(folder)
 
 
-def _require_space(config: Config, calendar: Calendar, model: nn.Module, replaced: list[Path]) -> None:
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    kept = calendar.num_checkpoints
-    if config.save_total_limit is not None:
-        kept = min(kept, config.save_total_limit + 1)  # an old one goes when the new one is complete
-    needed = weights + kept * (weights + estimate_state_bytes(config, model))
-    output_dir = Path(str(config.output_dir))
-    free = shutil.disk_usage(output_dir).free + sum(file.stat().st_size for file in replaced)
-    if config.resume_from_checkpoint is not None:
-        free += sum(f.stat().st_size for folder in list_checkpoints(output_dir) for f in folder.iterdir())
-    if needed > free:
-        raise DiskError(
-            f"{output_dir} has {free / 1e9:.1f} GB free, and the final model and {kept} checkpoints need "
-            f"{needed / 1e9:.1f} GB\nfree some space, choose another --output_dir, or keep fewer with "
-            "--save_total_limit 1 or --save_strategy no"
-        )
+def _load_optimizer_states(
+    optimizer: torch.optim.Optimizer, model: nn.Module, file: Path, scalars: dict[str, Any]
+) -> None:
+    """Set states directly: `Optimizer.load_state_dict` would cast them to the parameter's dtype.
+
+    One tensor at a time: for 7B parameters the whole file would take 56 GB of host memory.
+    """
+    allocate_states(optimizer)
+    parameters = dict(model.named_parameters())
+    for full_name, number in scalars.items():
+        name, key = full_name.rsplit(".", 1)
+        optimizer.state[parameters[name]][key] = number
+    with safe_open(file, framework="pt", device="cpu") as tensors:
+        for full_name in tensors.keys():  # noqa: SIM118 (no mapping)
+            name, key = full_name.rsplit(".", 1)
+            state, value = optimizer.state[parameters[name]], tensors.get_tensor(full_name)
+            if isinstance(state.get(key), torch.Tensor):
+                state[key].copy_(value)
+            else:
+                # A copy on the CPU too: the tensor is a window on the file, which may be deleted one day.
+                state[key] = value.to(parameters[name].device, copy=True)

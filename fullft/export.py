@@ -4,17 +4,21 @@ Owns what a user takes away from a run. Checkpoints are `checkpoint.py`'s busine
 """
 
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from fullft.checkpoint import MAX_SHARD_SIZE, staged_folder
+from fullft.checkpoint import MAX_SHARD_SIZE
 from fullft.config import Config
+from fullft.disk import staged_folder, sync, sync_folder
+from fullft.memory.fit import available_host_bytes
+from fullft.output_dir import WEIGHT_FILES, discard_earlier_run
 
 _PROBE_TOKENS = 64
+_CONFIG = Path("config.json")
+_NOT_RELOADED = "not reloaded for a check, since there is no memory for a second copy"
 
 
 def export_model(
@@ -36,14 +40,24 @@ def export_model(
         model.save_pretrained(staging, max_shard_size=MAX_SHARD_SIZE)
         tokenizer.save_pretrained(staging)
         (staging / "README.md").write_text(_card(config, results), encoding="utf-8")
-    exported = output_dir / "export"
-    names = {file.name for file in exported.iterdir()}
-    for file in exported.iterdir():
-        os.replace(file, output_dir / file.name)
-    for stale in output_dir.glob("model*.safetensors*"):
-        if stale.name not in names:
-            stale.unlink()  # a shard of an earlier, differently split export
-    shutil.rmtree(exported)
+        sync_folder(staging)
+        _install(staging, output_dir)
+    discard_earlier_run(output_dir)
+
+
+def _install(staging: Path, output_dir: Path) -> None:
+    """Move files to the root, in place of those of the same names and of an earlier export's weights."""
+    files = [path.relative_to(staging) for path in staging.rglob("*") if path.is_file()]
+    # The folder is a model when its config is there, last: a crash in between leaves no mixture that loads.
+    (output_dir / _CONFIG).unlink(missing_ok=True)
+    for stale in {file for pattern in WEIGHT_FILES for file in output_dir.glob(pattern)}:
+        if stale.relative_to(output_dir) not in files:
+            stale.unlink()  # of an earlier, differently split export
+    for file in sorted(files, key=lambda file: (file == _CONFIG, file)):
+        (output_dir / file).parent.mkdir(exist_ok=True)
+        os.replace(staging / file, output_dir / file)
+    for folder in {(output_dir / file).parent for file in files}:
+        sync(folder)
 
 
 def _card(config: Config, results: dict[str, Any]) -> str:
@@ -87,6 +101,9 @@ def check_export(config: Config, model: PreTrainedModel, token_ids: list[int]) -
     Returns:
         A line for the user.
     """
+    # Linux ends a process that outgrows the memory, rather than raising; loading goes by way of the host on any device.
+    if available_host_bytes() < 1.1 * sum(p.numel() * p.element_size() for p in model.parameters()):
+        return f"Saved {config.output_dir}; {_NOT_RELOADED}"
     probe = torch.tensor([token_ids[:_PROBE_TOKENS]], device=model.device)
     try:
         reloaded = AutoModelForCausalLM.from_pretrained(
@@ -99,6 +116,6 @@ def check_export(config: Config, model: PreTrainedModel, token_ids: list[int]) -
             trained = model.eval()(input_ids=probe, use_cache=False).logits
             difference = (reloaded.eval()(input_ids=probe, use_cache=False).logits - trained).abs().max().item()
     except (torch.OutOfMemoryError, MemoryError):
-        return f"Saved {config.output_dir}; not reloaded for a check, since there is no memory for a second copy"
+        return f"Saved {config.output_dir}; {_NOT_RELOADED}"
     verdict = "the same logits" if difference == 0 else f"warning: its logits differ by up to {difference:.2e}"
     return f"Saved {config.output_dir}; reloaded, it gives {verdict}"

@@ -109,6 +109,21 @@ def describe_optimizer(config: Config) -> str:
     return f"{config.optim}, two moments per parameter in 8 bits (embeddings and small tensors: fp32)"
 
 
+def allocate_states(optimizer: torch.optim.Optimizer) -> None:
+    """Let the optimizer make the states that it would make in its first step, where it has a way to, to be filled.
+
+    bitsandbytes must, since it pages some of them and shares its code books. torch's have no such way, and need none.
+
+    Args:
+        optimizer: over parameters on their device.
+    """
+    if not hasattr(optimizer, "init_state"):
+        return
+    for group_number, group in enumerate(optimizer.param_groups):
+        for number, parameter in enumerate(group["params"]):
+            optimizer.init_state(group, parameter, group_number, number)
+
+
 def estimate_state_bytes(config: Config, model: nn.Module) -> int:
     """Estimate the bytes of the optimizer's states: two moments in the parameter's dtype, or in 8 bits."""
     if config.optim == "adamw":

@@ -75,7 +75,7 @@ def main(config: Config) -> None:
     print(f"{describe_model(config, model)}\nOptimizer: {describe_optimizer(config)}\n{calendar.describe()}")
     worst_step = measure_run(plan, model, optimizer, data, autocast)  # without consequences: no weight moves
     prepare_output_dir(config, calendar, model)
-    memory_table = record_memory(plan, worst_step)
+    record_memory(plan, worst_step, device)
 
     # --- How good is it before? A resumed run has been asked already.
     samples = Samples(data, tokenizer)
@@ -135,7 +135,7 @@ def main(config: Config) -> None:
     results = metrics.results(samples)
     export_model(config, model, tokenizer, results)
     print(check_export(config, model, data.train.rows[0]["input_ids"]))
-    print(f"{memory_table}\n{describe_results(results)}")
+    print(f"{record_memory(plan, worst_step, device)}\n{describe_results(results)}")
 
 
 if __name__ == "__main__":

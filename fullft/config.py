@@ -237,6 +237,9 @@ class Config:
         spellings={"wandb,tensorboard": "tensorboard,wandb", "all": "tensorboard,wandb"},
         may_change=True,
     )
+    memory_snapshot: bool = option(
+        False, "on CUDA, record the worst step's allocations for pytorch.org/memory_viz", may_change=True
+    )
     debug: bool = option(False, "show tracebacks", may_change=True)
 
 

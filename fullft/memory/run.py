@@ -15,6 +15,7 @@ from fullft import errors
 from fullft.config import Config
 from fullft.data import Data
 from fullft.errors import FullftError, MemoryExhaustedError
+from fullft.memory.allocator import SNAPSHOT, process_figures, recording
 from fullft.memory.fit import Device, Plans, choose_checkpointing, find_device, gib
 from fullft.memory.levers import find_levers
 from fullft.memory.plan import Batch
@@ -99,23 +100,27 @@ def measure_run(
         data: gives the largest micro-batches.
         autocast: the context that training computes in.
     """
-    micro_batches, evaluation = data.largest(plan.config.gradient_accumulation_steps or 1)
-    return take_worst_step(model, optimizer, micro_batches, evaluation, autocast, plan.config.max_grad_norm)
+    config = plan.config
+    micro_batches, evaluation = data.largest(config.gradient_accumulation_steps or 1)
+    with recording(model.device, Path(str(config.output_dir)) / SNAPSHOT if config.memory_snapshot else None):
+        return take_worst_step(model, optimizer, micro_batches, evaluation, autocast, config.max_grad_norm)
 
 
-def record_memory(plan: RunPlan, measured: Profile) -> str:
-    """Write `memory.json` and `memory.png`.
+def record_memory(plan: RunPlan, measured: Profile, device: torch.device) -> str:
+    """Write `memory.json` and `memory.png`; called before the first step, and again at the end.
 
     Args:
         plan: of this run.
         measured: its worst step.
+        device: where it runs.
 
     Returns:
-        Planned, measured and their difference per component, as lines.
+        Planned, measured and their difference per component, and the process's own peaks, as lines.
     """
     folder = Path(str(plan.config.output_dir))
-    figures = measured.to_dict()
-    record = {"planned": plan.figures, "measured": figures}
+    figures, process = measured.to_dict(), process_figures(device)
+    record = {"planned": plan.figures, "measured": figures, "process": process}
     (folder / "memory.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     plot_memory(measured, folder / "memory.png", folder.name, plan.device.memory_bytes)
-    return compare(plan.figures or figures, figures)
+    peaks = ", ".join(f"{name.removesuffix('_bytes').replace('_', ' ')} {gib(size)}" for name, size in process.items())
+    return f"{compare(plan.figures or figures, figures)}\nThe whole process: {peaks} GiB."

@@ -1,0 +1,61 @@
+"""What the allocator and the operating system say beside the tracker: reserved bytes, the context, the resident set.
+
+Owns figures that no tensor accounts for, and the allocator's own recording for pytorch.org/memory_viz.
+"""
+
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+SNAPSHOT = "memory_snapshot.pickle"  # torch's own format, for https://pytorch.org/memory_viz
+_EVENTS = 200_000  # of the recording: some steps of a 7B model
+
+
+def process_figures(device: torch.device) -> dict[str, int]:
+    """Read the peaks of the whole process so far, in bytes.
+
+    Args:
+        device: where the model is.
+
+    Returns:
+        `resident_peak_bytes` of the process. On CUDA also `allocated_peak_bytes` and `reserved_peak_bytes` of torch's
+        allocator, their difference `unused_reserved_bytes`, and `outside_bytes`: what the device holds besides, such as
+        the context, NCCL's buffers, and other processes.
+    """
+    # ru_maxrss is in KiB on Linux, in bytes on macOS.
+    scale = 1 if sys.platform == "darwin" else 1024
+    figures = {"resident_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale}
+    if device.type == "cuda":
+        allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        free, total = torch.cuda.mem_get_info(device)
+        figures |= {
+            "allocated_peak_bytes": allocated,
+            "reserved_peak_bytes": reserved,
+            "unused_reserved_bytes": reserved - allocated,
+            "outside_bytes": total - free - torch.cuda.memory_reserved(device),
+        }
+    return figures
+
+
+@contextmanager
+def recording(device: torch.device, file: Path | None) -> Iterator[None]:
+    """Let CUDA's allocator record every allocation with its stack, and write the recording when the body ends.
+
+    Args:
+        device: anything but CUDA records nothing.
+        file: where to; None records nothing.
+    """
+    if file is None or device.type != "cuda":
+        yield
+        return
+    torch.cuda.memory._record_memory_history(max_entries=_EVENTS)
+    try:
+        yield
+    finally:  # above all when memory ran out
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.cuda.memory._dump_snapshot(str(file))
+        torch.cuda.memory._record_memory_history(enabled=None)

@@ -380,7 +380,8 @@ def test_a_conflict_within_the_file_is_refused() -> None:
 )
 def test_the_written_config_reads_back_identically(words: str) -> None:
     config = parse_config(words.split())
-    lasting = dataclasses.replace(config, overwrite_output_dir=False, resume_from_checkpoint=None)  # those two were asked once
+    # What was asked of one run only is not in it.
+    lasting = dataclasses.replace(config, overwrite_output_dir=False, resume_from_checkpoint=None)
     assert parse_config(["--config", write_yaml(to_yaml(config), "config.yaml")]) == lasting
 
 

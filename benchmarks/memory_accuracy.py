@@ -210,9 +210,22 @@ def measure_growth(case: list) -> None:
                 "grown": memory_field("VmHWM") - before,
                 "loaded": loaded - before,
                 "seconds": time.perf_counter() - started,
+                "workspace": measure_workspace(config, model),
             }
         )
     )
+
+
+def measure_workspace(config: Config, model) -> int:
+    """Measure what an optimizer step takes beyond its inputs: bytes inside its operators, which no tracker sees."""
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = build_optimizer(model, config)
+    optimizer.step()
+    before = memory_field("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    optimizer.step()
+    return memory_field("VmHWM") - before
 
 
 def smollm2_config() -> LlamaConfig:
@@ -230,31 +243,37 @@ SMOLLM2_CASES = [
 ]
 
 
-def compare_with_operating_system() -> list[float]:
+def compare_with_operating_system() -> dict[str, float]:
     """Print the second table.
 
     Returns:
-        For each case the error of the tracked peak.
+        Per optimizer, the largest error of the tracked peak.
     """
     origin = "its weights" if SMOLLM2.is_dir() else "random weights"
     print(f"\nSmolLM2-135M ({origin}), 1 x 512 tokens, {torch.get_num_threads()} threads (MiB)")
-    print(f"{'precision':10} {'ckpt':6} {'optimizer':11} acc pack  planned  tracked  process grew by   tracked off by")
-    errors = []
+    head = f"{'precision':10} {'ckpt':6} {'optimizer':11} acc pack"
+    print(f"{head}  planned  tracked  process grew by  tracked off by  workspace in the step  with it")
+    errors: dict[str, float] = {}
     for case in SMOLLM2_CASES:
         command = [sys.executable, __file__, "--one", json.dumps(case)]
         result = subprocess.run(command, env=os.environ | MALLOC, capture_output=True, text=True)
         if result.returncode:
             sys.exit(result.stderr)
         figures = json.loads(result.stdout.splitlines()[-1])
-        tracked, grown = figures["tracked"]["peak_bytes"], figures["grown"]
+        tracked, grown, workspace = figures["tracked"]["peak_bytes"], figures["grown"], figures["workspace"]
+        explained = max(tracked, figures["tracked"]["phases"]["optimizer_step"] + workspace)
         precision, mode, optim, accumulation, packing = case
         print(
             f"{precision:10} {mode:6} {optim:11} {accumulation:3} {'yes' if packing else 'no':4}"
             f"{figures['planned']['peak_bytes'] / MIB:9.1f}{tracked / MIB:9.1f}{grown / MIB:17.1f}"
-            f"{(tracked - grown) / grown:+17.2%}",
+            f"{(tracked - grown) / grown:+16.2%}{workspace / MIB:23.1f}{(explained - grown) / grown:+9.2%}",
             flush=True,
         )
-        errors.append(relative(tracked, grown))
+        errors[optim] = max(relative(tracked, grown), errors.get(optim, 0.0))
+    print(
+        "bitsandbytes computes in fp32 copies of a whole parameter on CPUs, inside its own operators, where no\n"
+        "tracker looks; its CUDA kernels need none. The last column adds what such a step takes by itself."
+    )
     return errors
 
 
@@ -269,13 +288,13 @@ def main() -> None:
     if arguments.one:
         return measure_growth(json.loads(arguments.one))
     errors = compare_plans()
-    grown = [] if arguments.quick else compare_with_operating_system()
-    print(f"\n{len(errors) + len(grown)} configurations; the worst errors:")
+    grown = {} if arguments.quick else compare_with_operating_system()
+    print(f"\n{len(errors) + (len(SMOLLM2_CASES) if grown else 0)} configurations; the worst errors:")
     print(f"  planned against tracked, at the peak      {max(error for error, _, _ in errors):.4%}")
     worst, component = max((worst, component) for _, worst, component in errors)
     print(f"  planned against tracked, one component    {worst:.4%} ({component})")
-    if grown:
-        print(f"  tracked against the operating system      {max(grown):.2%}")
+    for optim, error in grown.items():
+        print(f"  tracked against the operating system      {error:.2%} ({optim})")
     return None
 
 

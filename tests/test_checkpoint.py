@@ -183,9 +183,12 @@ def test_a_run_with_something_to_show_replaces_the_earlier_one(save_strategy: st
     assert (OUT / "model.safetensors").read_bytes() != earlier["model.safetensors"]
 
 
-def test_a_later_failure_keeps_the_new_checkpoint(earlier: dict[str, bytes]) -> None:
+def test_a_later_failure_keeps_the_new_checkpoint(earlier: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden: list[list[Path]] = []  # once the checkpoint is there
+    monkeypatch.setattr(fullft.metrics.Metrics, "checkpoint", lambda *_: hidden.append(list(OUT.glob(".*"))))
     with pytest.raises(NonFiniteError):
         train_small(overwrite_output_dir=True, **EXPLODES, save_steps=1)
+    assert hidden == [[]]
     assert steps() == [1] and not (OUT / "model.safetensors").exists() and not list(OUT.glob(".*"))
     # Killed before the earlier run was discarded: it is what goes, not the new checkpoint.
     (OUT / ".replaced").mkdir()

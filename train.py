@@ -32,7 +32,7 @@ import torch
 
 from fullft.activation_checkpointing import apply_activation_checkpointing
 from fullft.calendar import Calendar
-from fullft.checkpoint import open_checkpoint, prepare_output_dir, restore, save_checkpoint
+from fullft.checkpoint import open_checkpoint, restore, save_checkpoint
 from fullft.data import load_data
 from fullft.evaluation import Samples, evaluate
 from fullft.export import check_export, export_model
@@ -43,6 +43,7 @@ from fullft.memory.run import measure_run, plan_run, record_memory
 from fullft.metrics import Metrics, describe_results
 from fullft.model import PRECISIONS, describe_model, find_model, load_model, load_tokenizer, pick_device, require_fit
 from fullft.optimizer import build_optimizer, build_schedule, clip_gradients, describe_optimizer
+from fullft.output_dir import prepare_output_dir
 from fullft.signals import StopRequest
 
 
@@ -74,7 +75,7 @@ def main(config: Config) -> None:
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=PRECISIONS[config.precision].autocast)
     print(f"{describe_model(config, model)}\nOptimizer: {describe_optimizer(config)}\n{calendar.describe()}")
     worst_step = measure_run(plan, model, optimizer, data, autocast)  # without consequences: no weight moves
-    prepare_output_dir(config, calendar, model)
+    earlier_run = prepare_output_dir(config, calendar, model)  # put back if this run fails before it has saved anything
     record_memory(plan, worst_step, device)
 
     # --- How good is it before? A resumed run has been asked already.
@@ -82,7 +83,7 @@ def main(config: Config) -> None:
     torch.manual_seed(config.seed)  # dropout draws from here on
     last_step = restore(checkpoint, config, model, optimizer, data.fingerprint)
     metrics = Metrics(config, calendar, model, data.train.mean_length, first_step=last_step + 1)
-    with metrics, StopRequest() as stop:
+    with earlier_run, metrics, StopRequest() as stop:
         if last_step == 0:
             samples.complete(model, autocast, after=False)
             metrics.evaluation(0, evaluate(model, data.evaluation, autocast))

@@ -34,7 +34,6 @@ from fullft.output_dir import (
     recover,
     step_of,
 )
-from fullft.output_dir import prepare_output_dir as prepare_output_dir  # for callers that know it from here
 
 STATE = "trainer_state.json"
 OPTIMIZER = "optimizer.safetensors"

@@ -5,7 +5,6 @@ Owns what is told about a run while it trains and when it ends. Decides nothing:
 
 import json
 import math
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from fullft.config import Config, to_yaml
 from fullft.disk import write_text
 from fullft.errors import NonFiniteError, OptionsError
 from fullft.evaluation import Samples
+from fullft.memory.allocator import peak_bytes
 from fullft.model import count_parameters, flops_per_token
 
 # Dense bf16 matrix products per second with fp32 accumulation. Source: the vendor's data sheets.
@@ -139,7 +139,7 @@ class Metrics:
         self._interval_tokens += num_tokens
         speed = self._interval_tokens / self._interval_seconds
         mfu = speed * self.flops_per_token / self.peak_flops if self.peak_flops else None
-        memory = peak_memory_bytes(self.device)
+        memory = peak_bytes(self.device)
         self._bar.set_postfix_str(
             f"loss {self.loss:.4f}, {speed:,.0f} tokens/s, MFU {'unknown' if mfu is None else f'{mfu:.0%}'}, "
             f"{memory / 2**30:.2f} GiB",
@@ -207,11 +207,11 @@ class Metrics:
             "train_seconds": self.seconds,
             "train_tokens": self.num_tokens,
             "tokens_per_second": self.num_tokens / self.seconds if self.seconds else None,
-            "peak_memory_bytes": peak_memory_bytes(self.device),
+            "peak_memory_bytes": peak_bytes(self.device),
             "resumed_at_step": self.first_step - 1 or None,
             "samples": [asdict(sample) for sample in samples.samples],
         }
-        (self.folder / "train_results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+        write_text(self.folder / "train_results.json", json.dumps(results, indent=1))
         return results
 
     def _record(self, record: dict[str, Any]) -> None:
@@ -241,14 +241,6 @@ def describe_results(results: dict[str, Any]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------- sources and sinks
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Give the peak so far: what tensors took on an accelerator, the process's resident set on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    # ru_maxrss is in KiB on Linux, in bytes on macOS.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _peak_flops(device: torch.device) -> float | None:

@@ -121,7 +121,26 @@ def allocate_states(optimizer: torch.optim.Optimizer) -> None:
         return
     for group_number, group in enumerate(optimizer.param_groups):
         for number, parameter in enumerate(group["params"]):
-            optimizer.init_state(group, parameter, group_number, number)
+            if not optimizer.state[parameter]:
+                optimizer.init_state(group, parameter, group_number, number)
+
+
+def reset_states(optimizer: torch.optim.Optimizer) -> None:
+    """Bring the states to where they are before the first step.
+
+    bitsandbytes' are set to zero in place, since it never frees its pages; others are dropped.
+
+    Args:
+        optimizer: perhaps with states.
+    """
+    if not hasattr(optimizer, "init_state"):
+        optimizer.state.clear()
+        return
+    for state in optimizer.state.values():
+        state["step"] = 0
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and not key.startswith("qmap"):  # the shared code books stay
+                value.zero_()
 
 
 def estimate_state_bytes(config: Config, model: nn.Module) -> int:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from fullft import errors
 from fullft.config import DEMO_FOLDER
 
 ROOT = Path(__file__).parent.parent
@@ -27,6 +28,12 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 def tokenizer() -> PreTrainedTokenizerBase:
     """The demo's byte-level tokenizer: 1024 tokens, with a chat template, bos = eos = pad."""
     return AutoTokenizer.from_pretrained(DEMO_FOLDER / "model")
+
+
+@pytest.fixture(autouse=True)
+def general_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put back what a run in this process leaves to be said when memory runs out."""
+    monkeypatch.setattr(errors, "out_of_memory_advice", errors.out_of_memory_advice)
 
 
 @pytest.fixture

@@ -290,7 +290,8 @@ def test_a_run_goes_on_bitwise_as_if_the_worst_step_had_not_been(precision: str,
             torch.manual_seed(5)
             take_worst_step(model, optimizer, prepared, prepared[0], autocast_of(config), 1.0)
             assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-            assert len(optimizer.state) == 0
+            states = [value for state in optimizer.state.values() for key, value in state.items() if key[:4] != "qmap"]
+            assert not any(value.any() if isinstance(value, torch.Tensor) else value for value in states)
             assert [group["lr"] for group in optimizer.param_groups] == [config.learning_rate] * 2
             assert model.training and all(parameter.grad is None for parameter in model.parameters())
             assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]

@@ -41,6 +41,12 @@ def process_figures(device: torch.device) -> dict[str, int]:
     return figures
 
 
+def peak_bytes(device: torch.device) -> int:
+    """Give the peak so far: what tensors took on CUDA, elsewhere the process's resident set."""
+    figures = process_figures(device)
+    return figures.get("allocated_peak_bytes", figures["resident_peak_bytes"])
+
+
 @contextmanager
 def recording(device: torch.device, file: Path | None) -> Iterator[None]:
     """Let CUDA's allocator record every allocation with its stack, and write the recording when the body ends.

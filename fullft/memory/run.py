@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from fullft import errors
 from fullft.config import Config
 from fullft.data import Data
+from fullft.disk import write_text
 from fullft.errors import FullftError, MemoryExhaustedError
 from fullft.memory.allocator import SNAPSHOT, process_figures, recording
 from fullft.memory.fit import Device, Plans, choose_checkpointing, find_device, gib
@@ -75,8 +76,8 @@ def plan_run(config: Config, model_config: PreTrainedConfig, batch: Batch, devic
         largest = sorted(figures["at_peak"].items(), key=lambda item: -item[1])[:4]
         parts = ", ".join(f"{name.replace('_', ' ')} {gib(size)}" for name, size in largest)
         return (
-            f"planned were {gib(peak)} GiB ({parts}); cheapest remedies: {_remedies(config, plans, batch)}\n"
-            "the checkpoints saved so far are intact"
+            f"planned were {gib(peak)} GiB ({parts}); saved checkpoints are intact; cheapest remedies: "
+            f"{_remedies(config, plans, batch)}"
         )
 
     errors.out_of_memory_advice = advice
@@ -120,7 +121,7 @@ def record_memory(plan: RunPlan, measured: Profile, device: torch.device) -> str
     folder = Path(str(plan.config.output_dir))
     figures, process = measured.to_dict(), process_figures(device)
     record = {"planned": plan.figures, "measured": figures, "process": process}
-    (folder / "memory.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    write_text(folder / "memory.json", json.dumps(record, indent=1))
     plot_memory(measured, folder / "memory.png", folder.name, plan.device.memory_bytes)
     peaks = ", ".join(f"{name.removesuffix('_bytes').replace('_', ' ')} {gib(size)}" for name, size in process.items())
     return f"{compare(plan.figures or figures, figures)}\nThe whole process: {peaks} GiB."

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from fullft.data import MicroBatch
 from fullft.loss import summed_cross_entropy
 from fullft.memory.tracker import MemoryTracker, Profile
-from fullft.optimizer import clip_gradients
+from fullft.optimizer import clip_gradients, reset_states
 
 
 def take_worst_step(
@@ -58,7 +58,7 @@ def _without_consequences(model: PreTrainedModel, optimizer: torch.optim.Optimiz
             yield
         finally:
             optimizer.zero_grad(set_to_none=True)
-            optimizer.state.clear()
+            reset_states(optimizer)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from fullft.config import Config
 from fullft.errors import DataError
 from fullft.loss import IGNORED
+from fullft.micro_batch import MicroBatch
 from fullft.packing import pack
 from fullft.rows import data_files, load_rows, locate, require_readable
 from fullft.templates import Rendered, RowError, RowFormat, find_format
@@ -40,30 +41,6 @@ _TOKENISED = Features(
         "largest_token_id": Value("int32"),
     }
 )
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """What one forward and backward pass works on.
-
-    Attributes:
-        inputs: `input_ids` [batch, sequence] int64 and, for packed sequences, `position_ids` of the same shape, which
-            restart at 0 with each document. There is no attention mask: padding comes last, where a causal model
-            cannot see it, and packed documents are told apart by their positions.
-        labels: [batch, sequence] int64, the input ids where a token is a target, -100 elsewhere.
-        num_tokens: tokens that are not padding.
-        num_target_tokens: labels that are not -100.
-    """
-
-    inputs: dict[str, torch.Tensor]
-    labels: torch.Tensor
-    num_tokens: int
-    num_target_tokens: int
-
-    def to(self, device: torch.device) -> "MicroBatch":
-        """Copy the tensors to a device."""
-        inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
-        return MicroBatch(inputs, self.labels.to(device), self.num_tokens, self.num_target_tokens)
 
 
 class Batches:

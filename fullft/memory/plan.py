@@ -22,9 +22,9 @@ from transformers.initialization import no_init_weights
 from fullft import optimizer as optimizer_module
 from fullft.activation_checkpointing import apply_activation_checkpointing
 from fullft.config import Config
-from fullft.data import MicroBatch
 from fullft.memory.step import take_worst_step
 from fullft.memory.tracker import COMPONENTS, Profile
+from fullft.micro_batch import MicroBatch
 from fullft.model import PRECISIONS, count_parameters
 from fullft.optimizer import build_optimizer
 

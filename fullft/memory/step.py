@@ -10,9 +10,9 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel
 
-from fullft.data import MicroBatch
 from fullft.loss import summed_cross_entropy
 from fullft.memory.tracker import MemoryTracker, Profile
+from fullft.micro_batch import MicroBatch
 from fullft.optimizer import clip_gradients, reset_states
 
 

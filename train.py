@@ -12,7 +12,7 @@ import sys
 
 from fullft.config import Config, parse_config
 from fullft.errors import report_uncaught_errors
-from fullft.hub import go_offline_if_unreachable
+from fullft.hub import prepare_hub
 
 if __name__ == "__main__":
     # Options are read before torch and transformers are imported (some 4 s), so that --help and a mistyped flag answer
@@ -20,12 +20,12 @@ if __name__ == "__main__":
     report_uncaught_errors(debug=False)
     CONFIG = parse_config()
     report_uncaught_errors(debug=CONFIG.debug)
+    prepare_hub(CONFIG)
     if CONFIG.plan:
         from fullft.memory.report import show_plan
 
         show_plan(CONFIG)
         sys.exit()
-    go_offline_if_unreachable(CONFIG.model, CONFIG.dataset)
 
 # ruff: noqa: E402
 import torch

@@ -7,7 +7,22 @@ with transformers and datasets, which read `HF_HUB_OFFLINE` when they are import
 import os
 import threading
 
+from fullft.config import Config
+from fullft.model_configs import bundled_config
+
 PROBE_SECONDS = 4.0
+
+
+def prepare_hub(config: Config) -> None:
+    """Go offline unless a run needs the hub and reaches it; a plan needs it only for a config that is not bundled.
+
+    Args:
+        config: `model`, `dataset` and `plan` count.
+    """
+    if not config.plan:
+        go_offline_if_unreachable(config.model, config.dataset)
+    elif config.model is None or bundled_config(config.model) is None:
+        go_offline_if_unreachable(config.model)
 
 
 def go_offline_if_unreachable(*names: str | None) -> None:

@@ -33,7 +33,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 @pytest.fixture(autouse=True)
 def general_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put back what a run in this process leaves to be said when memory runs out."""
-    monkeypatch.setattr(errors, "out_of_memory_advice", errors.out_of_memory_advice)
+    monkeypatch.setattr(errors, "out_of_memory_advice", errors._general_advice)
 
 
 @pytest.fixture

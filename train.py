@@ -58,12 +58,12 @@ def main(config: Config) -> None:
     """
     # --- The model, the data, the optimizer. Mistakes show here, in the order of how fast they can be found.
     device = pick_device()
-    source = find_model(config)
+    source, model_config = find_model(config), find_config(config)
     checkpoint = open_checkpoint(config)
     tokenizer = load_tokenizer(config, source)
     data = load_data(config, tokenizer)
     print(data.description)
-    plan = plan_run(config, find_config(config), Batch.of(*data.largest(accumulation=2)), device)
+    plan = plan_run(config, model_config, Batch.of(*data.largest(accumulation=2)), device)
     config = plan.config  # without any auto: the plan has chosen
     print(plan.description)
     model = load_model(config, source if checkpoint is None else str(checkpoint.folder), device)
@@ -75,15 +75,15 @@ def main(config: Config) -> None:
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=PRECISIONS[config.precision].autocast)
     print(f"{describe_model(config, model)}\nOptimizer: {describe_optimizer(config)}\n{calendar.describe()}")
     worst_step = measure_run(plan, model, optimizer, data, autocast)  # without consequences: no weight moves
-    earlier_run = prepare_output_dir(config, calendar, model)  # put back if this run fails before it has saved anything
-    record_memory(plan, worst_step, device)
 
     # --- How good is it before? A resumed run has been asked already.
     samples = Samples(data, tokenizer)
     torch.manual_seed(config.seed)  # dropout draws from here on
     last_step = restore(checkpoint, config, model, optimizer, data.fingerprint)
     metrics = Metrics(config, calendar, model, data.train.mean_length, first_step=last_step + 1)
-    with earlier_run, metrics, StopRequest() as stop:
+    # What --overwrite_output_dir replaces is only set aside: a run that fails before it has saved anything restores it.
+    with prepare_output_dir(config, calendar, model), metrics, StopRequest() as stop:
+        record_memory(plan, worst_step, device)
         if last_step == 0:
             samples.complete(model, autocast, after=False)
             metrics.evaluation(0, evaluate(model, data.evaluation, autocast))

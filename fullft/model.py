@@ -4,6 +4,7 @@ Owns where weights come from, their dtype, which modules are the decoder layers,
 trained at all. Knows nothing about data, optimizers or the loop.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,12 +77,36 @@ def find_model(config: Config) -> str:
             raise ModelError(f"model folder {folder} has no config.json: pass the folder that save_pretrained wrote")
         if not any(next(folder.glob(pattern), None) for pattern in _WEIGHT_FILES):
             raise ModelError(f"model folder {folder} has no weights (*.safetensors): download it again, completely")
+        require_shards(folder)
     elif folder.exists() or config.model.startswith((".", "/", "~")) or config.model.count("/") > 1:
         raise ModelError(f"there is no model folder {folder}: pass an existing folder or a hub id")
     with _loading(config.model):
         model_config = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
     require_trainable(model_config, config.model)
     return config.model
+
+
+def require_shards(folder: Path) -> None:
+    """Check that every weights file that a model's index names is there.
+
+    Args:
+        folder: of the model.
+
+    Raises:
+        ModelError: naming the first one that is missing.
+    """
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError):
+        raise ModelError(f"{index} is damaged: download the model again") from None
+    if missing := [shard for shard in shards if not (folder / shard).is_file()]:
+        raise ModelError(
+            f"model folder {folder} lacks {len(missing)} of {len(shards)} weights files, such as {missing[0]}: "
+            "download it again, completely"
+        )
 
 
 def require_trainable(model_config: PreTrainedConfig, name: str) -> None:

@@ -40,17 +40,21 @@ class Batch:
         sequences: rows.
         length: tokens of each.
         evaluation_length: tokens of each held-out one; 0 without evaluation.
+        evaluation_sequences: held-out rows; 0 for as many as in training.
     """
 
     sequences: int
     length: int
     evaluation_length: int = 0
+    evaluation_sequences: int = 0
 
     @staticmethod
     def of(micro_batches: list[MicroBatch], evaluation: MicroBatch | None) -> "Batch":
         """Take the shape of a run's largest micro-batches."""
         sequences, length = micro_batches[0].labels.shape
-        return Batch(sequences, length, evaluation.labels.shape[1] if evaluation is not None else 0)
+        if evaluation is None:
+            return Batch(sequences, length)
+        return Batch(sequences, length, evaluation.labels.shape[1], evaluation.labels.shape[0])
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,8 @@ def trace(config: Config, model_config: PreTrainedConfig, batch: Batch, layers: 
         with unset_fake_temporarily():  # bitsandbytes computes its code books here
             optimizer = build_optimizer(model, config)
         micro_batch = _micro_batch(batch.sequences, batch.length, config.packing)
-        held_out = batch.evaluation_length and _micro_batch(batch.sequences, batch.evaluation_length, config.packing)
+        held_out_sequences = batch.evaluation_sequences or batch.sequences
+        held_out = batch.evaluation_length and _micro_batch(held_out_sequences, batch.evaluation_length, config.packing)
         profile = take_worst_step(
             model,
             optimizer,

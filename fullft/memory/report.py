@@ -190,7 +190,7 @@ def _several_gpus(config: Config, plans: Plans, batch: Batch) -> str:
 
 def _time(config: Config, plans: Plans, batch: Batch) -> str:
     work = estimate_work(config, plans.facts(batch.length), batch, num_layers(plans.model_config))
-    of_all = "" if config.max_steps > 0 else f" ({config.num_train_epochs:g} epochs of {ROWS}, less held-out)"
+    of_all = "" if config.max_steps > 0 else f" ({config.num_train_epochs:g} epochs of {ROWS} assumed)"
     line = f"Time, estimated: {work.rows:,} rows{of_all} of at most {batch.length} tokens, {work.flops:.1e} FLOP"
     if config.precision == "fp32":
         return f"{line}\n  GPU-hours are given for bf16 alone: GPUs differ too much in fp32"

@@ -120,7 +120,8 @@ def record_memory(plan: RunPlan, measured: Profile, device: torch.device) -> str
     """
     folder = Path(str(plan.config.output_dir))
     figures, process = measured.to_dict(), process_figures(device)
-    record = {"planned": plan.figures, "measured": figures, "process": process}
+    planned = plan.figures and {name: value for name, value in plan.figures.items() if name in figures}
+    record = {"planned": planned, "measured": figures, "process": process}
     write_text(folder / "memory.json", json.dumps(record, indent=1))
     plot_memory(measured, folder / "memory.png", folder.name, plan.device.memory_bytes)
     peaks = ", ".join(f"{name.removesuffix('_bytes').replace('_', ' ')} {gib(size)}" for name, size in process.items())

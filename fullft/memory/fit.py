@@ -4,7 +4,6 @@ Owns `--fit auto`, which sets only what the user left at auto. `CHOICES` is the 
 """
 
 import os
-import resource
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from fullft.config import Config, parse_size
+from fullft.memory.allocator import peak_bytes
 from fullft.memory.facts import Facts, find_facts
 from fullft.memory.plan import Batch, plan_step
 from fullft.model import PRECISIONS
@@ -73,8 +73,7 @@ def _available_ram() -> int:
     except OSError:
         pass
     # Without it (macOS): all there is, less what we have.
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") - own
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") - peak_bytes(torch.device("cpu"))
 
 
 def _left_in_cgroup() -> int:

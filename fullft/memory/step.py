@@ -42,7 +42,29 @@ def take_worst_step(
     """
     with _without_consequences(model, optimizer):
         _make_states(model, optimizer)
-        return _track(model, optimizer, micro_batches, evaluation, autocast, max_grad_norm)
+        with MemoryTracker(model, optimizer) as tracker:
+            for micro_batch in micro_batches:
+                micro_batch = _copy(micro_batch, model.device)
+                tracker.forward({**micro_batch.inputs, "labels": micro_batch.labels})
+                with autocast:
+                    logits = model(**micro_batch.inputs, use_cache=False).logits
+                    loss = summed_cross_entropy(logits, micro_batch.labels) / micro_batch.num_target_tokens
+                del logits
+                tracker.backward()
+                loss.backward()
+                del loss
+            tracker.optimizer_step()
+            clip_gradients(model.parameters(), max_norm=max_grad_norm)
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.zero_()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if evaluation is not None:
+                micro_batch = _copy(evaluation, model.device)
+                tracker.evaluation({**micro_batch.inputs, "labels": micro_batch.labels})
+                _evaluate(model, micro_batch, autocast)
+        return tracker.profile()
 
 
 @contextmanager
@@ -61,39 +83,6 @@ def _without_consequences(model: PreTrainedModel, optimizer: torch.optim.Optimiz
             reset_states(optimizer)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
-
-
-def _track(
-    model: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
-    micro_batches: Sequence[MicroBatch],
-    evaluation: MicroBatch | None,
-    autocast: torch.autocast,
-    max_grad_norm: float,
-) -> Profile:
-    with MemoryTracker(model, optimizer) as tracker:
-        for micro_batch in micro_batches:
-            micro_batch = _copy(micro_batch, model.device)
-            tracker.forward({**micro_batch.inputs, "labels": micro_batch.labels})
-            with autocast:
-                logits = model(**micro_batch.inputs, use_cache=False).logits
-                loss = summed_cross_entropy(logits, micro_batch.labels) / micro_batch.num_target_tokens
-            del logits
-            tracker.backward()
-            loss.backward()
-            del loss
-        tracker.optimizer_step()
-        clip_gradients(model.parameters(), max_norm=max_grad_norm)
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                parameter.grad.zero_()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if evaluation is not None:
-            micro_batch = _copy(evaluation, model.device)
-            tracker.evaluation({**micro_batch.inputs, "labels": micro_batch.labels})
-            _evaluate(model, micro_batch, autocast)
-    return tracker.profile()
 
 
 def _make_states(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:

@@ -42,7 +42,7 @@ from fullft.memory.plan import Batch
 from fullft.memory.run import measure_run, plan_run, record_memory
 from fullft.metrics import Metrics, describe_results
 from fullft.model import PRECISIONS, describe_model, find_model, load_model, load_tokenizer, pick_device, require_fit
-from fullft.optimizer import build_optimizer, build_schedule, clip_gradients, describe_optimizer
+from fullft.optimizer import build_optimizer, build_schedule, describe_optimizer
 from fullft.output_dir import prepare_output_dir
 from fullft.signals import StopRequest
 
@@ -100,7 +100,7 @@ def main(config: Config) -> None:
             num_tokens = sum(micro_batch.num_tokens for micro_batch in micro_batches)
             num_target_tokens = sum(micro_batch.num_target_tokens for micro_batch in micro_batches)
 
-            # 3. Forward and backward. Gradients add up in parameter.grad over the micro-batches.
+            # 3. Forward and backward. Gradients add up over the micro-batches.
             loss = torch.zeros((), device=device)
             for micro_batch in micro_batches:
                 micro_batch = micro_batch.to(device)
@@ -112,11 +112,11 @@ def main(config: Config) -> None:
                 micro_loss.backward()
                 loss += micro_loss.detach()  # stays on the device: reading it would wait for the device
 
-            # 4. Clip the global gradient norm, step, and free the gradients (None needs no memory, zeros do).
-            grad_norm = clip_gradients(model.parameters(), max_norm=config.max_grad_norm)
+            # 4. Clip the global gradient norm, step, and free the gradients.
+            grad_norm = optimizer.clip_gradients(max_norm=config.max_grad_norm)
             metrics.require_finite(step, loss, grad_norm)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
 
             # 5. Log, evaluate, save, stop: whatever is due.
             metrics.step(step, learning_rate, num_tokens, num_target_tokens)

@@ -17,12 +17,13 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fullft.adamw import AdamW
 from fullft.calendar import Calendar
 from fullft.config import NEWEST, Config
 from fullft.disk import staged_folder, sync_folder, write_tensors
 from fullft.errors import CheckpointError, OptionsError
 from fullft.model import PRECISIONS
-from fullft.optimizer import allocate_states
+from fullft.offload import Array, fill
 from fullft.options import by_name
 from fullft.output_dir import (
     MANIFEST,
@@ -58,7 +59,7 @@ def save_checkpoint(
     step: int,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    optimizer: torch.optim.Optimizer,
+    optimizer: AdamW,
     data_fingerprint: str,
 ) -> Path:
     """Save everything that the next step depends on, then delete checkpoints beyond `save_total_limit`.
@@ -79,7 +80,6 @@ def save_checkpoint(
         OSError: the disk is full or cannot be written; earlier checkpoints are untouched.
     """
     folder = Path(str(config.output_dir)) / f"checkpoint-{step}"
-    tensors, scalars = _optimizer_state(optimizer, model)
     state = {
         "step": step,
         "total_steps": calendar.total_steps,
@@ -92,7 +92,7 @@ def save_checkpoint(
         },
         "schedule": {"lr_scheduler_type": config.lr_scheduler_type, "last_step": step},
         "rng": _random_states(model.device),
-        "optimizer": scalars,
+        "optimizer": {"num_steps": optimizer.num_steps},
         "options": dataclasses.asdict(config),
     }
     with staged_folder(folder) as staging:
@@ -102,7 +102,7 @@ def save_checkpoint(
         hashes = {
             str(file.relative_to(staging)): _sha256(file) for file in sorted(staging.rglob("*")) if file.is_file()
         }
-        hashes[OPTIMIZER] = write_tensors(staging / OPTIMIZER, tensors)
+        hashes[OPTIMIZER] = write_tensors(staging / OPTIMIZER, _optimizer_state(optimizer, model))
         (staging / MANIFEST).write_text(json.dumps({"sha256": hashes}, indent=1), encoding="utf-8")
         sync_folder(staging)
         install_checkpoint(staging, folder)
@@ -122,16 +122,13 @@ def _sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _optimizer_state(
-    optimizer: torch.optim.Optimizer, model: nn.Module
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Collect states as `<parameter>.<state>`: tensors, and plain numbers apart."""
-    tensors: dict[str, torch.Tensor] = {}
-    scalars: dict[str, Any] = {}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state[parameter].items():
-            (tensors if isinstance(value, torch.Tensor) else scalars)[f"{name}.{key}"] = value
-    return tensors, scalars
+def _optimizer_state(optimizer: AdamW, model: nn.Module) -> dict[str, Array]:
+    """Collect states as `<parameter>.<state>`, wherever they live."""
+    return {
+        f"{name}.{key}": array
+        for name, parameter in model.named_parameters()
+        for key, array in optimizer.states_of(parameter).items()
+    }
 
 
 def _random_states(device: torch.device) -> dict[str, str]:
@@ -234,7 +231,7 @@ def restore(
     checkpoint: Checkpoint | None,
     config: Config,
     model: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
+    optimizer: AdamW,
     data_fingerprint: str,
 ) -> int:
     """Put optimizer and random states back. The weights are already there: the model was loaded from the checkpoint.
@@ -244,7 +241,7 @@ def restore(
 
     Args:
         checkpoint: None starts afresh.
-        config: `output_dir`, `optim`, `precision`, the batch size and `allow_changes` count.
+        config: `output_dir`, `optim`, `precision`, `master_weights`, the batch size and `allow_changes` count.
         model: on its device.
         optimizer: filled in place, every state in the dtype that it was saved in.
         data_fingerprint: of the rows as they are now.
@@ -265,6 +262,8 @@ def restore(
     saved = state["options"]
     if saved["optim"] != config.optim:
         raise CheckpointError(f"{checkpoint.folder} holds states of --optim {saved['optim']}: pass that")
+    if config.precision == "bf16-true" and saved["master_weights"] != config.master_weights:
+        raise CheckpointError(f"{checkpoint.folder} holds --master_weights {saved['master_weights']}: pass that")
     if PRECISIONS[saved["precision"]].weights != PRECISIONS[config.precision].weights:
         raise CheckpointError(
             f"{checkpoint.folder} holds weights and states of --precision {saved['precision']}: pass that"
@@ -274,7 +273,8 @@ def restore(
             f"note: the first {state['step']} steps took {saved['global_batch_size']} sequences each, now it is "
             f"{config.global_batch_size}: in this epoch some rows may repeat, others be left out"
         )
-    _load_optimizer_states(optimizer, model, checkpoint.folder / OPTIMIZER, state["optimizer"])
+    optimizer.num_steps = int(state["optimizer"]["num_steps"])
+    _load_optimizer_states(optimizer, model, checkpoint.folder / OPTIMIZER)
     for kind, encoded in state["rng"].items():
         random_state = torch.frombuffer(bytearray(base64.b64decode(encoded)), dtype=torch.uint8)
         if kind == "cpu":
@@ -294,24 +294,13 @@ def _leave_later_checkpoints(output_dir: Path, step: int) -> None:
         delete_checkpoint(folder)
 
 
-def _load_optimizer_states(
-    optimizer: torch.optim.Optimizer, model: nn.Module, file: Path, scalars: dict[str, Any]
-) -> None:
-    """Set states directly: `Optimizer.load_state_dict` would cast them to the parameter's dtype.
+def _load_optimizer_states(optimizer: AdamW, model: nn.Module, file: Path) -> None:
+    """Fill the states, wherever they live, in the dtype that they were saved in.
 
     One tensor at a time: for 7B parameters the whole file would take 56 GB of host memory.
     """
-    allocate_states(optimizer)
     parameters = dict(model.named_parameters())
-    for full_name, number in scalars.items():
-        name, key = full_name.rsplit(".", 1)
-        optimizer.state[parameters[name]][key] = number
     with safe_open(file, framework="pt", device="cpu") as tensors:
         for full_name in tensors.keys():  # noqa: SIM118 (no mapping)
             name, key = full_name.rsplit(".", 1)
-            state, value = optimizer.state[parameters[name]], tensors.get_tensor(full_name)
-            if isinstance(state.get(key), torch.Tensor):
-                state[key].copy_(value)
-            else:
-                # A copy on the CPU too: the tensor is a window on the file, which may be deleted one day.
-                state[key] = value.to(parameters[name].device, copy=True)
+            fill(optimizer.states_of(parameters[name])[key], tensors.get_tensor(full_name))

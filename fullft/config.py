@@ -8,7 +8,7 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,7 @@ class Config:
     # --- optimization
     optim: str = option(
         "adamw",
-        "torch's fused one, or bitsandbytes' with 8-bit states",
+        "AdamW with fp32 moments, or with 8-bit ones",
         group="optimization",
         choices=("adamw", "adamw_8bit", "paged_adamw_8bit"),
         called=("optimizer",),
@@ -159,7 +159,7 @@ class Config:
 
     # --- precision and memory
     precision: str = option(
-        "bf16-mixed",
+        "bf16-true",
         "fp32 weights; fp32 weights under bf16 autocast; or bf16 weights",
         group="precision and memory",
         choices=("fp32", "bf16-mixed", "bf16-true"),
@@ -174,6 +174,21 @@ class Config:
         spellings={"true": "full", "false": "none"},
         bare="full",
         may_change=True,  # gradients are the same to the bit
+    )
+    master_weights: str = option(
+        "split",
+        "what bf16 weights stand for, with precision bf16-true: fp32 numbers, exactly, in 16 more bits per weight; "
+        "bf16 ones, rounded up or down at random; bf16 ones, rounded to the nearest",
+        choices=("split", "stochastic", "none"),
+    )
+    offload: str = option(
+        "auto",
+        "keep optimizer, gradients or parameters on host or disk; gradients=released uses each up in backward",
+        metavar="none|WHAT=WHERE ...",
+        called=("cpu_offload", "offload_optimizer", "offload_param"),
+        spellings={"true": "optimizer=host", "false": "none", "cpu": "optimizer=host"},
+        several=True,
+        may_change=True,  # the trajectory is the same to the bit
     )
     fit: str = option(
         "auto",
@@ -297,6 +312,7 @@ def find_problems(config: Config, given: Mapping[str, Any]) -> list[str]:
     """
     problems = [] if config.plan else _output_dir_problems(config)  # a plan writes nothing
     problems += _package_problems(config)
+    problems += _offload_problems(config)
     if config.device_memory is not None:
         try:
             parse_size(config.device_memory)
@@ -361,11 +377,70 @@ def parse_size(text: str) -> int:
     return round(float(match[1]) * _SIZE_UNITS[match[2]])
 
 
+_TIERS = {
+    "parameters": ("device", "host", "disk"),
+    "gradients": ("device", "host", "disk", "released"),
+    "optimizer": ("device", "host", "disk"),
+}
+
+
+def parse_offload(text: str) -> dict[str, str]:
+    """Read what lives away from the device.
+
+    Args:
+        text: `none`, `auto` (undecided: nothing), or a list as in optimizer=host,gradients=disk.
+
+    Returns:
+        Where each thing named lives; those on the device are left out.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    placed: dict[str, str] = {}
+    for word in text.split(",") if text not in ("none", "auto") else []:
+        what, _, where = word.strip().lower().partition("=")
+        if where not in _TIERS.get(what, ()):
+            known = "; ".join(f"{name}={'|'.join(tiers)}" for name, tiers in _TIERS.items())
+            raise ValueError(f"{word.strip()!r} is neither none nor one of {known}")
+        if what in placed:
+            raise ValueError(f"{what} is placed twice")
+        placed[what] = where
+    return {what: where for what, where in placed.items() if where != "device"}
+
+
+def _offload_problems(config: Config) -> Iterator[str]:
+    try:
+        placed = parse_offload(config.offload)
+    except ValueError as error:
+        yield f"offload: {error}"
+        return
+    if placed.get("gradients") == "released":
+        size = config.global_batch_size or 0
+        accumulates = size > config.per_device_train_batch_size or (
+            not size and (config.gradient_accumulation_steps or 16) > 1
+        )
+        if accumulates:
+            yield (
+                "offload: gradients=released steps within every backward, so nothing accumulates: add "
+                "--gradient_accumulation_steps 1, or keep them with gradients=host"
+            )
+        if config.max_grad_norm > 0:
+            yield (
+                "offload: gradients=released has stepped before the global norm is known: add --max_grad_norm 0, or "
+                "keep them with gradients=host"
+            )
+    if "optimizer" in placed and config.optim.startswith("paged"):
+        yield f"offload: {config.optim} pages its states itself: leave out optimizer={placed['optimizer']}"
+    if "parameters" in placed and config.activation_checkpointing not in ("auto", "full"):
+        yield (
+            f"offload: parameters={placed['parameters']} drops each layer's weights after use, so that backward must "
+            "recompute it: add --activation_checkpointing full"
+        )
+
+
 def _package_problems(config: Config) -> list[str]:
     """Name packages that an option needs and that are not installed, without importing any."""
     needed = {name: f"report_to {config.report_to}" for name in config.report_to.split(",") if name != "none"}
-    if config.optim.endswith("_8bit"):
-        needed["bitsandbytes"] = f"optim {config.optim}"
     return [f"{option} needs {name}: pip install {name}" for name, option in needed.items() if not _is_installed(name)]
 
 
@@ -450,13 +525,18 @@ def resolve(config: Config) -> Config:
         dataset = str(DEMO_FOLDER / "instructions.jsonl") if config.model is None else DEFAULT_DATASET
         if config.model is not None and config.dataset_split is None:
             split = DEFAULT_DATASET_SPLIT
-    # Who turns the fitting off leaves nothing to decide.
-    checkpointing = config.activation_checkpointing
-    checkpointing = "none" if checkpointing == "auto" and config.fit == "off" else checkpointing
+    # Who turns the fitting off leaves nothing to decide; and weights that leave take the activations with them.
+    checkpointing, offload = config.activation_checkpointing, config.offload
+    if checkpointing == "auto" and "parameters" in parse_offload(offload):
+        checkpointing = "full"
+    if config.fit == "off":
+        checkpointing = "none" if checkpointing == "auto" else checkpointing
+        offload = "none" if offload == "auto" else offload
     return replace(
         config,
         model=config.model and os.path.expanduser(config.model),
         activation_checkpointing=checkpointing,
+        offload=offload,
         dataset=dataset,
         dataset_split=split,
         output_dir=_output_dir(config),

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from fullft.offload import Array, host_pieces
+
 
 def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, is on disk."""
@@ -83,14 +85,14 @@ _DTYPES = {
 }
 
 
-def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> str:
+def write_tensors(file: Path, tensors: Mapping[str, Array]) -> str:
     """Write a safetensors file, holding one tensor at a time in host memory.
 
     `safetensors.torch.save_file` first copies all tensors to the host: for the optimizer states of 7B parameters 56 GB.
 
     Args:
         file: to write.
-        tensors: any shapes, on any device; memory may be shared between them.
+        tensors: any shapes, on any device or on disk; memory may be shared between them.
 
     Returns:
         The sha256 of what was written, in hexadecimal digits.
@@ -113,7 +115,8 @@ def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> str:
             content.write(part)
             digest.update(part)
         for name in names:
-            data = tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-            content.write(data)
-            digest.update(data)
+            for piece in host_pieces(tensors[name]):
+                data = piece.contiguous().flatten().view(torch.uint8).numpy().data
+                content.write(data)
+                digest.update(data)
     return digest.hexdigest()

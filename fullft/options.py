@@ -31,6 +31,7 @@ def option(
     called: tuple[str, ...] = (),
     spellings: Mapping[str, str | None] | None = None,
     bare: str | None = None,
+    several: bool = False,
     at_least: float | None = None,
     above: float | None = None,
     below: float | None = None,
@@ -50,6 +51,7 @@ def option(
         called: what other programs call it: not accepted, but answered with its name here.
         spellings: other ways to write a value, such as Hugging Face's; lower case, with underscores.
         bare: the value that the flag has without one.
+        several: whether its value is a list of words, kept joined by commas.
         at_least: the least number allowed.
         above: the number that it must exceed.
         below: the number that it must stay under.
@@ -200,7 +202,9 @@ def _convert(option: "Field[Any]", raw: Any) -> Any:
         raise ValueError("needs a value")
     if kind is dict:
         return _convert_pairs(raw, meta)
-    if isinstance(raw, list) and meta["choices"]:
+    if isinstance(raw, dict) and meta["several"]:
+        raw = [f"{key}={value}" for key, value in raw.items()]
+    if isinstance(raw, list) and (meta["choices"] or meta["several"]):
         raw = ",".join(map(str, raw))  # Hugging Face writes `report_to: [tensorboard, wandb]`
     if isinstance(raw, (list, dict)):
         raise ValueError(f"takes one value, not a {'list' if isinstance(raw, list) else 'mapping'}")
@@ -362,7 +366,8 @@ def build_parser(options: type) -> argparse.ArgumentParser:
     for group, members in _groups(options).items():
         section = parser.add_argument_group(group)
         for option in members:
-            pairs = _kind(option) is dict  # several words, and several flags add up
+            # Several words, and several flags add up.
+            pairs = _kind(option) is dict or option.metadata["several"]
             section.add_argument(
                 *(f"--{alias}" for alias in (option.name, *option.metadata["aliases"])),
                 dest=option.name,

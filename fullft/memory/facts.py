@@ -4,16 +4,16 @@ Owns counting. As in the plan, two models of a few layers are built and the line
 is linear in the number of layers.
 """
 
-import math
 from dataclasses import dataclass, fields
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from fullft.config import Config
 from fullft.memory.plan import layer_period, num_layers, shortened
 from fullft.model import count_parameters, decoder_layers, flops_per_token
+from fullft.optimizer import estimate_state_bytes
 
 LORA_RANK = 8
 # The projections to queries and values, or the matrix that they are part of, as families call them.
@@ -30,7 +30,7 @@ class Facts:
         layer_matrices: parameters in the decoder layers' matrices.
         matrices: the same and the output head: what a token is multiplied with.
         lora_parameters: of adapters of rank `LORA_RANK` on queries and values.
-        states_8bit: bytes of bitsandbytes' AdamW states.
+        states_8bit: bytes of AdamW's moments in 8 bits.
         flops_per_token: of forward and backward, without recomputation.
     """
 
@@ -90,15 +90,5 @@ def _lora_parameters(model: PreTrainedModel) -> int:
 
 
 def _states_8bit(model: PreTrainedModel) -> int:
-    """Add up what bitsandbytes keeps for `--optim adamw_8bit`, as `optimizer.py` configures it.
-
-    Two moments: a byte per element and a fp32 scale per block of 256; in fp32 for embeddings and tensors of fewer than
-    16384 elements. The two code books of 256 fp32 numbers are shared by all.
-    """
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    total = 2 * 256 * 4
-    for parameter in model.parameters():
-        count = parameter.numel()
-        in_fp32 = id(parameter) in embeddings or count < 16384
-        total += 8 * count if in_fp32 else 2 * (count + 4 * math.ceil(count / 256))
-    return total
+    """Add up what `--optim adamw_8bit` keeps, without the remainders of split masters."""
+    return estimate_state_bytes(Config(optim="adamw_8bit", master_weights="none"), model)

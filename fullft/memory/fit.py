@@ -132,8 +132,8 @@ class Plans:
 
     def _key(self, config: Config, batch: Batch) -> tuple[Any, ...]:
         accumulates, clips = (config.gradient_accumulation_steps or 1) > 1, config.max_grad_norm > 0
-        choices = (config.precision, config.optim, config.activation_checkpointing, config.packing)
-        return (*choices, accumulates, clips, batch)
+        numerics = (config.precision, config.master_weights, config.optim, config.packing, accumulates, clips)
+        return (*numerics, config.activation_checkpointing, config.offload, batch)
 
     def saved_by_8bit(self, config: Config, batch: Batch) -> int:
         """Give the bytes that `--optim adamw_8bit` saves, at the peak and everywhere else.
@@ -145,12 +145,7 @@ class Plans:
             batch: only its length counts.
         """
         facts = self.facts(batch.length)
-        return self._adamw_bytes(config, facts) - facts.states_8bit
-
-    @staticmethod
-    def _adamw_bytes(config: Config, facts: Facts) -> int:
-        # Two moments in the parameter's dtype, and per tensor a fp32 count of steps.
-        return 2 * PRECISIONS[config.precision].weights.itemsize * facts.parameters + 4 * facts.tensors
+        return _moment_bytes(config) * facts.parameters - facts.states_8bit
 
     def facts(self, length: int) -> Facts:
         """Count what follows from the model's shapes alone.
@@ -170,8 +165,18 @@ class Plans:
             batch: only its length counts.
         """
         facts, size = self.facts(batch.length), PRECISIONS[config.precision].weights.itemsize
-        states = self._adamw_bytes(config, facts) if config.optim == "adamw" else facts.states_8bit
-        return 2 * size * facts.parameters + states
+        moments = _moment_bytes(config) * facts.parameters if config.optim == "adamw" else facts.states_8bit
+        remainder = 2 if _has_split_masters(config) else 0
+        return (2 * size + remainder) * facts.parameters + moments
+
+
+def _has_split_masters(config: Config) -> bool:
+    return config.precision == "bf16-true" and config.master_weights == "split"
+
+
+def _moment_bytes(config: Config) -> int:
+    """Bytes per parameter of AdamW's two moments."""
+    return 4 if config.precision == "bf16-true" and config.master_weights == "none" else 8
 
 
 # ---------------------------------------------------------------------------------------------- choosing

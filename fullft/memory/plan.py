@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, masking_utils
 from transformers.initialization import no_init_weights
 
-from fullft import optimizer as optimizer_module
 from fullft.activation_checkpointing import apply_activation_checkpointing
 from fullft.config import Config
 from fullft.memory.step import take_worst_step
@@ -65,11 +64,15 @@ class _Trace:
         num_parameters: trainable ones.
         totals: per slot, the composition of its largest total.
         maxima: per slot, each component's own largest.
+        host_bytes: kept in the host's memory.
+        disk_bytes: kept on disk.
     """
 
     num_parameters: int
     totals: dict[Slot, dict[str, int]]
     maxima: dict[Slot, dict[str, int]]
+    host_bytes: int
+    disk_bytes: int
 
 
 def plan_step(config: Config, model_config: PreTrainedConfig, batch: Batch) -> dict[str, Any]:
@@ -134,18 +137,16 @@ def trace(config: Config, model_config: PreTrainedConfig, batch: Batch, layers: 
         period: how many layers at either end have slots of their own.
     """
     precision = PRECISIONS[config.precision]
-    # The non-fake inputs are bitsandbytes' code books of 256 numbers.
+    # The non-fake inputs are the code books of 8-bit states.
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         _decide_as_on_real_tensors(config.packing),
-        _two_chunks_stand_for_all(),
         no_init_weights(),
     ):
         model = AutoModelForCausalLM.from_config(shortened(model_config, layers), dtype=precision.weights).train()
         model.tie_weights()  # left out together with the initial values
         apply_activation_checkpointing(model, config.activation_checkpointing)
-        with unset_fake_temporarily():  # bitsandbytes computes its code books here
-            optimizer = build_optimizer(model, config)
+        optimizer = build_optimizer(model, config)
         micro_batch = _micro_batch(batch.sequences, batch.length, config.packing)
         held_out_sequences = batch.evaluation_sequences or batch.sequences
         held_out = batch.evaluation_length and _micro_batch(held_out_sequences, batch.evaluation_length, config.packing)
@@ -194,22 +195,6 @@ def _decide_as_on_real_tensors(packing: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _two_chunks_stand_for_all() -> Iterator[None]:
-    """Let the gradient norm square only two chunks of each gradient.
-
-    It never holds more than two at a time, so the bytes are those of all; a large embedding has a thousand of them,
-    and each would cost about a millisecond here.
-    """
-    original = optimizer_module._squared_norm
-    shown = 2 * optimizer_module._NORM_CHUNK
-    optimizer_module._squared_norm = lambda gradient, wide: original(gradient.flatten()[:shown], wide)
-    try:
-        yield
-    finally:
-        optimizer_module._squared_norm = original
-
-
-@contextmanager
 def _paused_garbage_collection() -> Iterator[None]:
     """Spare a third of the time: each collection would visit all the objects that torch and transformers made."""
     enabled = gc.isenabled()
@@ -235,7 +220,7 @@ def _by_slot(profile: Profile, num_parameters: int, layers: int, period: int) ->
             largest[slot], totals[slot] = total, live
         known = maxima.setdefault(slot, live)
         maxima[slot] = {name: max(known[name], live[name]) for name in COMPONENTS}
-    return _Trace(num_parameters, totals, maxima)
+    return _Trace(num_parameters, totals, maxima, profile.host_bytes, profile.disk_bytes)
 
 
 # ---------------------------------------------------------------------------------------------- extending
@@ -250,9 +235,15 @@ def _extend(small: _Trace, large: _Trace, times: int) -> _Trace:
             for slot, live in few.items()
         }
 
-    grown = large.num_parameters - small.num_parameters
+    def continued(few: int, more: int) -> int:
+        return few + times * (more - few)
+
     return _Trace(
-        small.num_parameters + times * grown, extended(small.totals, large.totals), extended(small.maxima, large.maxima)
+        continued(small.num_parameters, large.num_parameters),
+        extended(small.totals, large.totals),
+        extended(small.maxima, large.maxima),
+        continued(small.host_bytes, large.host_bytes),
+        continued(small.disk_bytes, large.disk_bytes),
     )
 
 
@@ -269,6 +260,6 @@ def _figures(whole: _Trace) -> dict[str, Any]:
         "components": {name: max(live[name] for live in whole.maxima.values()) for name in COMPONENTS},
         "at_peak": whole.totals[peak],
         "phases": phases,
-        "host_bytes": 0,
-        "disk_bytes": 0,
+        "host_bytes": whole.host_bytes,
+        "disk_bytes": whole.disk_bytes,
     }

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fullft import errors
+from fullft.adamw import AdamW
 from fullft.config import Config
 from fullft.data import Data
 from fullft.disk import write_text
@@ -90,7 +91,7 @@ def _remedies(config: Config, plans: Plans, batch: Batch) -> str:
 
 
 def measure_run(
-    plan: RunPlan, model: PreTrainedModel, optimizer: torch.optim.Optimizer, data: Data, autocast: torch.autocast
+    plan: RunPlan, model: PreTrainedModel, optimizer: AdamW, data: Data, autocast: torch.autocast
 ) -> Profile:
     """Take the run's worst step under the tracker: what would run out of memory at hour three does so now.
 

@@ -10,15 +10,15 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel
 
+from fullft.adamw import AdamW
 from fullft.loss import summed_cross_entropy
 from fullft.memory.tracker import MemoryTracker, Profile
 from fullft.micro_batch import MicroBatch
-from fullft.optimizer import clip_gradients, reset_states
 
 
 def take_worst_step(
     model: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
+    optimizer: AdamW,
     micro_batches: Sequence[MicroBatch],
     evaluation: MicroBatch | None,
     autocast: torch.autocast,
@@ -26,8 +26,8 @@ def take_worst_step(
 ) -> Profile:
     """Take a whole step under the tracker, with the optimizer's states in place as they are from the second step on.
 
-    Gradients are zeroed before the optimizer sees them and its learning rate is 0, so no weight moves; its states are
-    dropped afterwards, and the random state is put back: a run goes on from here as if nothing had happened.
+    The optimizer only rehearses: no weight and no state changes, and the random state is put back. A run goes on from
+    here as if nothing had happened.
 
     Args:
         model: in training mode, on its device.
@@ -41,7 +41,6 @@ def take_worst_step(
         The live bytes, event by event.
     """
     with _without_consequences(model, optimizer):
-        _make_states(model, optimizer)
         with MemoryTracker(model, optimizer) as tracker:
             for micro_batch in micro_batches:
                 micro_batch = _copy(micro_batch, model.device)
@@ -54,12 +53,9 @@ def take_worst_step(
                 loss.backward()
                 del loss
             tracker.optimizer_step()
-            clip_gradients(model.parameters(), max_norm=max_grad_norm)
-            for parameter in model.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.zero_()
+            optimizer.clip_gradients(max_norm=max_grad_norm)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             if evaluation is not None:
                 micro_batch = _copy(evaluation, model.device)
                 tracker.evaluation({**micro_batch.inputs, "labels": micro_batch.labels})
@@ -68,8 +64,8 @@ def take_worst_step(
 
 
 @contextmanager
-def _without_consequences(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Leave weights, learning rates, the absence of states and gradients, and the random state as they were."""
+def _without_consequences(model: PreTrainedModel, optimizer: AdamW) -> Iterator[None]:
+    """Leave weights, learning rates, states, the absence of gradients, and the random state as they were."""
     rates = [group["lr"] for group in optimizer.param_groups]
     accelerators = [] if model.device.type == "cpu" else [model.device]
     kind = model.device.type if accelerators else "cuda"
@@ -77,20 +73,11 @@ def _without_consequences(model: PreTrainedModel, optimizer: torch.optim.Optimiz
         try:
             for group in optimizer.param_groups:
                 group["lr"] = 0.0
-            yield
+            with optimizer.rehearsal():
+                yield
         finally:
-            optimizer.zero_grad(set_to_none=True)
-            reset_states(optimizer)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
-
-
-def _make_states(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
-    """Let the optimizer allocate its states, by a step on gradients of zero."""
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
 
 
 def _copy(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:

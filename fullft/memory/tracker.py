@@ -13,16 +13,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
+from fullft.adamw import AdamW
 from fullft.errors import ModelError
 from fullft.model import decoder_layers
+from fullft.offload import is_on_host
 
 COMPONENTS = ("parameters", "gradients", "optimizer_states", "activations", "logits", "temporaries", "other")
+# Beside the components of the device's memory: what the run holds in the host's, where that is another one.
+HOST = "host"
 PHASES = ("forward", "backward", "optimizer_step", "evaluation")
 
 
@@ -59,12 +64,16 @@ class Profile:
         totals: [events] live bytes after it.
         curves: per component, [events] its live bytes after it.
         modules_at_peak: (module, bytes) of what was alive at the peak, the largest first.
+        host_bytes: the most that was kept in host memory beside the device.
+        disk_bytes: what is kept on disk.
     """
 
     moments: list[Moment]
     totals: list[int]
     curves: dict[str, list[int]]
     modules_at_peak: list[tuple[str, int]]
+    host_bytes: int = 0
+    disk_bytes: int = 0
 
     @property
     def peak(self) -> int:
@@ -82,15 +91,15 @@ class Profile:
             "components": {name: max(curve) for name, curve in self.curves.items()},
             "at_peak": {name: curve[self.peak] for name, curve in self.curves.items()},
             "phases": phases,
-            "host_bytes": 0,
-            "disk_bytes": 0,
+            "host_bytes": self.host_bytes,
+            "disk_bytes": self.disk_bytes,
         }
 
 
 class MemoryTracker(TorchDispatchMode):
     """Tracks a model at work. A context manager; `forward()`, `backward()` and the like mark the phases within."""
 
-    def __init__(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, model: PreTrainedModel, optimizer: AdamW) -> None:
         """Count what is there already.
 
         Args:
@@ -192,6 +201,8 @@ class MemoryTracker(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if storage in self._blocks:
             return None
+        if tensor.device.type == "cpu" != self.model.device.type or is_on_host(tensor):
+            component = HOST
         block = Block(storage.nbytes(), component, self._modules[-1] if self._modules else "")
         self._blocks[storage] = block
         self._references[id(block)] = weakref.ref(storage, self._release(block))
@@ -211,7 +222,8 @@ class MemoryTracker(TorchDispatchMode):
 
     def _relabel(self, tensor: torch.Tensor, component: str) -> None:
         self._see(tensor, component)
-        self._blocks[tensor.untyped_storage()].component = component
+        block = self._blocks[tensor.untyped_storage()]
+        block.component = HOST if is_on_host(tensor) else component
 
     def _settle_activations(self) -> None:
         for reference in self._born:
@@ -251,9 +263,10 @@ class MemoryTracker(TorchDispatchMode):
     def _leave_module(self, *_: Any) -> None:
         self._modules.pop()
 
-    def _gradient_arrived(self, parameter: torch.Tensor) -> None:
-        if parameter.grad is not None:
-            self._relabel(parameter.grad, "gradients")
+    def _gradient_arrived(self, parameter: nn.Parameter) -> None:
+        gradient = self.optimizer.gradients.of(parameter)  # whose hook has come first, and may have moved it
+        if isinstance(gradient, torch.Tensor):
+            self._relabel(gradient, "gradients")
 
     def _at_layer(self, index: int) -> None:
         self._moment = Moment(self._moment.part, self._moment.phase, index)
@@ -285,21 +298,24 @@ class MemoryTracker(TorchDispatchMode):
 
     def profile(self) -> Profile:
         """Add the events up, each under the component that its storage turned out to be."""
-        live = dict.fromkeys(COMPONENTS, 0)
+        live = dict.fromkeys((*COMPONENTS, HOST), 0)
+        host_bytes = 0
         curves: dict[str, list[int]] = {name: [] for name in COMPONENTS}
         totals: list[int] = []
         for sign, block, _ in self._events:
             live[block.component] += sign * block.num_bytes
-            totals.append(sum(live.values()))
+            host_bytes = max(host_bytes, live[HOST])
+            totals.append(sum(live.values()) - live[HOST])
             for name in COMPONENTS:
                 curves[name].append(live[name])
         moments = [moment for *_, moment in self._events]
         profile = Profile(moments, totals, curves, [])
-        return Profile(moments, totals, curves, self._modules_at(profile.peak))
+        modules = self._modules_at(profile.peak)
+        return Profile(moments, totals, curves, modules, host_bytes, self.optimizer.storage.disk_bytes)
 
     def _modules_at(self, event: int) -> list[tuple[str, int]]:
         alive: dict[str, int] = {}
         for sign, block, _ in self._events[: event + 1]:
-            if block.component not in ("parameters", "gradients", "optimizer_states"):
+            if block.component not in ("parameters", "gradients", "optimizer_states", HOST):
                 alive[block.module] = alive.get(block.module, 0) + sign * block.num_bytes
         return sorted(((name, size) for name, size in alive.items() if size), key=lambda item: -item[1])

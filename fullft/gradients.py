@@ -1,0 +1,232 @@
+"""Gradients: where they gather over the micro-batches of a step, in which dtype, and their global norm.
+
+Owns the sums and the norm. Where the weight's own dtype on the device will do, the sum is `parameter.grad`, as autograd
+keeps it. Elsewhere each parameter's gradient leaves as soon as backward has finished it, and is added up where it
+lands, so that accumulation and clipping stay exact in every placement.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fullft.offload import CHUNK, Array, ChunkStream, DiskArray, Field, Storage, Workers, aligned_bytes, paged
+
+# Elements that a CPU squares at a time: few enough for its cache. It belongs to the numerics: another size sums in
+# another order.
+NORM_TILE = 1 << 17
+_DEPARTING = 4  # chunks on their way off the device
+
+
+class Gradients:
+    """The sums of a step's gradients, one per parameter."""
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        dtype: torch.dtype | None,
+        tier: str,
+        storage: Storage,
+        use: Callable[[nn.Parameter], None],
+    ) -> None:
+        """Arrange for the gradients of every backward from now on.
+
+        Args:
+            parameters: all that are trained.
+            dtype: of the sums; None for each parameter's own.
+            tier: `device`, `host`, `disk` or `released`.
+            storage: makes the sums' arrays.
+            use: with `released`, what is done with a gradient before it is freed.
+        """
+        self.parameters, self._tier, self._storage = list(parameters), tier, storage
+        self._dtypes = {id(parameter): dtype or parameter.dtype for parameter in parameters}
+        self._sums: dict[int, Array] = {}
+        self._begun: set[int] = set()  # whose sums hold gradients of this step
+        self._departures = _Departures(storage.device)
+        self._use = use
+        self._released: dict[int, list[torch.Tensor]] = {}  # squares of gradients that are gone
+        for parameter in parameters:
+            if tier == "released":
+                parameter.register_post_accumulate_grad_hook(self._release)
+            elif tier != "device" or self._dtypes[id(parameter)] != parameter.dtype:
+                parameter.register_post_accumulate_grad_hook(self._gather)
+
+    def of(self, parameter: nn.Parameter) -> Array | None:
+        """Give the sum of a parameter's gradients, or None if backward has brought none.
+
+        Args:
+            parameter: one of those trained.
+        """
+        if parameter.grad is not None:
+            return parameter.grad
+        return self._sums[id(parameter)] if id(parameter) in self._begun else None
+
+    def clear(self) -> None:
+        """Forget the step's gradients: sums on the device are freed, others are written over by the next ones."""
+        self._departures.finish()
+        for parameter in self.parameters:
+            parameter.grad = None
+        self._begun.clear()
+        self._released.clear()
+        if self._tier == "device":
+            self._sums.clear()
+
+    @torch.no_grad()
+    def _gather(self, parameter: nn.Parameter) -> None:
+        """Add what backward has just finished to its sum, and free it."""
+        gradient, key = parameter.grad, id(parameter)
+        assert gradient is not None
+        is_first = key not in self._begun
+        if key not in self._sums:
+            self._sums[key] = self._storage.zeros(self._tier, gradient.numel(), self._dtypes[key])
+        self._begun.add(key)
+        sums, flat = self._sums[key], gradient.detach().reshape(-1)
+        if isinstance(sums, torch.Tensor) and sums.device == flat.device:
+            sums.copy_(flat) if is_first else sums.add_(flat)
+        else:
+            self._departures.start(flat, sums, is_first)
+        parameter.grad = None
+
+    @torch.no_grad()
+    def _release(self, parameter: nn.Parameter) -> None:
+        """Use a gradient up, and free it."""
+        assert parameter.grad is not None
+        with _one_thread():
+            flat = parameter.grad.detach().view(-1)
+            self._released[id(parameter)] = [each for chunk in flat.split(CHUNK) for each in _squares(chunk)]
+        self._use(parameter)
+        parameter.grad = None
+
+    @torch.no_grad()
+    def norm(self, in_part: bool = False) -> torch.Tensor:
+        """Take the 2-norm over all gradients, summed per parameter in a fixed order in fp64.
+
+        Args:
+            in_part: look at a few tiles of each only, which needs the same memory.
+
+        Returns:
+            A float64 scalar on the device (float32 on Apple's, which has no float64).
+
+        Raises:
+            ValueError: there are no gradients.
+        """
+        self._departures.finish()
+        jobs = [
+            (id(parameter), Field(array, start, min(CHUNK, array.numel() - start), is_written=False))
+            for parameter in self.parameters
+            if (array := self.of(parameter)) is not None
+            for start in range(0, array.numel(), CHUNK)[: 3 if in_part else None]
+        ]
+        squares = {id(parameter): self._released.get(id(parameter), []) for parameter in self.parameters}
+        chunks = ChunkStream(self._storage.device).run({"gradient": field} for _, field in jobs)
+        with _one_thread():
+            for (key, _), chunk in zip(jobs, chunks, strict=True):
+                squares[key] += _squares(chunk["gradient"][: 2 * NORM_TILE if in_part else None])
+            sums = [torch.stack(each).sum() for each in squares.values() if each]
+            if not sums:
+                raise ValueError("no parameter has a gradient")
+            return torch.stack(sums).sum().sqrt()
+
+
+def _squares(gradient: torch.Tensor) -> list[torch.Tensor]:
+    """Give the sums of squares of a flat chunk's tiles, in fp64."""
+    if gradient.device.type != "cpu":
+        wide = torch.float32 if gradient.device.type == "mps" else torch.float64
+        return [torch.linalg.vector_norm(gradient, dtype=wide).square()]
+    # vector_norm would hold an fp64 copy of all of it; a tile's stays in the cache.
+    buffer = torch.empty(min(NORM_TILE, gradient.numel()), dtype=torch.float64)
+    tiles = [(buffer[: tile.numel()], tile) for tile in gradient.split(NORM_TILE)]
+    return [torch.dot(wide.copy_(tile), wide) for wide, tile in tiles]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sum in an order that does not depend on how many threads there are; one is as fast as memory."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+# ---------------------------------------------------------------------------------------------- leaving the device
+
+
+@dataclass
+class _Berth:
+    """Host memory for one chunk that leaves: as it comes, and the sum that it is added to."""
+
+    arriving: torch.Tensor
+    sums: torch.Tensor
+    done: "Future[None]"
+
+
+class _Departures:
+    """Adds gradients to sums elsewhere, chunk by chunk, in threads beside the backward pass."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._workers = Workers(device)
+        self._berths: deque[_Berth] = deque()
+
+    def start(self, gradient: torch.Tensor, sums: Array, is_first: bool) -> None:
+        """Send a gradient off; it may be freed on return, as far as the device allows.
+
+        Args:
+            gradient: [n], on the device.
+            sums: [n], on the host or on disk.
+            is_first: whether it takes the place of what is there.
+        """
+        for start, chunk in zip(range(0, gradient.numel(), CHUNK), gradient.split(CHUNK), strict=True):
+            berth = self._next_berth(chunk, sums)
+            if chunk.device.type == "cpu":
+                berth.arriving[: chunk.nbytes].view(chunk.dtype).copy_(chunk)
+                computed = None
+            else:
+                computed = torch.accelerator.current_stream(chunk.device).record_event()
+            berth.done = self._workers.submit(_add, self._workers, berth, chunk, computed, sums, start, is_first)
+            self._berths.append(berth)
+
+    def finish(self) -> None:
+        """Wait until all have arrived, and free the memory of those on their way."""
+        while self._berths:
+            self._berths.popleft().done.result()
+
+    def _next_berth(self, chunk: torch.Tensor, sums: Array) -> _Berth:
+        sizes = (paged(CHUNK * chunk.element_size()), paged(CHUNK * sums.element_size()))
+        if len(self._berths) < _DEPARTING:
+            arriving, total = (aligned_bytes(size, self._workers.device) for size in sizes)
+            return _Berth(arriving, total, Future())
+        berth = self._berths.popleft()
+        berth.done.result()
+        return berth
+
+
+def _add(
+    workers: Workers,
+    berth: _Berth,
+    chunk: torch.Tensor,
+    computed: torch.Event | None,
+    sums: Array,
+    start: int,
+    is_first: bool,
+) -> None:
+    """Bring a chunk to the host, and add it to its sum there."""
+    count = chunk.numel()
+    arrived = berth.arriving[: chunk.nbytes].view(chunk.dtype)
+    if computed is not None:
+        with workers.copying(computed):
+            arrived.copy_(chunk, non_blocking=True)
+    if isinstance(sums, DiskArray):
+        total = berth.sums[: count * sums.element_size()].view(sums.dtype)
+        if not is_first:
+            sums.read(start, count, berth.sums)
+    else:
+        total = sums[start : start + count]
+    total.copy_(arrived) if is_first else total.add_(arrived)
+    if isinstance(sums, DiskArray):
+        sums.write(start, count, berth.sums)

@@ -9,6 +9,7 @@ another optimizer, packing) is decided while building; the loop does not know of
 """
 
 import sys
+from pathlib import Path
 
 from fullft.config import Config, parse_config
 from fullft.errors import report_uncaught_errors
@@ -36,15 +37,18 @@ from fullft.checkpoint import open_checkpoint, restore, save_checkpoint
 from fullft.data import load_data
 from fullft.evaluation import Samples, evaluate
 from fullft.export import check_export, export_model
+from fullft.layer_streaming import apply_layer_streaming
 from fullft.loss import summed_cross_entropy
 from fullft.memory.find import find_config
 from fullft.memory.plan import Batch
 from fullft.memory.run import measure_run, plan_run, record_memory
 from fullft.metrics import Metrics, describe_results
-from fullft.model import PRECISIONS, describe_model, find_model, load_model, load_tokenizer, pick_device, require_fit
+from fullft.model import PRECISIONS, describe_model, find_model, load_tokenizer, pick_device, require_fit
+from fullft.offload import Storage
 from fullft.optimizer import build_optimizer, build_schedule, describe_optimizer
 from fullft.output_dir import prepare_output_dir
 from fullft.signals import StopRequest
+from fullft.weights import load_model
 
 
 def main(config: Config) -> None:
@@ -66,10 +70,12 @@ def main(config: Config) -> None:
     plan = plan_run(config, model_config, Batch.of(*data.largest(accumulation=2)), device)
     config = plan.config  # without any auto: the plan has chosen
     print(plan.description)
-    model = load_model(config, source if checkpoint is None else str(checkpoint.folder), device)
+    storage = Storage(device, Path(str(config.output_dir)))  # of what --offload keeps elsewhere
+    model = load_model(config, source if checkpoint is None else str(checkpoint.folder), storage)
+    apply_layer_streaming(model)
     require_fit(model, data.largest_token_id, data.longest, config.packing)
     apply_activation_checkpointing(model, config.activation_checkpointing)
-    optimizer = build_optimizer(model, config)
+    optimizer = build_optimizer(model, config, storage)
     calendar = Calendar(config, data.train.steps_per_epoch)
     learning_rate_at = build_schedule(config, calendar.total_steps)
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=PRECISIONS[config.precision].autocast)

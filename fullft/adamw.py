@@ -9,7 +9,6 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import nn
 from fullft import blockwise
 from fullft.gradients import Gradients
 from fullft.master_weights import join, round_stochastically, split
-from fullft.offload import CHUNK, Array, ChunkStream, Field, Storage, fill
+from fullft.offload import CHUNK, Array, ChunkStream, Field, Storage, home_of
 
 # Elements that a CPU updates at a time: few enough for its cache, where the passes over them cost next to nothing. An
 # accelerator would only launch more kernels.
@@ -57,7 +56,7 @@ class AdamW(torch.optim.Optimizer):
         masters: str = "none",
         gradient_dtype: torch.dtype | None = None,
         placement: Placement | None = None,
-        storage: Storage | None = None,
+        storage: Storage,
         seed: int = 0,
     ) -> None:
         """Keep no states yet.
@@ -71,13 +70,13 @@ class AdamW(torch.optim.Optimizer):
             masters: of bf16 weights: `split`, `stochastic` or `none`.
             gradient_dtype: of the gradients' sums; None for each weight's own.
             placement: where things live; None keeps all of them on the device.
-            storage: makes arrays; None where all are on the device.
+            storage: makes arrays.
             seed: of stochastic rounding.
         """
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
         self.parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         self.placement = placement or Placement()
-        self.storage = storage or Storage(self.parameters[0].device, Path())
+        self.storage = storage
         self.gradients = Gradients(
             self.parameters,
             gradient_dtype,
@@ -162,7 +161,7 @@ class AdamW(torch.optim.Optimizer):
         for start in starts:
             count = min(CHUNK, parameter.numel() - start)
             fields = {
-                "weights": Field(parameter, start, count, is_written=not self._is_rehearsal),
+                "weights": Field(home_of(parameter), start, count, is_written=not self._is_rehearsal),
                 "gradient": Field(gradient, start, count, is_written=False),
             }
             for name, array in states.items():
@@ -238,11 +237,11 @@ class AdamW(torch.optim.Optimizer):
         """
         states: dict[str, Array] = self.state[parameter]
         if not states:
+            # What loading has kept of fp32 weights, if anything, is where it is to be.
+            tier = self.placement.optimizer
+            made: dict[str, Array] = {"remainder": parameter.rounded_off} if hasattr(parameter, "rounded_off") else {}
             for name, (numel, dtype) in state_layout(parameter, self._moments(parameter), self._masters).items():
-                states[name] = self.storage.zeros(self.placement.optimizer, numel, dtype)
-            if (remainder := getattr(parameter, "rounded_off", None)) is not None:
-                fill(states["remainder"], remainder)
-                del parameter.rounded_off
+                states[name] = made[name] if name in made else self.storage.zeros(tier, numel, dtype)
         return states
 
     @contextmanager

@@ -35,10 +35,10 @@ from fullft.output_dir import (
     recover,
     step_of,
 )
+from fullft.weights import save_weights
 
 STATE = "trainer_state.json"
 OPTIMIZER = "optimizer.safetensors"
-MAX_SHARD_SIZE = "5GB"
 _HASH_CHUNK = 1 << 24  # bytes
 
 
@@ -96,7 +96,7 @@ def save_checkpoint(
         "options": dataclasses.asdict(config),
     }
     with staged_folder(folder) as staging:
-        model.save_pretrained(staging, max_shard_size=MAX_SHARD_SIZE)
+        save_weights(model, staging)
         tokenizer.save_pretrained(staging)
         (staging / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
         hashes = {

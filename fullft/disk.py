@@ -7,9 +7,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -85,7 +86,7 @@ _DTYPES = {
 }
 
 
-def write_tensors(file: Path, tensors: Mapping[str, Array]) -> str:
+def write_tensors(file: Path, tensors: Mapping[str, Array], shapes: Mapping[str, Sequence[int]] | None = None) -> str:
     """Write a safetensors file, holding one tensor at a time in host memory.
 
     `safetensors.torch.save_file` first copies all tensors to the host: for the optimizer states of 7B parameters 56 GB.
@@ -93,6 +94,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Array]) -> str:
     Args:
         file: to write.
         tensors: any shapes, on any device or on disk; memory may be shared between them.
+        shapes: under the tensors' names, where they are not their own.
 
     Returns:
         The sha256 of what was written, in hexadecimal digits.
@@ -102,10 +104,11 @@ def write_tensors(file: Path, tensors: Mapping[str, Array]) -> str:
     """
     # The widest first, as safetensors does: each tensor then starts at a multiple of its element size.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header, end = {}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers looks for it
+    end = 0
     for name in names:
         start, end = end, end + tensors[name].numel() * tensors[name].element_size()
-        dtype, shape = _DTYPES[tensors[name].dtype], list(tensors[name].shape)
+        dtype, shape = _DTYPES[tensors[name].dtype], list((shapes or {}).get(name, tensors[name].shape))
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)

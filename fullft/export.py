@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from fullft.checkpoint import MAX_SHARD_SIZE
 from fullft.config import Config
 from fullft.disk import staged_folder, sync, sync_folder
 from fullft.memory.fit import available_host_bytes
 from fullft.output_dir import WEIGHT_FILES, discard_earlier_run
+from fullft.weights import save_weights
 
 _PROBE_TOKENS = 64
 _CONFIG = Path("config.json")
@@ -37,7 +37,7 @@ def export_model(
     """
     output_dir = Path(str(config.output_dir))
     with staged_folder(output_dir / "export") as staging:
-        model.save_pretrained(staging, max_shard_size=MAX_SHARD_SIZE)
+        save_weights(model, staging)
         tokenizer.save_pretrained(staging)
         (staging / "README.md").write_text(_card(config, results), encoding="utf-8")
         sync_folder(staging)

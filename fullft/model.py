@@ -1,7 +1,7 @@
-"""The model and its tokenizer: found, loaded in an explicit dtype, and understood.
+"""The model and its tokenizer: found and understood.
 
-Owns where weights come from, their dtype, which modules are the decoder layers, and the checks that a model can be
-trained at all. Knows nothing about data, optimizers or the loop.
+Owns where a model comes from, the dtypes that a precision means, which modules are the decoder layers, and the checks
+that a model can be trained at all. How its weights get in and out is `weights.py`'s business.
 """
 
 import json
@@ -80,7 +80,7 @@ def find_model(config: Config) -> str:
         require_shards(folder)
     elif folder.exists() or config.model.startswith((".", "/", "~")) or config.model.count("/") > 1:
         raise ModelError(f"there is no model folder {folder}: pass an existing folder or a hub id")
-    with _loading(config.model):
+    with loading(config.model):
         model_config = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
     require_trainable(model_config, config.model)
     return config.model
@@ -132,7 +132,7 @@ def require_trainable(model_config: PreTrainedConfig, name: str) -> None:
 
 
 @contextmanager
-def _loading(name: str) -> Iterator[None]:
+def loading(name: str) -> Iterator[None]:
     """Translate what transformers and the hub raise into one message with a remedy."""
     try:
         yield
@@ -183,7 +183,7 @@ def load_tokenizer(config: Config, source: str) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: there is none, or it cannot map tokens back to characters, or it has no end-of-sequence token.
     """
-    with _loading(source):
+    with loading(source):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
     if not tokenizer("a").input_ids:
         raise ModelError(f"{source} has no tokenizer files: copy tokenizer.json beside the weights")
@@ -192,55 +192,6 @@ def load_tokenizer(config: Config, source: str) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {source} has no eos_token: without it no row could end")
     return tokenizer
-
-
-def load_model(config: Config, source: str, device: torch.device) -> PreTrainedModel:
-    """Load a model with every parameter trainable, in training mode.
-
-    Args:
-        config: `precision`, `trust_remote_code` and, for the demo's random weights, `seed` count.
-        source: folder or hub id; the demo's folder has a config alone, and gets random weights.
-        device: where the weights go.
-
-    Raises:
-        ModelError: weights are missing, damaged, or do not fit the config.
-    """
-    dtype = PRECISIONS[config.precision].weights
-    with _loading(source):
-        if source == str(DEMO_MODEL):
-            torch.manual_seed(config.seed)
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=dtype)
-        else:
-            model = _from_pretrained(config, source, dtype)
-    transformers_logging.disable_progress_bar()  # loading may show one; saving would tear ours
-    model.to(device)
-    model.requires_grad_(True)
-    model.train()
-    return model
-
-
-def _from_pretrained(config: Config, source: str, dtype: torch.dtype) -> PreTrainedModel:
-    # dtype is always explicit: transformers 5 defaults to whatever the file holds. Attention is left to its default:
-    # torch's scaled_dot_product_attention, or eager for the few families whose scores that cannot express (Gemma-2).
-    model, loaded = AutoModelForCausalLM.from_pretrained(
-        source,
-        dtype=dtype,
-        trust_remote_code=config.trust_remote_code,
-        ignore_mismatched_sizes=True,  # so that they are reported rather than raised, and refused below
-        output_loading_info=True,
-    )
-    for problem, names in (
-        ("lack", loaded["missing_keys"]),  # they would be trained from random values
-        ("have the wrong shape in", [mismatch[0] for mismatch in loaded["mismatched_keys"]]),
-    ):
-        if names:
-            raise ModelError(
-                f"the weights of {source} {problem} {len(names)} tensors, such as {min(names)}: they do not belong to "
-                "its config.json; download the model again, completely"
-            )
-    if extra := loaded["unexpected_keys"]:
-        print(f"warning: {source} has {len(extra)} tensors that its config.json has no place for, such as {min(extra)}")
-    return model
 
 
 # ---------------------------------------------------------------------------------------------- understanding

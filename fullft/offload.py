@@ -165,6 +165,16 @@ class DiskFile:
 Array = torch.Tensor | DiskArray
 
 
+def home_of(parameter: torch.nn.Parameter) -> Array:
+    """Give the array that holds a weight between uses: the parameter itself, unless its layer is streamed.
+
+    Args:
+        parameter: of a model.
+    """
+    home: Array = getattr(parameter, "home", parameter)
+    return home
+
+
 def paged(num_bytes: int) -> int:
     """Round up to whole pages."""
     return -(-num_bytes // _PAGE) * _PAGE

@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,12 +22,13 @@ from fullft.offload import Storage
 _LEAST_IN_8_BITS = 16384  # elements: no norm of a usual width has as many
 
 
-def build_optimizer(model: nn.Module, config: Config) -> AdamW:
+def build_optimizer(model: nn.Module, config: Config, storage: Storage) -> AdamW:
     """Build the optimizer that `--optim` names, over all parameters of the model.
 
     Args:
         model: on its final device, in its final dtype.
         config: the options of the groups "optimization" and "precision and memory" count, without any auto.
+        storage: makes the states, and the gradients' sums, where they are to live.
     """
     placement = Placement(**parse_offload(config.offload))
     if config.optim == "paged_adamw_8bit":
@@ -36,7 +36,7 @@ def build_optimizer(model: nn.Module, config: Config) -> AdamW:
     masters = config.master_weights if config.precision == "bf16-true" else "none"
     is_in_fp32 = config.precision == "bf16-true" and masters != "none"
     accumulates = (config.gradient_accumulation_steps or 1) > 1
-    return AdamW(
+    optimizer = AdamW(
         parameter_groups(model, config.weight_decay),
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
@@ -45,9 +45,12 @@ def build_optimizer(model: nn.Module, config: Config) -> AdamW:
         masters=masters,
         gradient_dtype=torch.float32 if is_in_fp32 and accumulates else None,
         placement=placement,
-        storage=Storage(next(model.parameters()).device, Path(str(config.output_dir))),
+        storage=storage,
         seed=config.seed,
     )
+    if (layer_stream := getattr(model, "layer_stream", None)) is not None:
+        optimizer.register_step_pre_hook(lambda *_: layer_stream.release())
+    return optimizer
 
 
 def moments_of(model: nn.Module, config: Config) -> Callable[[nn.Parameter], torch.dtype]:

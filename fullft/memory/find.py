@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from fullft.config import Config
 from fullft.errors import ModelError
-from fullft.model import DEMO_MODEL, _loading, require_trainable
+from fullft.model import DEMO_MODEL, loading, require_trainable
 from fullft.model_configs import bundled_config
 
 MOST_PARAMETERS = 10**13
@@ -42,7 +42,7 @@ def find_config(config: Config) -> PreTrainedConfig:
         raise ModelError(f"model folder {folder} has no config.json: pass the folder that save_pretrained wrote")
     if not folder.is_dir() and (folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ModelError(f"there is no model folder {folder}: pass an existing folder or a hub id")
-    with _loading(name):
+    with loading(name):
         require_sane_sizes(PreTrainedConfig.get_config_dict(name)[0], name)
         model_config = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     require_trainable(model_config, name)

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,11 +21,13 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, masking_utils
 from transformers.initialization import no_init_weights
 
 from fullft.activation_checkpointing import apply_activation_checkpointing
-from fullft.config import Config
+from fullft.config import Config, parse_offload
+from fullft.layer_streaming import apply_layer_streaming, settle_layers
 from fullft.memory.step import take_worst_step
 from fullft.memory.tracker import COMPONENTS, Profile
 from fullft.micro_batch import MicroBatch
 from fullft.model import PRECISIONS, count_parameters
+from fullft.offload import Storage
 from fullft.optimizer import build_optimizer
 
 # Part of the step, phase, whether the layer is counted from the first or from behind the last one, and that count.
@@ -145,8 +148,12 @@ def trace(config: Config, model_config: PreTrainedConfig, batch: Batch, layers: 
     ):
         model = AutoModelForCausalLM.from_config(shortened(model_config, layers), dtype=precision.weights).train()
         model.tie_weights()  # left out together with the initial values
+        storage = Storage(torch.device("cpu"), Path())
+        if tier := parse_offload(config.offload).get("parameters"):
+            settle_layers(model, tier, storage)
+        apply_layer_streaming(model)
         apply_activation_checkpointing(model, config.activation_checkpointing)
-        optimizer = build_optimizer(model, config)
+        optimizer = build_optimizer(model, config, storage)
         micro_batch = _micro_batch(batch.sequences, batch.length, config.packing)
         held_out_sequences = batch.evaluation_sequences or batch.sequences
         held_out = batch.evaluation_length and _micro_batch(held_out_sequences, batch.evaluation_length, config.packing)

@@ -119,6 +119,8 @@ class MemoryTracker(TorchDispatchMode):
             self._see(parameter, "parameters")
         for buffer in model.buffers():
             self._see(buffer, "other")
+        for memory in getattr(getattr(model, "layer_stream", None), "memory", ()):
+            self._see(memory, "parameters")  # that streamed layers take turns in
         self._label_optimizer_states()
 
     # ------------------------------------------------------------------------------------------ phases

@@ -83,7 +83,7 @@ def main(config: Config) -> None:
     worst_step = measure_run(plan, model, optimizer, data, autocast)  # without consequences: no weight moves
 
     # --- How good is it before? A resumed run has been asked already.
-    samples = Samples(data, tokenizer)
+    samples = Samples(data, tokenizer, model)
     torch.manual_seed(config.seed)  # dropout draws from here on
     last_step = restore(checkpoint, config, model, optimizer, data.fingerprint)
     metrics = Metrics(config, calendar, model, data.train.mean_length, first_step=last_step + 1)

@@ -106,7 +106,7 @@ class AdamW(torch.optim.Optimizer):
         Returns:
             The norm before scaling: a float64 scalar on the device (float32 on Apple's, which has no float64).
         """
-        norm = self.gradients.norm(in_part=self._is_rehearsal)
+        norm = self.gradients.norm(only=self._examples() if self._is_rehearsal else None)
         # Source: torch.nn.utils.clip_grads_with_norm_. No host sync: within the limit it is exactly 1.
         self._scale = torch.clamp(max_norm / (norm.float() + 1e-6), max=1.0) if max_norm > 0 else None
         return norm
@@ -134,6 +134,9 @@ class AdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def _update(self, parameters: Iterable[nn.Parameter]) -> None:
         """Update parameters chunk by chunk, and each chunk tile by tile."""
+        if self._is_rehearsal:
+            examples = {id(parameter) for parameter in self._examples()}
+            parameters = [parameter for parameter in parameters if id(parameter) in examples]
         jobs = [job for parameter in parameters for job in self._jobs(parameter)]
         if not jobs:
             return
@@ -146,8 +149,13 @@ class AdamW(torch.optim.Optimizer):
         for job, fields in zip(jobs, self._stream.run(job.fields for job in jobs), strict=True):
             if self._is_rehearsal:
                 fields["gradient"].zero_()
-            for start in range(0, job.count, tile):
+            for start in range(0, job.count, tile)[: 2 if self._is_rehearsal else None]:
                 self._update_tile(job, start, _cut(fields, start, min(start + tile, job.count)), work)
+
+    def _examples(self) -> list[nn.Parameter]:
+        """Give one parameter of each size and kind: the others' updates take the same memory, one after the other."""
+        kinds = {(p.numel(), p.dtype, self._moments(p), home_of(p) is p): p for p in self.parameters}
+        return list(kinds.values())
 
     def _jobs(self, parameter: nn.Parameter) -> "Iterator[_Job]":
         """Cut a parameter that has a gradient into chunks."""
@@ -248,8 +256,8 @@ class AdamW(torch.optim.Optimizer):
     def rehearsal(self) -> Iterator[None]:
         """Let steps within the body need all their memory and change nothing: gradients count as zero.
 
-        Only a few chunks of each parameter are worked on; those on the host and on disk are not written back. To be
-        entered before the first step, with a learning rate of 0.
+        Only a few tiles of a few chunks of a few parameters are worked on; those on the host and on disk are not
+        written back. To be entered before the first step, with a learning rate of 0.
         """
         self._is_rehearsal = True
         for parameter in self.parameters:

@@ -66,17 +66,20 @@ class Sample:
 class Samples:
     """The same few prompts, completed before and after training."""
 
-    def __init__(self, data: Data, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, data: Data, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
         """Choose prompts: one that is trained on, and two held-out ones.
 
         Args:
             data: where the prompts come from.
             tokenizer: decodes them.
+            model: one whose layers are streamed completes none: it would fetch all of them for every token.
         """
         self.tokenizer = tokenizer
         chosen = [(False, data.train.rows[0])]
         if data.evaluation is not None:
             chosen += [(True, row) for row in data.evaluation.rows.select(range(min(2, len(data.evaluation.rows))))]
+        if hasattr(model, "layer_stream"):
+            chosen = []
         self.prompts = [_prompt_ids(row["input_ids"], row["labels"]) for _, row in chosen]
         self.samples = [
             Sample(tokenizer.decode(ids), held_out) for ids, (held_out, _) in zip(self.prompts, chosen, strict=True)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from fullft.config import Config
 from fullft.disk import staged_folder, sync, sync_folder
-from fullft.memory.fit import available_host_bytes
+from fullft.memory.room import available_host_bytes
 from fullft.output_dir import WEIGHT_FILES, discard_earlier_run
 from fullft.weights import save_weights
 

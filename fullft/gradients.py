@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch._guards import detect_fake_mode as active_fake_mode
 from torch import nn
 
 from fullft.offload import CHUNK, Array, ChunkStream, DiskArray, Field, Storage, Workers, aligned_bytes, paged
@@ -46,7 +47,7 @@ class Gradients:
         self._dtypes = {id(parameter): dtype or parameter.dtype for parameter in parameters}
         self._sums: dict[int, Array] = {}
         self._begun: set[int] = set()  # whose sums hold gradients of this step
-        self._departures = _Departures(storage.device)
+        self._departures = _Departures(storage.device, max(each.numel() for each in parameters))
         self._use = use
         self._released: dict[int, list[torch.Tensor]] = {}  # squares of gradients that are gone
         for parameter in parameters:
@@ -102,11 +103,11 @@ class Gradients:
         parameter.grad = None
 
     @torch.no_grad()
-    def norm(self, in_part: bool = False) -> torch.Tensor:
+    def norm(self, only: Sequence[nn.Parameter] | None = None) -> torch.Tensor:
         """Take the 2-norm over all gradients, summed per parameter in a fixed order in fp64.
 
         Args:
-            in_part: look at a few tiles of each only, which needs the same memory.
+            only: look at a few tiles of these alone, which needs the same memory; None looks at all.
 
         Returns:
             A float64 scalar on the device (float32 on Apple's, which has no float64).
@@ -117,15 +118,15 @@ class Gradients:
         self._departures.finish()
         jobs = [
             (id(parameter), Field(array, start, min(CHUNK, array.numel() - start), is_written=False))
-            for parameter in self.parameters
+            for parameter in (self.parameters if only is None else only)
             if (array := self.of(parameter)) is not None
-            for start in range(0, array.numel(), CHUNK)[: 3 if in_part else None]
+            for start in range(0, array.numel(), CHUNK)[: None if only is None else 3]
         ]
         squares = {id(parameter): self._released.get(id(parameter), []) for parameter in self.parameters}
         chunks = ChunkStream(self._storage.device).run({"gradient": field} for _, field in jobs)
         with _one_thread():
             for (key, _), chunk in zip(jobs, chunks, strict=True):
-                squares[key] += _squares(chunk["gradient"][: 2 * NORM_TILE if in_part else None])
+                squares[key] += _squares(chunk["gradient"][: None if only is None else 2 * NORM_TILE])
             sums = [torch.stack(each).sum() for each in squares.values() if each]
             if not sums:
                 raise ValueError("no parameter has a gradient")
@@ -169,8 +170,9 @@ class _Berth:
 class _Departures:
     """Adds gradients to sums elsewhere, chunk by chunk, in threads beside the backward pass."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, largest: int) -> None:
         self._workers = Workers(device)
+        self._count = min(CHUNK, largest)
         self._berths: deque[_Berth] = deque()
 
     def start(self, gradient: torch.Tensor, sums: Array, is_first: bool) -> None:
@@ -181,14 +183,20 @@ class _Departures:
             sums: [n], on the host or on disk.
             is_first: whether it takes the place of what is there.
         """
-        for start, chunk in zip(range(0, gradient.numel(), CHUNK), gradient.split(CHUNK), strict=True):
+        starts = range(0, gradient.numel(), CHUNK)
+        if active_fake_mode() is not None:
+            starts = starts[: _DEPARTING + 1]  # a plan needs no more: from then on berths are used again
+        for start in starts:
+            chunk = gradient[start : start + CHUNK]
             berth = self._next_berth(chunk, sums)
+            arrived, source, computed = berth.arriving[: chunk.nbytes].view(chunk.dtype), None, None
             if chunk.device.type == "cpu":
-                berth.arriving[: chunk.nbytes].view(chunk.dtype).copy_(chunk)
-                computed = None
+                arrived.copy_(chunk)  # and the gradient is free
             else:
-                computed = torch.accelerator.current_stream(chunk.device).record_event()
-            berth.done = self._workers.submit(_add, self._workers, berth, chunk, computed, sums, start, is_first)
+                source, computed = chunk, torch.accelerator.current_stream(chunk.device).record_event()
+            berth.done = self._workers.submit(
+                _add, self._workers, berth, arrived, source, computed, sums, start, is_first
+            )
             self._berths.append(berth)
 
     def finish(self) -> None:
@@ -197,7 +205,7 @@ class _Departures:
             self._berths.popleft().done.result()
 
     def _next_berth(self, chunk: torch.Tensor, sums: Array) -> _Berth:
-        sizes = (paged(CHUNK * chunk.element_size()), paged(CHUNK * sums.element_size()))
+        sizes = (paged(self._count * each.element_size()) for each in (chunk, sums))
         if len(self._berths) < _DEPARTING:
             arriving, total = (aligned_bytes(size, self._workers.device) for size in sizes)
             return _Berth(arriving, total, Future())
@@ -209,18 +217,18 @@ class _Departures:
 def _add(
     workers: Workers,
     berth: _Berth,
-    chunk: torch.Tensor,
+    arrived: torch.Tensor,
+    source: torch.Tensor | None,
     computed: torch.Event | None,
     sums: Array,
     start: int,
     is_first: bool,
 ) -> None:
-    """Bring a chunk to the host, and add it to its sum there."""
-    count = chunk.numel()
-    arrived = berth.arriving[: chunk.nbytes].view(chunk.dtype)
-    if computed is not None:
+    """Bring a chunk to the host, unless it has arrived, and add it to its sum there."""
+    count = arrived.numel()
+    if source is not None:
         with workers.copying(computed):
-            arrived.copy_(chunk, non_blocking=True)
+            arrived.copy_(source, non_blocking=True)
     if isinstance(sums, DiskArray):
         total = berth.sums[: count * sums.element_size()].view(sums.dtype)
         if not is_first:

@@ -368,7 +368,9 @@ class Workers:
         if self._threads is None:
             # A second team of threads for operators would slow both down several times: each worker gets one.
             self._threads = ThreadPoolExecutor(_SLOTS, "offload", initializer=torch.set_num_threads, initargs=(1,))
-        return self._threads.submit(work, *arguments)
+        # The thread's own record of its work outlives the result for a moment; what the work held must not.
+        box = [arguments]
+        return self._threads.submit(lambda: work(*box.pop()))
 
     @contextmanager
     def copying(self, after: torch.Event | None = None) -> Iterator[None]:
@@ -410,8 +412,7 @@ class ChunkStream:
         """
         jobs = list(jobs)
         size = max((sum(each.num_bytes for each in job.values() if each.is_away) for job in jobs), default=0)
-        number = min(_SLOTS, len(jobs)) if size else 0
-        free = deque(self._make_slot(size) for _ in range(number))
+        free = deque(self._make_slot(size) for _ in range(_SLOTS if size else 0))
         remaining = iter(jobs)
         ahead: deque[_Visit] = deque()
 
@@ -420,7 +421,7 @@ class ChunkStream:
                 ahead.append(self._fetch(job, free))
 
         try:
-            for _ in range(max(1, number - 1)):
+            for _ in range(_SLOTS - 1):
                 fetch_next()
             while ahead:
                 visit = ahead.popleft()

@@ -26,7 +26,7 @@ class Facts:
 
     Attributes:
         parameters: all of them, tied ones once.
-        tensors: of parameters.
+        layer_parameters: those in the decoder layers.
         layer_matrices: parameters in the decoder layers' matrices.
         matrices: the same and the output head: what a token is multiplied with.
         lora_parameters: of adapters of rank `LORA_RANK` on queries and values.
@@ -35,7 +35,7 @@ class Facts:
     """
 
     parameters: int
-    tensors: int
+    layer_parameters: int
     layer_matrices: int
     matrices: int
     lora_parameters: int
@@ -71,7 +71,7 @@ def _count(model_config: PreTrainedConfig, layers: int, length: int) -> Facts:
     head = model.get_output_embeddings()
     return Facts(
         count_parameters(model),
-        len(list(model.parameters())),
+        sum(p.numel() for p in decoder_layers(model).parameters()),
         layer_matrices,
         layer_matrices + (0 if head is None else head.weight.numel()),
         _lora_parameters(model),

@@ -1,96 +1,20 @@
-"""What fits: how much memory there is, and the fastest exact way to run within it.
+"""What fits: the fastest exact way to run within the memory there is.
 
-Owns `--fit auto`, which sets only what the user left at auto. `CHOICES` is the one place to add a way to need less.
+Owns `--fit auto`, which sets only what the user left at auto. `choices` is the one place to add a way to need less.
 """
 
-import os
-import sys
-from collections.abc import Mapping
+import itertools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedConfig
 
-from fullft.config import Config, parse_size
-from fullft.memory.allocator import peak_bytes
+from fullft.config import Config
 from fullft.memory.facts import Facts, find_facts
 from fullft.memory.plan import Batch, plan_step
-from fullft.model import PRECISIONS
-
-CONTEXT_BYTES = 2**29  # what a CUDA context takes of a card
-CARDS = (10, 16, 24, 40, 48, 80, 141)
-
-
-# ---------------------------------------------------------------------------------------------- what there is
-
-
-@dataclass(frozen=True)
-class Device:
-    """Something to run on.
-
-    Attributes:
-        name: for people.
-        memory_bytes: that a run may take.
-    """
-
-    name: str
-    memory_bytes: int
-
-
-def find_device(config: Config, device: torch.device) -> Device:
-    """Give the device at hand, or the card that `--device_memory` describes.
-
-    Args:
-        config: `device_memory` counts.
-        device: where training would run.
-    """
-    if config.device_memory is not None:
-        return Device(f"{config.device_memory} card", max(0, parse_size(config.device_memory) - CONTEXT_BYTES))
-    if device.type == "cuda":
-        return Device(torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[0])
-    if device.type == "mps":
-        return Device("this Mac's GPU", torch.mps.recommended_max_memory())
-    return Device("this machine (CPU)", available_host_bytes())
-
-
-def cards() -> list[Device]:
-    """List the usual cards: nominal GiB, less the context."""
-    return [Device(f"{size} GB card", size * 2**30 - CONTEXT_BYTES) for size in CARDS]
-
-
-def available_host_bytes() -> int:
-    """Give the RAM that can be had without swapping, or what the control group leaves of it, whichever is less."""
-    return min(_available_ram(), _left_in_cgroup())
-
-
-def _available_ram() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    # Without it (macOS): all there is, less what we have.
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") - peak_bytes(torch.device("cpu"))
-
-
-def _left_in_cgroup() -> int:
-    """Read version 2 of control groups, else version 1; without a limit there is no end."""
-    root = Path("/sys/fs/cgroup")
-    for folder, limit, usage in (
-        (root, "memory.max", "memory.current"),
-        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        try:
-            most, used = int((folder / limit).read_text()), int((folder / usage).read_text())
-            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        except (OSError, ValueError):  # no such group, or `max`
-            continue
-        return most - used + int(stat.get("inactive_file", 0))  # the cache of files is given back
-    return sys.maxsize
-
+from fullft.memory.room import ASSUMED, Device, Speeds
+from fullft.memory.traffic import estimate_seconds, resting_bytes
 
 # ---------------------------------------------------------------------------------------------- what is needed
 
@@ -130,22 +54,19 @@ class Plans:
         known = self._known.get(self._key(config, batch))
         return int((known or self.of(config, replace(batch, evaluation_length=0)))["peak_bytes"])
 
+    def known_peak(self, config: Config, batch: Batch) -> int:
+        """Give a run's peak if it has been planned already, else 0.
+
+        Args:
+            config: as in `plan_step`.
+            batch: the largest micro-batches.
+        """
+        return int(self._known.get(self._key(config, batch), {"peak_bytes": 0})["peak_bytes"])
+
     def _key(self, config: Config, batch: Batch) -> tuple[Any, ...]:
         accumulates, clips = (config.gradient_accumulation_steps or 1) > 1, config.max_grad_norm > 0
         numerics = (config.precision, config.master_weights, config.optim, config.packing, accumulates, clips)
         return (*numerics, config.activation_checkpointing, config.offload, batch)
-
-    def saved_by_8bit(self, config: Config, batch: Batch) -> int:
-        """Give the bytes that `--optim adamw_8bit` saves, at the peak and everywhere else.
-
-        Exact without a trace: the states are there all the time, and neither optimizer makes temporaries.
-
-        Args:
-            config: with AdamW.
-            batch: only its length counts.
-        """
-        facts = self.facts(batch.length)
-        return _moment_bytes(config) * facts.parameters - facts.states_8bit
 
     def facts(self, length: int) -> Facts:
         """Count what follows from the model's shapes alone.
@@ -157,27 +78,6 @@ class Plans:
             self._facts[length] = find_facts(self.model_config, length)
         return self._facts[length]
 
-    def least_bytes(self, config: Config, batch: Batch) -> int:
-        """Give what no choice can go below: weights, gradients and states, which are all there at the step.
-
-        Args:
-            config: `precision` and `optim` count.
-            batch: only its length counts.
-        """
-        facts, size = self.facts(batch.length), PRECISIONS[config.precision].weights.itemsize
-        moments = _moment_bytes(config) * facts.parameters if config.optim == "adamw" else facts.states_8bit
-        remainder = 2 if _has_split_masters(config) else 0
-        return (2 * size + remainder) * facts.parameters + moments
-
-
-def _has_split_masters(config: Config) -> bool:
-    return config.precision == "bf16-true" and config.master_weights == "split"
-
-
-def _moment_bytes(config: Config) -> int:
-    """Bytes per parameter of AdamW's two moments."""
-    return 4 if config.precision == "bf16-true" and config.master_weights == "none" else 8
-
 
 # ---------------------------------------------------------------------------------------------- choosing
 
@@ -187,28 +87,71 @@ class Choice:
     """One exact way to run.
 
     Attributes:
-        sets: options that the user left at auto.
-        costs: its price in time, in words, if it has one.
+        activation_checkpointing: the option's value.
+        offload: the option's value.
+        seconds: of a step, estimated.
     """
 
-    sets: Mapping[str, Any]
-    costs: str
+    activation_checkpointing: str
+    offload: str
+    seconds: float
+
+    def apply(self, config: Config) -> Config:
+        """Set both options."""
+        return replace(config, activation_checkpointing=self.activation_checkpointing, offload=self.offload)
 
     def describe(self) -> str:
         """Name what it sets."""
-        return ", ".join(f"{option} {value}" for option, value in self.sets.items())
+        offload = "" if self.offload == "none" else f", offload {self.offload}"
+        return f"activation_checkpointing {self.activation_checkpointing}{offload}"
 
 
-# The fastest first. Recomputing a layer's forward costs a third of its forward and backward.
-CHOICES = (
-    Choice({"activation_checkpointing": "none"}, ""),
-    Choice({"activation_checkpointing": "every_2"}, "17% more computing"),
-    Choice({"activation_checkpointing": "full"}, "33% more computing"),
-)
+def recomputed_share(activation_checkpointing: str) -> float:
+    """Give the share of the layers that backward recomputes."""
+    if activation_checkpointing.startswith("every_"):
+        return 1 / int(activation_checkpointing.removeprefix("every_"))
+    return float(activation_checkpointing == "full")
 
 
-def choose_checkpointing(config: Config, plans: Plans, batch: Batch, device: Device) -> tuple[Config, str]:
-    """Set what the user left at auto to the fastest choice that fits, or to the one that needs least if none does.
+def choices(config: Config, plans: Plans, batch: Batch, device: Device, speeds: Speeds) -> list[Choice]:
+    """List what may be set in place of auto, the fastest first by estimate.
+
+    Each of them gives the same losses to the bit. Between a host and a device that share their memory nothing is
+    offloaded to the host.
+
+    Args:
+        config: what it leaves at auto is chosen.
+        plans: of the model.
+        batch: the largest micro-batches.
+        device: to fit on.
+        speeds: of the machine.
+    """
+    tiers = ("device", "disk") if device.is_host else ("device", "host", "disk")
+    places = itertools.product(tiers, repeat=3)
+    offloads = [config.offload] if config.offload != "auto" else [_written(*place) for place in places]
+    asked = config.activation_checkpointing
+    modes = [asked] if asked != "auto" else ["none", "every_2", "full"]
+    facts = plans.facts(batch.length)
+    found = []
+    for offload, mode in itertools.product(offloads, modes):
+        if "parameters" in offload and mode != "full":
+            continue  # a layer whose weights have left must be recomputed
+        each = replace(config, offload=offload, activation_checkpointing=mode)
+        tokens = batch.sequences * batch.length
+        seconds = estimate_seconds(each, facts, tokens, speeds, recomputed_share(mode))
+        found.append(Choice(mode, offload, seconds))
+    return sorted(found, key=lambda choice: (choice.seconds, choice.offload.count("=")))
+
+
+def _written(optimizer: str, gradients: str, parameters: str) -> str:
+    places = {"optimizer": optimizer, "gradients": gradients, "parameters": parameters}
+    return ",".join(f"{what}={where}" for what, where in places.items() if where != "device") or "none"
+
+
+def choose(
+    config: Config, plans: Plans, batch: Batch, device: Device, speeds: Callable[[], Speeds]
+) -> tuple[Config, str]:
+    """Set what the user left at auto to the fastest exact choice that fits, or to that which needs least if none does.
 
     Precision, optimizer, batch and packing are never touched.
 
@@ -217,28 +160,110 @@ def choose_checkpointing(config: Config, plans: Plans, batch: Batch, device: Dev
         plans: of the model.
         batch: the largest micro-batches.
         device: to fit on.
+        speeds: measures the machine; asked only where something must be ranked by them.
 
     Returns:
         The options without any auto, and a line that says what was chosen and why.
     """
-    if config.activation_checkpointing != "auto":
-        return config, f"activation_checkpointing {config.activation_checkpointing}: as asked"
-    if config.fit == "off":
-        return replace(config, activation_checkpointing="none"), "activation_checkpointing none: --fit off"
-    choices = list(CHOICES)
-    slowest = replace(config, **choices[-1].sets)
-    if plans.least_bytes(config, batch) > device.memory_bytes:
-        choices.clear()  # nothing of what may be chosen touches these
-    for place, choice in enumerate(choices):
-        chosen = replace(config, **choice.sets)
-        peak = plans.of(chosen, batch)["peak_bytes"]
-        if peak <= device.memory_bytes:
-            costs = f" ({choice.costs})" if choice.costs else ""
-            spare = f"{gib(device.memory_bytes - peak)} GiB to spare"
-            return chosen, f"{choice.describe()}{costs}: the fastest to fit {device.name}, {spare}"
-        if place == 0 and plans.peak_bytes(slowest, batch) > device.memory_bytes:
-            break
-    return slowest, f"{CHOICES[-1].describe()}: it needs least, but nothing fits {device.name}"
+    if "auto" not in (config.activation_checkpointing, config.offload):
+        return config, f"{Choice(config.activation_checkpointing, config.offload, 0.0).describe()}: as asked"
+    # Most runs fit without moving anything, and then nothing needs to be measured.
+    ranked = choices(replace(config, offload=_resident(config)), plans, batch, device, ASSUMED)
+    choice = _first_to_fit(ranked, config, plans, batch, device)
+    if choice is None and config.offload == "auto":
+        ranked = choices(config, plans, batch, device, speeds())
+        choice = _first_to_fit(ranked, config, plans, batch, device)
+    return _told(config, plans, batch, device, choice, ranked)
+
+
+def _resident(config: Config) -> str:
+    return "none" if config.offload == "auto" else config.offload
+
+
+def _first_to_fit(ranked: list[Choice], config: Config, plans: Plans, batch: Batch, device: Device) -> Choice | None:
+    facts = plans.facts(batch.length)
+    hopeless = set()
+    for choice in ranked:
+        chosen = choice.apply(config)
+        if choice.offload in hopeless or not _has_room(device, resting_bytes(chosen, facts)):
+            continue
+        # Where even recomputing everything does not help, nothing else about checkpointing needs to be tried.
+        least = replace(chosen, activation_checkpointing=_least(ranked, choice.offload))
+        if not fits(plans.of(least, batch), device):
+            hopeless.add(choice.offload)
+        elif fits(plans.of(chosen, batch), device):
+            return choice
+    return None
+
+
+def _least(ranked: list[Choice], offload: str) -> str:
+    """Give the checkpointing that needs least of those that may be chosen."""
+    modes = [choice.activation_checkpointing for choice in ranked if choice.offload == offload]
+    return max(modes, key=recomputed_share)
+
+
+def _told(
+    config: Config, plans: Plans, batch: Batch, device: Device, choice: Choice | None, ranked: list[Choice]
+) -> tuple[Config, str]:
+    if choice is None:
+        facts = plans.facts(batch.length)
+        modest = min(ranked, key=lambda each: (resting_bytes(each.apply(config), facts)["device"], each.seconds))
+        least = replace(modest, activation_checkpointing=_least(ranked, modest.offload))
+        lack = _lack(plans.of(least.apply(config), batch), device)
+        return least.apply(config), f"{least.describe()}: it needs least, but nothing fits {device.name}{lack}"
+    chosen = choice.apply(config)
+    planned = plans.of(chosen, batch)
+    place = ranked.index(choice)
+    costs = choice.seconds / min(each.seconds for each in ranked)
+    time = f" (about {costs:.2g} x the time of the fastest)" if costs > 1.05 else ""
+    spare = f"{gib(device.memory_bytes - _taken(planned, device))} GiB to spare"
+    line = f"{choice.describe()}{time}: the fastest exact choice to fit {device.name}, {spare}"
+    kept = [
+        f"{gib(planned[name])} GiB on {where}"
+        for name, where in (("host_bytes", "the host"), ("disk_bytes", "disk"))
+        if planned[name]
+    ]
+    line += f"; {', '.join(kept)}" if kept else ""
+    if place:
+        first = ranked[0].apply(config)
+        need = max(resting_bytes(first, plans.facts(batch.length))["device"], plans.known_peak(first, batch))
+        line += f"; {ranked[0].describe()}, the fastest of all, needs {gib(need)} GiB or more"
+    return chosen, line
+
+
+def fits(planned: Mapping[str, Any], device: Device) -> bool:
+    """Tell whether a planned run has room on the device, the host and the disk.
+
+    Args:
+        planned: from `plan_step`.
+        device: and what is around it.
+    """
+    return (
+        _taken(planned, device) <= device.memory_bytes
+        and (device.is_host or planned["host_bytes"] <= device.host_bytes)
+        and planned["disk_bytes"] <= device.disk_bytes
+    )
+
+
+def _taken(planned: Mapping[str, Any], device: Device) -> int:
+    return int(planned["peak_bytes"] + (planned["host_bytes"] if device.is_host else 0))
+
+
+def _has_room(device: Device, resting: Mapping[str, int]) -> bool:
+    figures = {"peak_bytes": resting["device"], "host_bytes": resting["host"], "disk_bytes": resting["disk"]}
+    return fits(figures, device)
+
+
+def _lack(planned: Mapping[str, Any], device: Device) -> str:
+    """Say what is missing beside the device's memory."""
+    return "".join(
+        f", which has {gib(there)} of the {gib(planned[name])} GiB of {what} that it would take"
+        for name, there, what in (
+            ("host_bytes", device.host_bytes, "host memory"),
+            ("disk_bytes", device.disk_bytes, "disk"),
+        )
+        if planned[name] > there
+    )
 
 
 def gib(size: int) -> str:

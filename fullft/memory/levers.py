@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fullft.config import Config
+from fullft.config import Config, parse_offload
 from fullft.memory.facts import Facts
-from fullft.memory.fit import Plans
+from fullft.memory.fit import Plans, recomputed_share
 from fullft.memory.plan import Batch, num_layers
 from fullft.memory.tracker import COMPONENTS
 
@@ -72,9 +72,6 @@ def find_levers(config: Config, plans: Plans, batch: Batch) -> list[Lever]:
 
 
 def _peak(plans: Plans, config: Config, options: dict[str, Any], batch: Batch, sizes: dict[str, int]) -> int:
-    if options.get("optim") == "adamw_8bit":  # from the plan with AdamW: that spares a trace
-        without = replace(config, **(options | {"optim": "adamw"}))
-        return plans.peak_bytes(without, replace(batch, **sizes)) - plans.saved_by_8bit(without, batch)
     return plans.peak_bytes(replace(config, **options), replace(batch, **sizes))
 
 
@@ -96,13 +93,28 @@ def _candidates(config: Config, plans: Plans, batch: Batch) -> Iterator[_Candida
         yield _Candidate(f"--max_length {half}", {}, sizes, "a gain", "longer rows are cut")
     if config.precision != "bf16-true":
         time = "a gain" if config.precision == "fp32" else "none"
-        yield _Candidate("--precision bf16-true", {"precision": "bf16-true"}, {}, time, "small updates vanish")
-    if config.optim == "adamw":
+        yield _Candidate("--precision bf16-true", {"precision": "bf16-true"}, {}, time, "computes in bf16")
+    placed = parse_offload(config.offload)
+    if config.optim == "adamw" and "optimizer" not in placed:
         yield _Candidate("--optim adamw_8bit", {"optim": "adamw_8bit"}, {}, "little", "coarser moments")
     if config.activation_checkpointing != "full" and share > 2 * _WORTH_IT:
         full = {"activation_checkpointing": "full"}
         time = "about +33%" if config.activation_checkpointing == "none" else "about +15%"
         yield _Candidate("--activation_checkpointing full", full, {}, time, "nothing")
+    yield from _offloads(config, placed)
+
+
+def _offloads(config: Config, placed: dict[str, str]) -> Iterator[_Candidate]:
+    """Move one thing more to the host, as `--fit auto` does by itself."""
+    for what in ("optimizer", "gradients", "parameters"):
+        if what in placed or (what == "optimizer" and config.optim.startswith("paged")):
+            continue
+        placed = placed | {what: "host"}
+        offload = ",".join(f"{each}={where}" for each, where in placed.items())
+        options = {"offload": offload}
+        if "parameters" in placed:
+            options["activation_checkpointing"] = "full"
+        yield _Candidate(f"--offload {offload}", options, {}, "by the link", "host memory")
 
 
 def _beside_states(plans: Plans, config: Config, batch: Batch) -> int:
@@ -138,7 +150,10 @@ def estimate_adapters(config: Config, plans: Plans, batch: Batch) -> tuple[dict[
     """
     facts = plans.facts(batch.length)
     adapters = facts.lora_parameters
-    planned = plans.of(replace(config, precision="bf16-true", optim="adamw"), replace(batch, evaluation_length=0))
+    planned = plans.of(
+        replace(config, precision="bf16-true", master_weights="none", optim="adamw", offload="none"),
+        replace(batch, evaluation_length=0),
+    )
     own = planned["components"]
     accumulated = own["gradients"] if (config.gradient_accumulation_steps or 1) > 1 else 0
     in_forward = planned["phases"]["forward"] - own["parameters"] - own["optimizer_states"] - accumulated
@@ -175,7 +190,7 @@ def estimate_zero(config: Config, plans: Plans, batch: Batch, stage: int, gpus: 
 
     Source: Rajbhandari et al., "ZeRO" (2020), section 5.
     """
-    at_peak = plans.of(config, batch)["at_peak"]
+    at_peak = plans.of(replace(config, offload="none"), batch)["at_peak"]
     spread = ("optimizer_states", "gradients", "parameters")[:stage]
     rest = sum(at_peak[name] for name in COMPONENTS if name not in spread)
     if stage == 3 and gpus > 1:
@@ -224,8 +239,6 @@ def estimate_work(config: Config, facts: Facts, batch: Batch, layers: int) -> Wo
     rows = config.num_train_epochs * (ROWS - -(-ROWS * config.val_size // 1))
     if config.max_steps > 0:
         rows = config.max_steps * int(config.global_batch_size or 1)
-    mode = config.activation_checkpointing
-    every = {"none": 0, "full": 1}.get(mode, 0) or (int(mode.removeprefix("every_")) if mode.startswith("every") else 0)
-    recomputed = -(-layers // every) / layers if every else 0.0
+    recomputed = recomputed_share(config.activation_checkpointing)
     tokens = round(rows) * batch.length
     return Work(round(rows), tokens, tokens * facts.flops_per_token * (1 + recomputed / 3))

@@ -11,7 +11,7 @@ from typing import Any
 from fullft.config import Config
 from fullft.errors import FullftError, ModelError, OptionsError
 from fullft.memory.find import find_config
-from fullft.memory.fit import Device, Plans, cards, choose_checkpointing, find_device, gib
+from fullft.memory.fit import Plans, choose, fits, gib
 from fullft.memory.levers import (
     ALL,
     GPUS,
@@ -24,6 +24,7 @@ from fullft.memory.levers import (
     find_levers,
 )
 from fullft.memory.plan import Batch, num_layers
+from fullft.memory.room import Device, cards, find_device, measure_speeds
 from fullft.memory.tracker import COMPONENTS
 from fullft.model import pick_device
 
@@ -40,9 +41,10 @@ def show_plan(config: Config) -> None:
     """
     plans = Plans(find_config(config))
     batch = largest_batch(config, plans)
-    device = find_device(config, pick_device())
+    here = pick_device()
+    device = find_device(config, here)
     try:
-        config, chosen = choose_checkpointing(config, plans, batch, device)
+        config, chosen = choose(config, plans, batch, device, lambda: measure_speeds(config, here))
         planned = plans.of(config, batch)
         if config.json:
             print(json.dumps(plan_object(config, planned, device), indent=1))
@@ -82,7 +84,7 @@ def plan_object(config: Config, planned: Mapping[str, Any], device: Device) -> d
         device: the one at hand; the usual cards follow it.
     """
     verdicts = [
-        {"device": each.name, "memory_bytes": each.memory_bytes, "fits": planned["peak_bytes"] <= each.memory_bytes}
+        {"device": each.name, "memory_bytes": each.memory_bytes, "fits": fits(planned, each)}
         for each in (device, *cards())
     ]
     head = {"model": config.model or "the built-in demo", "num_parameters": planned["num_parameters"]}

@@ -18,11 +18,12 @@ from fullft.data import Data
 from fullft.disk import write_text
 from fullft.errors import FullftError, MemoryExhaustedError
 from fullft.memory.allocator import SNAPSHOT, process_figures, recording
-from fullft.memory.fit import Device, Plans, choose_checkpointing, find_device, gib
+from fullft.memory.fit import Plans, choose, fits, gib
 from fullft.memory.levers import find_levers
 from fullft.memory.plan import Batch
 from fullft.memory.plot import plot_memory
 from fullft.memory.report import compare
+from fullft.memory.room import Device, find_device, measure_speeds
 from fullft.memory.step import take_worst_step
 from fullft.memory.tracker import Profile
 
@@ -56,9 +57,9 @@ def plan_run(config: Config, model_config: PreTrainedConfig, batch: Batch, devic
     Raises:
         MemoryExhaustedError: with `--fit auto`, when no choice fits.
     """
-    plans, there = Plans(model_config), find_device(config, device)
+    asked, plans, there = config, Plans(model_config), find_device(config, device)
     try:
-        config, choice = choose_checkpointing(config, plans, batch, there)
+        config, choice = choose(config, plans, batch, there, lambda: measure_speeds(asked, device))
         figures = plans.of(config, batch)
     except FullftError:
         raise
@@ -66,9 +67,9 @@ def plan_run(config: Config, model_config: PreTrainedConfig, batch: Batch, devic
         line = f"warning: the memory of this model cannot be planned ({type(error).__name__}: {str(error)[:150]})"
         return RunPlan(config, None, there, line)
     peak = figures["peak_bytes"]
-    if config.fit == "auto" and peak > there.memory_bytes:
+    if config.fit == "auto" and not fits(figures, there):
         raise MemoryExhaustedError(
-            f"this run needs {gib(peak)} GiB at its peak, {there.name} has {gib(there.memory_bytes)} GiB free\n"
+            f"this run needs {_needs(figures)}, {there.name} has {_has(there)} free\n"
             f"cheapest remedies: {_remedies(config, plans, batch)}; --plan shows where every byte goes, --fit off "
             "tries all the same"
         )
@@ -83,6 +84,20 @@ def plan_run(config: Config, model_config: PreTrainedConfig, batch: Batch, devic
 
     errors.out_of_memory_advice = advice
     return RunPlan(config, figures, there, f"Plan: {gib(peak)} GiB at the peak; {choice}")
+
+
+def _needs(figures: dict[str, Any]) -> str:
+    beside = [
+        f", {gib(figures[name])} GiB {where}"
+        for name, where in (("host_bytes", "of host memory"), ("disk_bytes", "of disk"))
+        if figures[name]
+    ]
+    return f"{gib(figures['peak_bytes'])} GiB at its peak" + "".join(beside)
+
+
+def _has(there: Device) -> str:
+    host = "" if there.is_host else f", {gib(there.host_bytes)} GiB of host memory"
+    return f"{gib(there.memory_bytes)} GiB{host}, {gib(there.disk_bytes)} GiB of disk"
 
 
 def _remedies(config: Config, plans: Plans, batch: Batch) -> str:

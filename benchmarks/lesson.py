@@ -30,6 +30,7 @@ from fullft.memory.facts import find_facts
 from fullft.memory.plan import Batch, plan_step, shortened
 from fullft.memory.step import take_worst_step
 from fullft.model_configs import bundled_config
+from fullft.offload import Storage
 from fullft.optimizer import build_optimizer
 
 PAGE = ROOT / "docs" / "lesson.md"
@@ -43,7 +44,8 @@ CARD = 80 * GIB - GIB // 2  # an 80 GB card has 80 GiB; half a GiB goes to the C
 
 def options(**changes) -> Config:
     """Make the lesson's options: bf16 weights, AdamW, 1 x 512 tokens, 16 micro-batches."""
-    lesson = {"precision": "bf16-true", "optim": "adamw", "activation_checkpointing": "none"}
+    lesson = {"precision": "bf16-true", "master_weights": "none", "optim": "adamw"}
+    lesson |= {"activation_checkpointing": "none", "offload": "none"}
     return resolve(Config(model="given", **lesson | changes))
 
 
@@ -79,7 +81,8 @@ def track(mode: str) -> dict:
     ids = torch.randint(0, 2048, (1, LENGTH))
     batch = MicroBatch({"input_ids": ids}, ids, LENGTH, LENGTH - 1)
     plain = torch.autocast("cpu", enabled=False)
-    return take_worst_step(model, build_optimizer(model, config), [batch] * 2, None, plain, 1.0).to_dict()
+    optimizer = build_optimizer(model, config, Storage(model.device, ROOT))
+    return take_worst_step(model, optimizer, [batch] * 2, None, plain, 1.0).to_dict()
 
 
 def count_flops(shape, mode: str) -> int:

@@ -41,6 +41,7 @@ from smollm2_model import WORK, build_smollm2
 from fullft.config import parse_config
 from fullft.data import load_data
 from fullft.loss import IGNORED, summed_cross_entropy
+from fullft.offload import Storage
 from fullft.optimizer import build_optimizer
 
 MAX_LENGTH = 512
@@ -299,7 +300,8 @@ def bytes_per_parameter(lesson: Lesson) -> list[tuple[str, str, str]]:
     flags = ["--model", str(lesson.source), "--output_dir", str(WORK / "listing"), "--precision", "bf16-true"]
 
     def ours(optim: str):
-        return lambda model: build_optimizer(model, parse_config([*flags, "--optim", optim]))
+        storage = Storage(torch.device("cpu"), WORK)
+        return lambda model: build_optimizer(model, parse_config([*flags, "--optim", optim]), storage)
 
     def bnb(name: str):
         return lambda model: getattr(bitsandbytes.optim, name)(model.parameters())

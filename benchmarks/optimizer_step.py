@@ -1,0 +1,125 @@
+"""How fast optimizers step, without a model: million parameters per second, side by side.
+
+    python benchmarks/optimizer_step.py                       # two threads, 2^22 parameters
+    python benchmarks/optimizer_step.py --device cuda
+
+Owns the comparison on one flat chunk of fp32 weights. The repeats are interleaved, so that whatever else the machine
+does falls on all rows alike; the median counts. A row is an entry of `ROWS`.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the package need not be installed, as for train.py
+# ruff: noqa: E402
+from fullft.blockwise import BLOCK, adamw_8bit_
+
+LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY = 1e-5, (0.9, 0.999), 1e-8, 0.01
+
+Step = Callable[[], None]
+
+
+def main() -> None:
+    """Step all rows in turn and print the table."""
+    parser = argparse.ArgumentParser(description="Measure optimizer steps on one flat chunk.")
+    parser.add_argument("--parameters", type=int, default=1 << 22, help="in the chunk (default: 2^22)")
+    parser.add_argument("--repeats", type=int, default=15, help="of each row (default: 15)")
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU (default: 2)")
+    parser.add_argument("--device", default="cpu", help="(default: cpu)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+
+    steps: dict[str, Step] = {}
+    for name, (_, prepare) in ROWS.items():
+        torch.manual_seed(0)
+        weights = torch.randn(arguments.parameters, device=arguments.device)
+        steps[name] = prepare(weights, torch.randn_like(weights) * 1e-3)
+        for _ in range(2):  # compiles, allocates
+            steps[name]()
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(arguments.repeats):
+        for name, step in steps.items():
+            seconds[name].append(_time(step, arguments.device))
+
+    device = f"{arguments.threads} threads" if arguments.device == "cpu" else torch.cuda.get_device_name()
+    print(f"{arguments.parameters:,} parameters, fp32 weights and gradients, {device}, median of {arguments.repeats}\n")
+    print(f"{'optimizer':<32}{'state B/param':>14}{'M param/s':>12}{'slowest':>10}")
+    for name, (state_bytes, _) in ROWS.items():
+        median, slowest = (
+            arguments.parameters / t / 1e6 for t in (statistics.median(seconds[name]), max(seconds[name]))
+        )
+        print(f"{name:<32}{state_bytes:>14.2f}{median:>12.0f}{slowest:>10.0f}")
+
+
+def _time(step: Step, device: str) -> float:
+    if device != "cpu":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+# ---------------------------------------------------------------------------------------------- the rows
+
+
+def _torch_fused(weights: torch.Tensor, gradient: torch.Tensor) -> Step:
+    parameter = torch.nn.Parameter(weights)
+    parameter.grad = gradient
+    optimizer = torch.optim.AdamW(
+        [parameter], lr=LEARNING_RATE, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, fused=True
+    )
+    return optimizer.step
+
+
+def _bitsandbytes_8bit(weights: torch.Tensor, gradient: torch.Tensor) -> Step:
+    import bitsandbytes
+
+    parameter = torch.nn.Parameter(weights)
+    parameter.grad = gradient
+    optimizer = bitsandbytes.optim.AdamW8bit(
+        [parameter], lr=LEARNING_RATE, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY
+    )
+    return optimizer.step
+
+
+def _ours_8bit(weights: torch.Tensor, gradient: torch.Tensor) -> Step:
+    count = len(weights)
+    moments = [torch.zeros(count, dtype=torch.uint8, device=weights.device) for _ in range(2)]
+    scales = [torch.zeros(-(-count // BLOCK), device=weights.device) for _ in range(2)]
+    step = 0
+
+    def take() -> None:
+        nonlocal step
+        step += 1
+        adamw_8bit_(
+            *(weights, gradient, *moments, *scales),
+            lr=LEARNING_RATE,
+            beta1=BETAS[0],
+            beta2=BETAS[1],
+            eps=EPS,
+            weight_decay=WEIGHT_DECAY,
+            step=step,
+        )
+
+    return take
+
+
+# Name -> bytes of state per parameter; what makes a step of weights [n] and gradient [n], both fp32 on their device.
+ROWS: dict[str, tuple[float, Callable[[torch.Tensor, torch.Tensor], Step]]] = {
+    "torch AdamW, fused, fp32 states": (8, _torch_fused),
+    "bitsandbytes AdamW8bit": (2 + 8 / BLOCK, _bitsandbytes_8bit),
+    "fullft, 8-bit states": (2 + 8 / BLOCK, _ours_8bit),
+}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,10 +1,11 @@
 """How fast optimizers step, without a model: million parameters per second, side by side.
 
-    python benchmarks/optimizer_step.py                       # two threads, 2^22 parameters
+    python benchmarks/optimizer_step.py                       # two threads, 2^24 parameters
     python benchmarks/optimizer_step.py --device cuda
 
-Owns the comparison on one flat chunk of fp32 weights. The repeats are interleaved, so that whatever else the machine
-does falls on all rows alike; the median counts. A row is an entry of `ROWS`.
+Owns the comparison on one flat tensor, of fp32 weights or of the bf16 ones that masters are split into. The repeats are
+interleaved, so that whatever else the machine does falls on all rows alike; the median counts. A row is an entry of
+`ROWS`.
 """
 
 import argparse
@@ -19,7 +20,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the package need not be installed, as for train.py
 # ruff: noqa: E402
+from fullft.adamw import AdamW, Placement
 from fullft.blockwise import BLOCK, adamw_8bit_
+from fullft.offload import Storage
 
 LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY = 1e-5, (0.9, 0.999), 1e-8, 0.01
 
@@ -28,8 +31,8 @@ Step = Callable[[], None]
 
 def main() -> None:
     """Step all rows in turn and print the table."""
-    parser = argparse.ArgumentParser(description="Measure optimizer steps on one flat chunk.")
-    parser.add_argument("--parameters", type=int, default=1 << 22, help="in the chunk (default: 2^22)")
+    parser = argparse.ArgumentParser(description="Measure optimizer steps on one flat tensor.")
+    parser.add_argument("--parameters", type=int, default=1 << 24, help="(default: 2^24)")
     parser.add_argument("--repeats", type=int, default=15, help="of each row (default: 15)")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU (default: 2)")
     parser.add_argument("--device", default="cpu", help="(default: cpu)")
@@ -49,7 +52,7 @@ def main() -> None:
             seconds[name].append(_time(step, arguments.device))
 
     device = f"{arguments.threads} threads" if arguments.device == "cpu" else torch.cuda.get_device_name()
-    print(f"{arguments.parameters:,} parameters, fp32 weights and gradients, {device}, median of {arguments.repeats}\n")
+    print(f"{arguments.parameters:,} parameters, {device}, median of {arguments.repeats}\n")
     print(f"{'optimizer':<32}{'state B/param':>14}{'M param/s':>12}{'slowest':>10}")
     for name, (state_bytes, _) in ROWS.items():
         median, slowest = (
@@ -113,11 +116,37 @@ def _ours_8bit(weights: torch.Tensor, gradient: torch.Tensor) -> Step:
     return take
 
 
+def _ours(moments: torch.dtype, masters: str, tier: str = "device") -> Callable[[torch.Tensor, torch.Tensor], Step]:
+    """The whole optimizer on bf16 weights and a bf16 gradient: masters joined, updated, split."""
+
+    def prepare(weights: torch.Tensor, gradient: torch.Tensor) -> Step:
+        parameter = torch.nn.Parameter(weights.bfloat16())
+        parameter.grad = gradient.bfloat16()
+        optimizer = AdamW(
+            [{"params": [parameter], "weight_decay": WEIGHT_DECAY}],
+            lr=LEARNING_RATE,
+            betas=BETAS,
+            eps=EPS,
+            moments=lambda _: moments,
+            masters=masters,
+            placement=Placement(optimizer=tier),
+            storage=Storage(weights.device, ROOT),
+        )
+        return optimizer.step
+
+    return prepare
+
+
 # Name -> bytes of state per parameter; what makes a step of weights [n] and gradient [n], both fp32 on their device.
 ROWS: dict[str, tuple[float, Callable[[torch.Tensor, torch.Tensor], Step]]] = {
     "torch AdamW, fused, fp32 states": (8, _torch_fused),
     "bitsandbytes AdamW8bit": (2 + 8 / BLOCK, _bitsandbytes_8bit),
     "fullft, 8-bit states": (2 + 8 / BLOCK, _ours_8bit),
+    "fullft, split, fp32 moments": (10, _ours(torch.float32, "split")),
+    "fullft, split, 8-bit moments": (4 + 8 / BLOCK, _ours(torch.uint8, "split")),
+    "fullft, stochastic, fp32 moments": (8, _ours(torch.float32, "stochastic")),
+    "fullft, split, on disk": (10, _ours(torch.float32, "split", "disk")),
+    "fullft, split, 8-bit, on disk": (4 + 8 / BLOCK, _ours(torch.uint8, "split", "disk")),
 }
 
 

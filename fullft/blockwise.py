@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fullft.errors import OptionsError
@@ -188,7 +188,7 @@ def code_books(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         The book of the first moment, which has a sign, and of the second, which has none: [256] fp32 each, ascending.
         Real tensors, also under `FakeTensorMode`.
     """
-    with unset_fake_temporarily():
+    with _disable_current_modes():  # fake tensors, and a tracker that would count the tables as the step's
         return _code_book(signed=True).to(device), _code_book(signed=False).to(device)
 
 
@@ -213,7 +213,7 @@ def _tables(like: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 @functools.cache
 def _rounding_tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    with unset_fake_temporarily():
+    with _disable_current_modes():  # fake tensors, and a tracker that would count the tables as the step's
         book1, book2 = code_books(torch.device("cpu"))
         between1, between2 = (book1[:-1] + book1[1:]) / 2, (book2[:-1] + book2[1:]) / 2
         # Only 0 is rounded to a second moment of 0: a first moment beside it would be divided by eps alone as soon as a

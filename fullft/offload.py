@@ -267,7 +267,7 @@ def fill(array: Array, values: torch.Tensor) -> None:
         values: as many, on the CPU, of the same dtype.
     """
     if isinstance(array, torch.Tensor):
-        array.view(-1).copy_(values.reshape(-1))
+        array.detach().view(-1).copy_(values.reshape(-1))
         return
     buffer = aligned_bytes(paged(min(CHUNK, array.numel()) * array.element_size()), torch.device("cpu"))
     for start, piece in zip(range(0, array.numel(), CHUNK), values.reshape(-1).split(CHUNK), strict=True):

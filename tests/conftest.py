@@ -1,4 +1,4 @@
-"""What all tests share: an own cache, no hub, two threads, and a way to run the command line."""
+"""What all tests share: an own cache, no hub, one thread, small chunks, a way to run the command line."""
 
 import os
 import subprocess
@@ -15,11 +15,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from fullft import errors
+from fullft import adamw, errors, gradients, offload
 from fullft.config import DEMO_FOLDER
 
 ROOT = Path(__file__).parent.parent
-torch.set_num_threads(2)
+SMALL_CHUNK = 4096  # a whole number of pages of every dtype
+torch.set_num_threads(1)  # so small models compute no faster on two, and far slower where others want the same cores
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -34,6 +35,16 @@ def tokenizer() -> PreTrainedTokenizerBase:
 def general_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put back what a run in this process leaves to be said when memory runs out."""
     monkeypatch.setattr(errors, "out_of_memory_advice", errors._general_advice)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Make chunks so small that tiny models have several per tensor, and the norm's tiles smaller still."""
+    for module in (adamw, gradients, offload):
+        monkeypatch.setattr(module, "CHUNK", SMALL_CHUNK)
+    monkeypatch.setattr(adamw, "CPU_TILE", SMALL_CHUNK // 4)
+    monkeypatch.setattr(gradients, "NORM_TILE", SMALL_CHUNK // 4)
+    return SMALL_CHUNK
 
 
 @pytest.fixture

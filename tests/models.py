@@ -1,5 +1,7 @@
 """Tiny models of the families that the tests speak of, made from configs in code."""
 
+from pathlib import Path
+
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -12,7 +14,10 @@ from transformers import (
     Qwen2Config,
 )
 
+from fullft.adamw import AdamW
 from fullft.config import Config, resolve
+from fullft.offload import Storage
+from fullft.optimizer import build_optimizer
 
 VOCABULARY = 1024  # the demo tokenizer's
 _SHAPE = {
@@ -73,3 +78,8 @@ def tiny_model(
 def make_config(**options: object) -> Config:
     """Make resolved options, with the defaults that hold beside a given model."""
     return resolve(Config(**{"model": "tiny", **options}))  # type: ignore[arg-type]
+
+
+def optimizer_of(model: PreTrainedModel, config: Config) -> AdamW:
+    """Build the optimizer as train.py does, with a storage of its own."""
+    return build_optimizer(model, config, Storage(next(model.parameters()).device, Path(str(config.output_dir))))

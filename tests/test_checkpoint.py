@@ -6,6 +6,7 @@ import shutil
 from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import fullft.export
 import fullft.metrics
 import fullft.output_dir
 import train
+from fullft.adamw import AdamW
 from fullft.calendar import Calendar
 from fullft.checkpoint import list_checkpoints, verify
 from fullft.config import parse_config, to_yaml
@@ -132,7 +134,7 @@ def test_a_run_that_fails_early_does_not_cost_the_earlier_one(
 ) -> None:
     (OUT / "checkpoint-1" / "notes.txt").write_text("mine")
     if failure == "in the first step":
-        monkeypatch.setattr(train, "clip_gradients", lambda *_, **__: torch.tensor(float("nan")))
+        monkeypatch.setattr(AdamW, "clip_gradients", lambda *_, **__: torch.tensor(float("nan")))
     if failure == "killed":  # nothing is put back on the way out, as after SIGKILL
         monkeypatch.setattr(fullft.output_dir.EarlierRun, "__exit__", lambda *_: None)
     with pytest.raises(NonFiniteError):
@@ -203,7 +205,8 @@ def test_the_earlier_run_counts_as_space_only_once_it_may_go(
     checkpoint = sum(file.stat().st_size for file in (OUT / "checkpoint-1").iterdir())
     usage = namedtuple("usage", "free")
     for free, message in ((checkpoint // 2, "delete the earlier run"), (-10 * checkpoint, "save_total_limit 1")):
-        monkeypatch.setattr(fullft.output_dir.shutil, "disk_usage", lambda _, free=free: usage(free))
+        there = SimpleNamespace(**vars(shutil) | {"disk_usage": lambda _, free=free: usage(free)})
+        monkeypatch.setattr(fullft.output_dir, "shutil", there)  # and not the plan's
         with pytest.raises(DiskError, match=message):
             train_small(overwrite_output_dir=True, max_steps=1)
         assert contents(OUT) == earlier
@@ -316,8 +319,9 @@ def test_tensors_are_written_as_safetensors_writes_them(tmp_path: Path) -> None:
     shared = torch.arange(256, dtype=torch.float32)
     tensors = {
         "layer.weight.exp_avg": torch.randn(3, 5),
-        "layer.weight.step": torch.tensor(7.0),
-        "a.state1": torch.randint(0, 255, (7,), dtype=torch.uint8),
+        "layer.weight.scale": torch.tensor(7.0),
+        "a.codes": torch.randint(0, 255, (7,), dtype=torch.uint8),
+        "b.remainder": torch.randint(-(2**15), 2**15, (9,), dtype=torch.int16),
         "b.moment": torch.randn(5, 3).bfloat16(),
         "c.count": torch.tensor(2**40),
         "d.empty": torch.empty(0, 4),
@@ -325,11 +329,11 @@ def test_tensors_are_written_as_safetensors_writes_them(tmp_path: Path) -> None:
         "f.ünï": torch.randn(2).requires_grad_(),
     }
     digest = write_tensors(tmp_path / "ours", tensors)
-    save_file(tensors, tmp_path / "theirs")
+    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
     assert digest == fullft.checkpoint._sha256(tmp_path / "ours")
     # Beyond what theirs accepts: shared memory and other strides.
-    tensors |= {"g.qmap": shared, "h.qmap": shared, "i": torch.randn(4, 6).t()}
+    tensors |= {"g.shared": shared, "h.shared": shared, "i": torch.randn(4, 6).t()}
     write_tensors(tmp_path / "ours", tensors)
     found = load_file(tmp_path / "ours")
     assert found.keys() == tensors.keys()

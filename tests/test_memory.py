@@ -1,12 +1,16 @@
 """Memory figures are true: the tracker against arithmetic, the plan against the tracker. Neither leaves a trace."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
-from models import VOCABULARY, make_config, tiny_model
+from models import VOCABULARY, make_config, optimizer_of, tiny_model
 from torch import nn
 from transformers import PreTrainedModel
 
 from fullft.activation_checkpointing import apply_activation_checkpointing
+from fullft.adamw import AdamW
 from fullft.config import Config
 from fullft.data import MicroBatch
 from fullft.loss import summed_cross_entropy
@@ -15,18 +19,9 @@ from fullft.memory.plan import Batch, plan_step
 from fullft.memory.step import take_worst_step
 from fullft.memory.tracker import COMPONENTS, MemoryTracker, Profile
 from fullft.model import PRECISIONS
-from fullft.optimizer import build_optimizer, clip_gradients
+from fullft.offload import host_pieces
 
 KIB = 1024
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads cost more than they bring on models this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def micro_batch(config: Config, length: int, sequences: int = 1) -> MicroBatch:
@@ -56,7 +51,7 @@ def worst_step(
     held_out = micro_batch(config, batch.evaluation_length, batch.sequences) if batch.evaluation_length else None
     return take_worst_step(
         model,
-        optimizer or build_optimizer(model, config),
+        optimizer or optimizer_of(model, config),
         [micro_batch(config, batch.length, batch.sequences) for _ in range(count)],
         held_out,
         autocast_of(config),
@@ -75,7 +70,7 @@ def tracker() -> MemoryTracker:
         parameter.data = torch.empty(0)
     for module in model.modules():
         module._buffers.clear()
-    return MemoryTracker(model, torch.optim.SGD(model.parameters()))
+    return MemoryTracker(model, optimizer_of(model, make_config(precision="fp32")))
 
 
 def test_a_tensor_is_counted_from_birth_to_death(tracker: MemoryTracker) -> None:
@@ -154,30 +149,76 @@ def test_the_negative_control_counting_views_would_be_noticed(
 # ---------------------------------------------------------------------------------------------- a model's step
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+# Bytes per parameter of weights, gradients with and without accumulation, and AdamW's states.
+SIZES = {
+    "fp32": ({"precision": "fp32"}, 4, 4, 4, 8),
+    "bf16-mixed": ({"precision": "bf16-mixed"}, 4, 4, 4, 8),
+    "split": ({}, 2, 4, 2, 10),
+    "stochastic": ({"master_weights": "stochastic"}, 2, 4, 2, 8),
+    "none": ({"master_weights": "none"}, 2, 2, 2, 4),
+}
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("case", SIZES)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_parameters_gradients_and_states_have_their_exact_sizes(family: str, precision: str) -> None:
-    config = make_config(precision=precision)
+def test_parameters_gradients_and_states_have_their_exact_sizes(family: str, case: str, accumulation: int) -> None:
+    options, weight, accumulated, single, states = SIZES[case]
+    config = make_config(**options, gradient_accumulation_steps=accumulation)
     model = model_of(family, config, tied=True)
     figures = worst_step(model, config, Batch(1, 32)).to_dict()
     count = sum(parameter.numel() for parameter in model.parameters())  # tied ones once
-    size = PRECISIONS[precision].weights.itemsize
-    steps = 4 * len(list(model.parameters()))  # AdamW counts its steps in an fp32 number per parameter
-    assert figures["components"]["parameters"] == count * size
-    assert figures["components"]["gradients"] == count * size
-    assert figures["components"]["optimizer_states"] == 2 * count * size + steps
+    assert figures["components"]["parameters"] == count * weight
+    assert figures["components"]["gradients"] == count * (accumulated if accumulation > 1 else single)
+    assert figures["components"]["optimizer_states"] == count * states
+    assert figures["host_bytes"] == figures["disk_bytes"] == 0
 
 
-def test_the_optimizer_state_of_8_bits() -> None:
-    """Two bytes per element, two numbers per block of 256 elements, two shared code books; embeddings keep 32 bits."""
-    config = make_config(optim="adamw_8bit")
+@pytest.mark.parametrize("masters", ["split", "none"])
+def test_the_optimizer_state_of_8_bits(masters: str) -> None:
+    """Two bytes per element, two numbers per block of 256 elements; embeddings keep 32 bits."""
+    config = make_config(optim="adamw_8bit", master_weights=masters)
     model = model_of("llama", config)
     figures = worst_step(model, config, Batch(1, 32)).to_dict()
     head = model.lm_head.weight.numel()
     others = sum(parameter.numel() for parameter in model.parameters()) - head
     assert head >= 16384
-    expected = 8 * others + 2 * head + 2 * 4 * head // 256 + 2 * 4 * 256
+    expected = 8 * others + 2 * head + 2 * 4 * head // 256 + (2 * (head + others) if masters == "split" else 0)
     assert figures["components"]["optimizer_states"] == expected
+
+
+@pytest.mark.parametrize("tier", ["host", "disk"])
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_what_is_offloaded_is_counted_where_it_lives(accumulation: int, tier: str) -> None:
+    options = {"gradient_accumulation_steps": accumulation}
+    config = make_config(**options, offload=f"optimizer={tier},gradients={tier}")
+    model = model_of("llama", config)
+    moved, resident = (
+        worst_step(model_of("llama", each), each, Batch(1, 32)).to_dict() for each in (config, make_config(**options))
+    )
+    count = sum(parameter.numel() for parameter in model.parameters())
+    gradients = count * (4 if accumulation > 1 else 2)
+    assert moved["components"]["optimizer_states"] == moved["components"]["gradients"] == 0
+    assert moved["peak_bytes"] < resident["peak_bytes"]
+    if tier == "host":
+        assert moved["host_bytes"] == 10 * count + gradients and moved["disk_bytes"] == 0
+    else:
+        padded = sum(-(-p.numel() * size // 4096) * 4096 for p in model.parameters() for size in (4, 4, 2))
+        padded += sum(-(-p.numel() * gradients // count // 4096) * 4096 for p in model.parameters())
+        assert moved["disk_bytes"] == padded and moved["host_bytes"] == 0
+    assert moved["components"]["activations"] == resident["components"]["activations"]
+
+
+def test_released_gradients_are_there_one_at_a_time() -> None:
+    config = make_config(gradient_accumulation_steps=1, max_grad_norm=0.0, offload="gradients=released")
+    model = model_of("llama", config)
+    released = worst_step(model, config, Batch(1, 32)).to_dict()
+    resident = worst_step(model_of("llama", config), replace(config, offload="none"), Batch(1, 32)).to_dict()
+    gradients = 2 * sum(parameter.numel() for parameter in model.parameters())
+    assert (released["components"]["gradients"], resident["components"]["gradients"]) == (0, gradients)
+    # In backward there is one, with what updating a tile of it takes: two fp32 numbers per element.
+    largest = max(parameter.numel() for parameter in model.parameters())
+    assert released["phases"]["backward"] <= resident["phases"]["backward"] - gradients + (2 + 2 * 4) * largest
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -254,7 +295,7 @@ def test_evaluation_sees_no_activations_and_its_own_length() -> None:
 # ---------------------------------------------------------------------------------------------- no consequences
 
 
-def train(model: PreTrainedModel, optimizer: torch.optim.Optimizer, config: Config, steps: int) -> list[torch.Tensor]:
+def train(model: PreTrainedModel, optimizer: AdamW, config: Config, steps: int) -> list[torch.Tensor]:
     """Some steps as train.py takes them, with dropout."""
     random = torch.Generator().manual_seed(1)
     losses = []
@@ -263,41 +304,69 @@ def train(model: PreTrainedModel, optimizer: torch.optim.Optimizer, config: Conf
         with autocast_of(config):
             loss = summed_cross_entropy(model(input_ids=ids, use_cache=False).logits, ids) / 46
         loss.backward()
-        clip_gradients(model.parameters(), max_norm=1.0)
+        optimizer.clip_gradients(max_norm=0.0 if "released" in config.offload else 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         losses.append(loss.detach())
     return losses
 
 
-@pytest.mark.parametrize(
-    ("precision", "optim"), [("fp32", "adamw"), ("bf16-mixed", "adamw_8bit"), ("bf16-true", "adamw")]
-)
-def test_a_run_goes_on_bitwise_as_if_the_worst_step_had_not_been(precision: str, optim: str) -> None:
+def hooks_on(model: PreTrainedModel) -> list[int]:
+    """Count what is hooked to each module and each parameter."""
+    on_modules = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+    return on_modules + [len(parameter._post_accumulate_grad_hooks or ()) for parameter in model.parameters()]
+
+
+def all_states(optimizer: AdamW) -> list[torch.Tensor]:
+    return [
+        piece.clone()
+        for parameter in optimizer.parameters
+        for array in optimizer.states_of(parameter).values()
+        for piece in host_pieces(array)
+    ]
+
+
+UNDISTURBED: list[dict[str, object]] = [
+    {"precision": "fp32"},
+    {"precision": "bf16-mixed", "optim": "adamw_8bit"},
+    {"master_weights": "none"},
+    {"master_weights": "stochastic"},
+    {"master_weights": "split"},
+    {"offload": "optimizer=host,gradients=host"},
+    {"offload": "optimizer=disk,gradients=disk", "optim": "adamw_8bit"},
+    {"offload": "optimizer=host,gradients=released", "gradient_accumulation_steps": 1, "max_grad_norm": 0.0},
+]
+
+
+@pytest.mark.parametrize("options", UNDISTURBED, ids=lambda options: " ".join(map(str, options.values())))
+def test_a_run_goes_on_bitwise_as_if_the_worst_step_had_not_been(
+    options: dict[str, object], tmp_path: Path, small_chunks: int
+) -> None:
     config = make_config(
-        precision=precision, optim=optim, activation_checkpointing="full", weight_decay=0.1, learning_rate=1e-3
+        **options, activation_checkpointing="full", weight_decay=0.1, learning_rate=1e-3, output_dir=str(tmp_path)
     )
     results = []
     for with_worst_step in (False, True):
         model = model_of("gpt2", config, dropout=0.1)
-        optimizer = build_optimizer(model, config)
+        optimizer = optimizer_of(model, config)
         torch.manual_seed(5)
         if with_worst_step:
             before = {name: value.clone() for name, value in model.state_dict().items()}
-            hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+            hooks = hooks_on(model)
             torch.manual_seed(99)
             prepared = [micro_batch(config, 24), micro_batch(config, 24)]
             torch.manual_seed(5)
-            take_worst_step(model, optimizer, prepared, prepared[0], autocast_of(config), 1.0)
+            count = min(2, config.gradient_accumulation_steps)
+            take_worst_step(model, optimizer, prepared[:count], prepared[0], autocast_of(config), config.max_grad_norm)
             assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-            states = [value for state in optimizer.state.values() for key, value in state.items() if key[:4] != "qmap"]
-            assert not any(value.any() if isinstance(value, torch.Tensor) else value for value in states)
+            assert optimizer.num_steps == 0 and not any(piece.any() for piece in all_states(optimizer))
             assert [group["lr"] for group in optimizer.param_groups] == [config.learning_rate] * 2
             assert model.training and all(parameter.grad is None for parameter in model.parameters())
-            assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
-            assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
+            assert hooks == hooks_on(model)
         losses = train(model, optimizer, config, steps=3)
-        results.append((losses, [parameter.detach().clone() for parameter in model.parameters()]))
+        results.append(
+            (losses, [parameter.detach().clone() for parameter in model.parameters()] + all_states(optimizer))
+        )
     (plain, plain_weights), (after, after_weights) = results
     assert all(torch.equal(one, other) for one, other in zip(plain, after, strict=True))
     assert all(torch.equal(one, other) for one, other in zip(plain_weights, after_weights, strict=True))
@@ -311,7 +380,7 @@ def test_without_putting_the_random_state_back_the_run_would_differ(monkeypatch:
     losses = []
     for forked in (True, False):
         model = model_of("gpt2", config, dropout=0.1)
-        optimizer = build_optimizer(model, config)
+        optimizer = optimizer_of(model, config)
         prepared = [micro_batch(config, 24)]
         if not forked:
             monkeypatch.setattr(step_module.torch.random, "fork_rng", lambda *_, **__: nullcontext())
@@ -324,12 +393,14 @@ def test_without_putting_the_random_state_back_the_run_would_differ(monkeypatch:
 def test_a_failing_worst_step_cleans_up_too() -> None:
     config = make_config(precision="fp32")
     model = model_of("llama", config)
-    optimizer = build_optimizer(model, config)
+    optimizer = optimizer_of(model, config)
     broken = micro_batch(config, 8)
     broken.labels[0, 3] = VOCABULARY  # no such class
     with pytest.raises(IndexError):
         take_worst_step(model, optimizer, [broken], None, autocast_of(config), 1.0)
-    assert len(optimizer.state) == 0 and optimizer.param_groups[0]["lr"] == config.learning_rate
+    assert optimizer.num_steps == 0 and not any(piece.any() for piece in all_states(optimizer))
+    assert optimizer.param_groups[0]["lr"] == config.learning_rate
+    assert all(optimizer.gradients.of(parameter) is None for parameter in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
@@ -357,15 +428,34 @@ AGREEMENT = [
     ("phi", "bf16-mixed", "full", "adamw", 1, False, Batch(1, 64)),
     ("phi", "bf16-true", "none", "adamw_8bit", 4, False, Batch(1, 64, 64)),
 ]
+# What else a run may keep, and where, in turn with these cases.
+PLACES: list[dict[str, object]] = [
+    {},
+    {"master_weights": "none"},
+    {"offload": "optimizer=host"},
+    {"master_weights": "stochastic", "offload": "optimizer=disk,gradients=disk"},
+    {"offload": "gradients=host"},
+    {"offload": "optimizer=disk,gradients=host", "master_weights": "none"},
+    {"offload": "gradients=disk"},
+]
 
 
 @pytest.mark.parametrize(
-    ("family", "precision", "mode", "optim", "accumulation", "packing", "batch"),
-    AGREEMENT,
-    ids=["-".join(map(str, case[:-1])) for case in AGREEMENT],
+    ("family", "precision", "mode", "optim", "accumulation", "packing", "batch", "place"),
+    [(*case, PLACES[number % len(PLACES)]) for number, case in enumerate(AGREEMENT)],
+    ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else None,
 )
 def test_the_plan_equals_what_is_tracked(
-    family: str, precision: str, mode: str, optim: str, accumulation: int, packing: bool, batch: Batch
+    family: str,
+    precision: str,
+    mode: str,
+    optim: str,
+    accumulation: int,
+    packing: bool,
+    batch: Batch,
+    place: dict[str, object],
+    tmp_path: Path,
+    small_chunks: int,
 ) -> None:
     config = make_config(
         precision=precision,
@@ -373,6 +463,8 @@ def test_the_plan_equals_what_is_tracked(
         optim=optim,
         gradient_accumulation_steps=accumulation,
         packing=packing,
+        output_dir=str(tmp_path),
+        **place,
     )
     model = model_of(family, config, dropout=0.1 if family in ("gpt2", "phi") else 0.0)
     planned = plan_step(config, model.config, batch)
@@ -381,6 +473,9 @@ def test_the_plan_equals_what_is_tracked(
     assert planned["peak_bytes"] == pytest.approx(tracked["peak_bytes"], rel=1e-3)
     for kind in ("components", "at_peak", "phases"):
         assert planned[kind] == pytest.approx(tracked[kind], rel=1e-3)
+    assert (planned["host_bytes"], planned["disk_bytes"]) == (tracked["host_bytes"], tracked["disk_bytes"])
+    assert (planned["host_bytes"] > 0) is ("host" in config.offload)
+    assert (planned["disk_bytes"] > 0) is ("disk" in config.offload)
 
 
 def test_a_plan_for_other_options_would_be_noticed() -> None:
@@ -393,6 +488,9 @@ def test_a_plan_for_other_options_would_be_noticed() -> None:
         {"activation_checkpointing": "full"},
         {"optim": "adamw_8bit"},
         {"gradient_accumulation_steps": 1},
+        {"offload": "optimizer=host"},
+        {"offload": "gradients=disk"},
+        {"precision": "bf16-true"},
     ]
     for change in changes:
         other = make_config(**{"precision": "bf16-mixed", "gradient_accumulation_steps": 4, **change})
@@ -419,6 +517,6 @@ def test_the_plan_is_within_2_percent_of_the_allocators_peak(precision: str, mod
     ids = torch.randint(0, 32000, (1, 2048))
     train_batch = MicroBatch({"input_ids": ids}, ids, 2048, 2047)
     held_out = MicroBatch({"input_ids": ids[:, :512]}, ids[:, :512].contiguous(), 512, 511)
-    optimizer = build_optimizer(model, config)
+    optimizer = optimizer_of(model, config)
     take_worst_step(model, optimizer, [train_batch] * 2, held_out, autocast_of(config, "cuda"), 1.0)
     assert planned["peak_bytes"] == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.02)

@@ -1,24 +1,23 @@
-"""The optimizer table, the parameter groups, the schedule and the norm are those of the libraries that we name."""
+"""The optimizer, the parameter groups, the schedule and the norm are those of the libraries that we name."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from models import make_config, tiny_model
+from models import make_config, optimizer_of, tiny_model
 from torch import nn
 from transformers import Trainer, get_scheduler
 
-from fullft.config import OptionsError, parse_config
-from fullft.optimizer import (
-    OPTIMIZERS,
-    build_optimizer,
-    build_schedule,
-    clip_gradients,
-    estimate_state_bytes,
-    global_norm,
-    parameter_groups,
-)
+from fullft.adamw import AdamW
+from fullft.config import Config, OptionsError, parse_config
+from fullft.gradients import NORM_TILE
+from fullft.model import PRECISIONS
+from fullft.offload import Storage
+from fullft.optimizer import build_schedule, estimate_state_bytes, parameter_groups
+from fullft.options import by_name
 
+OPTIMIZERS = by_name(Config)["optim"].metadata["choices"]
 FAMILIES = ["gpt2", "llama", "mistral", "qwen2", "gemma2"]
 
 
@@ -70,12 +69,44 @@ def random_gradients(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
     return parameters
 
 
+def adamw(parameters: list[nn.Parameter]) -> AdamW:
+    """AdamW whose moments have the weights' dtype; `exp_avg` after its first step is linear in the gradients."""
+    groups = [{"params": parameters, "weight_decay": 0.1}]
+    storage = Storage(torch.device("cpu"), Path())
+    return AdamW(groups, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, moments=lambda each: each.dtype, storage=storage)
+
+
 def test_the_norm_is_summed_in_fp64() -> None:
     parameters = random_gradients()
     exact = math.sqrt(sum((parameter.grad.double() ** 2).sum().item() for parameter in parameters))
-    norm = global_norm([parameter.grad for parameter in parameters])
+    norm = adamw(parameters).clip_gradients(max_norm=0)
     assert norm.dtype == torch.float64
     assert norm.item() == pytest.approx(exact, rel=1e-13)
+
+
+def test_the_norm_does_not_depend_on_the_number_of_threads() -> None:
+    optimizer = adamw(random_gradients())
+    norms = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        norms.append(optimizer.clip_gradients(max_norm=0))
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(1)
+    assert torch.equal(*norms)
+
+
+def test_a_rehearsed_norm_looks_at_a_few_tiles_only() -> None:
+    parameter, other = nn.Parameter(torch.zeros(5 * NORM_TILE)), nn.Parameter(torch.zeros(3))
+    for each in (parameter, other):
+        each.grad = torch.ones_like(each)
+    optimizer = adamw([parameter, other])
+    assert optimizer.gradients.norm().item() ** 2 == pytest.approx(5 * NORM_TILE + 3)
+    assert optimizer.gradients.norm(only=[parameter]).item() ** 2 == pytest.approx(2 * NORM_TILE)
+
+
+def test_a_norm_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="no parameter has a gradient"):
+        adamw([nn.Parameter(torch.zeros(3))]).clip_gradients(max_norm=1.0)
 
 
 # Wide for fp32 too: torch sums a million squares in fp32, and is off by 1e-5 itself.
@@ -85,24 +116,48 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 1e-2}
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_clipping_scales_as_torch_does(dtype: torch.dtype) -> None:
     ours, theirs = random_gradients(dtype), random_gradients(dtype)
-    clip_gradients(ours, max_norm=1.0)
-    nn.utils.clip_grad_norm_(theirs, max_norm=1.0)
+    optimizer, torchs = adamw(ours), torch.optim.AdamW(theirs, fused=True)
+    norm = optimizer.clip_gradients(max_norm=1.0)
+    assert norm.item() == pytest.approx(nn.utils.clip_grad_norm_(theirs, max_norm=1.0).item(), rel=TOLERANCE[dtype])
+    optimizer.step()
+    torchs.step()
     for our, their in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(our.grad, their.grad, rtol=TOLERANCE[dtype], atol=0)
+        found, expected = optimizer.states_of(our)["exp_avg"], torchs.state[their]["exp_avg"].flatten()
+        torch.testing.assert_close(found, expected, rtol=TOLERANCE[dtype], atol=0)
+
+
+def moments_after(parameters: list[nn.Parameter], max_norm: float) -> list[torch.Tensor]:
+    optimizer = adamw(parameters)
+    optimizer.clip_gradients(max_norm=max_norm)
+    optimizer.step()
+    return [optimizer.states_of(parameter)["exp_avg"] for parameter in parameters]
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 1e6])
 def test_gradients_below_the_limit_are_not_touched(max_norm: float) -> None:
-    ours, before = random_gradients(), random_gradients()
-    clip_gradients(ours, max_norm=max_norm)
-    assert all(torch.equal(our.grad, old.grad) for our, old in zip(ours, before, strict=True))
+    gradients = [parameter.grad for parameter in random_gradients()]
+    for moment, gradient in zip(moments_after(random_gradients(), max_norm), gradients, strict=True):
+        assert torch.equal(moment, torch.zeros_like(moment).lerp(gradient.flatten(), 1 - 0.9))
+    assert not torch.equal(moment, moments_after(random_gradients(), 1.0)[-1])  # the negative control
 
 
-def take_steps(name: str, dtype: torch.dtype, steps: int = 3) -> tuple[nn.Module, torch.optim.Optimizer]:
-    model = tiny_model("llama", dtype)
-    # bf16 next to 1.0 has steps of 1/128: a smaller rate would leave the norms where they are.
-    learning_rate = 1e-3 if dtype == torch.float32 else 1e-2
-    optimizer = build_optimizer(model, make_config(optim=name, learning_rate=learning_rate))
+def test_one_steps_clipping_does_not_reach_the_next() -> None:
+    """A step without `clip_gradients` before it takes the gradients as they are."""
+    parameters = random_gradients()
+    optimizer = adamw(parameters)
+    optimizer.clip_gradients(max_norm=1e-3)
+    optimizer.step()
+    before = [optimizer.states_of(parameter)["exp_avg"].clone() for parameter in parameters]
+    optimizer.step()
+    for parameter, moment in zip(parameters, before, strict=True):
+        expected = moment.lerp(parameter.grad.flatten(), 1 - 0.9)
+        torch.testing.assert_close(optimizer.states_of(parameter)["exp_avg"], expected, rtol=1e-5, atol=1e-8)
+
+
+def take_steps(name: str, steps: int = 3, **options: object) -> tuple[nn.Module, AdamW]:
+    config = make_config(optim=name, **options)
+    model = tiny_model("llama", PRECISIONS[config.precision].weights)
+    optimizer = optimizer_of(model, config)
     for step in range(steps):
         ids = torch.randint(0, 1024, (2, 16), generator=torch.Generator().manual_seed(step))
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
@@ -111,28 +166,39 @@ def take_steps(name: str, dtype: torch.dtype, steps: int = 3) -> tuple[nn.Module
     return model, optimizer
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", list(OPTIMIZERS))
-def test_every_optimizer_moves_every_parameter(name: str, dtype: torch.dtype) -> None:
-    before = dict(tiny_model("llama", dtype).named_parameters())
-    model, _ = take_steps(name, dtype)
+@pytest.mark.parametrize("masters", ["fp32", "split", "stochastic", "none"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_moves_every_parameter(name: str, masters: str) -> None:
+    # bf16 next to 1.0 has steps of 1/128: a smaller rate would leave the norms where they are.
+    options = {"precision": "fp32", "learning_rate": 1e-3}
+    if masters != "fp32":
+        options = {"precision": "bf16-true", "master_weights": masters, "learning_rate": 1e-2}
+    model, optimizer = take_steps(name, **options)
+    before = dict(tiny_model("llama", model.dtype).named_parameters())
     still = [key for key, parameter in model.named_parameters() if torch.equal(parameter, before[key])]
     assert not still
+    assert optimizer.num_steps == 3 and all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_adamw_is_torchs() -> None:
-    model, _ = take_steps("adamw", torch.float32)
-    other = tiny_model("llama", torch.float32)
-    decayed, undecayed = [p for p in other.parameters() if p.ndim > 1], [p for p in other.parameters() if p.ndim == 1]
-    groups = [{"params": decayed}, {"params": undecayed}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+@pytest.mark.parametrize("precision", ["fp32", "bf16-true"])
+def test_adamw_is_torchs_fused_one_to_the_bit(precision: str) -> None:
+    """With bf16 weights, moments and update in bf16 too: that is `--master_weights none`."""
+    options = {"precision": precision, "master_weights": "none", "learning_rate": 1e-2, "weight_decay": 0.1}
+    model, optimizer = take_steps("adamw", **options)
+    other = tiny_model("llama", model.dtype)
+    torchs = torch.optim.AdamW(parameter_groups(other, 0.1), lr=1e-2, fused=True)
     for step in range(3):
         ids = torch.randint(0, 1024, (2, 16), generator=torch.Generator().manual_seed(step))
         other(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        torchs.step()
+        torchs.zero_grad()
     for our, their in zip(model.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(our, their, rtol=1e-4, atol=1e-6)
+        assert torch.equal(our, their)
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(optimizer.states_of(our)[name], torchs.state[their][name].flatten())
+    # The negative control: one more step would be noticed.
+    undone, _ = take_steps("adamw", steps=2, **options)
+    assert not all(torch.equal(our, their) for our, their in zip(undone.parameters(), other.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])
@@ -143,21 +209,24 @@ def test_8bit_states_are_8bit_where_they_are_large_and_no_embedding(name: str) -
             self.embedding, self.matrix, self.norm = nn.Embedding(256, 128), nn.Linear(256, 128), nn.LayerNorm(8192)
 
     model = Large()
-    optimizer = build_optimizer(model, make_config(optim=name))
+    optimizer = optimizer_of(model, make_config(optim=name))
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    dtypes = {key: optimizer.state[parameter]["state1"].dtype for key, parameter in model.named_parameters()}
-    assert dtypes["matrix.weight"] == torch.uint8
-    assert {dtypes["embedding.weight"], dtypes["norm.weight"], dtypes["matrix.bias"]} == {torch.float32}
+    for moment in ("exp_avg", "exp_avg_sq"):
+        dtypes = {key: optimizer.state[parameter][moment].dtype for key, parameter in model.named_parameters()}
+        assert dtypes["matrix.weight"] == torch.uint8
+        assert {dtypes["embedding.weight"], dtypes["norm.weight"], dtypes["matrix.bias"]} == {torch.float32}
+    assert optimizer.state[model.matrix.weight]["exp_avg_absmax"].shape == (256 * 128 // 256,)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_estimate_of_adamws_states_is_their_size(dtype: torch.dtype) -> None:
-    model, optimizer = take_steps("adamw", dtype, steps=1)
-    moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
-    size = sum(moment.numel() * moment.element_size() for moment in moments)
-    assert estimate_state_bytes(make_config(), model) == size
+@pytest.mark.parametrize("options", [{"precision": "fp32"}, {}, {"master_weights": "none"}], ids=str)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_estimate_of_the_states_is_their_size(name: str, options: dict[str, object]) -> None:
+    model, optimizer = take_steps(name, steps=1, **options)
+    states = [state for states in optimizer.state.values() for state in states.values()]
+    size = sum(state.numel() * state.element_size() for state in states)
+    assert estimate_state_bytes(make_config(optim=name, **options), model) == size
 
 
 def test_hugging_faces_spellings_name_the_same_optimizers() -> None:

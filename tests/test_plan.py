@@ -2,7 +2,8 @@
 
 import json
 import os
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,26 +12,20 @@ import torch
 from models import make_config, tiny_model
 from transformers import AutoConfig, PreTrainedConfig
 
-from fullft import optimizer as optimizer_module
+from fullft.adamw import AdamW
 from fullft.config import Config, parse_config, parse_size
 from fullft.errors import MemoryExhaustedError, ModelError, OptionsError
-from fullft.memory import plan as plan_module
+from fullft.gradients import NORM_TILE
 from fullft.memory import report
 from fullft.memory.facts import find_facts
 from fullft.memory.find import find_config
-from fullft.memory.fit import (
-    CHOICES,
-    CONTEXT_BYTES,
-    Device,
-    Plans,
-    available_host_bytes,
-    cards,
-    choose_checkpointing,
-)
+from fullft.memory.fit import Plans, choices, choose
 from fullft.memory.levers import ALL, estimate_adapters, estimate_work, estimate_zero, find_levers
 from fullft.memory.plan import Batch, _figures, layer_period, num_layers, plan_step, trace
+from fullft.memory.room import ASSUMED, CONTEXT_BYTES, Device, Speeds, available_host_bytes, cards
 from fullft.memory.run import plan_run
 from fullft.memory.tracker import COMPONENTS
+from fullft.memory.traffic import resting_bytes
 
 # As published with the models.
 PUBLISHED = {
@@ -106,16 +101,23 @@ CASES = [
     ("gemma2", {"activation_checkpointing": "every_2", "optim": "adamw_8bit"}),
     ("phi", {"precision": "fp32", "activation_checkpointing": "full"}),
     ("phi", {"packing": True, "optim": "adamw_8bit"}),
+    ("llama", {"offload": "optimizer=host,gradients=host"}),
+    ("qwen2", {"offload": "optimizer=disk,gradients=disk", "optim": "adamw_8bit"}),
+    ("llama", {"offload": "parameters=host,optimizer=disk", "activation_checkpointing": "full"}),
+    ("gpt2", {"offload": "gradients=released", "gradient_accumulation_steps": 1, "max_grad_norm": 0.0}),
 ]
 
 
 @pytest.mark.parametrize(("family", "options"), CASES, ids=lambda value: value if isinstance(value, str) else "")
 def test_the_plan_from_a_few_layers_is_the_trace_of_all(family: str, options: dict[str, object]) -> None:
-    if options.get("optim") == "adamw_8bit":
-        pytest.importorskip("bitsandbytes")
     config, model_config, batch = make_config(**options), deep(family, 9), Batch(2, 24, 16)
     whole = _figures(trace(config, model_config, batch, 9, 9))  # no slot left out, nothing continued
-    assert plan_step(config, model_config, batch) == whole
+    planned = plan_step(config, model_config, batch)
+    if "parameters" in config.offload:
+        # Of a streamed weight that is elsewhere one number is there; their count in evaluation is no line.
+        numbers = planned["phases"].pop("evaluation") - whole["phases"].pop("evaluation")
+        assert 0 <= numbers < 9 * 9 * torch.bfloat16.itemsize
+    assert planned == whole
     assert sum(whole["at_peak"].values()) == whole["peak_bytes"] == max(whole["phases"].values())
 
 
@@ -124,13 +126,27 @@ def test_the_negative_control_one_layer_less_would_be_noticed() -> None:
     assert plan_step(config, deep("llama", 8), batch) != plan_step(config, deep("llama", 9), batch)
 
 
-def test_two_chunks_of_a_gradient_norm_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many bytes, by far fewer operators; the chunks are small here, so that the norm is the step's peak."""
-    monkeypatch.setattr(optimizer_module, "_NORM_CHUNK", 1000)
-    config, model_config, batch = make_config(), deep("llama"), Batch(1, 4)
+@pytest.mark.parametrize("offload", ["none", "optimizer=host,gradients=host", "optimizer=disk,gradients=disk"])
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])
+def test_a_few_chunks_stand_for_all(
+    optim: str, offload: str, small_chunks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many bytes, by far fewer operators; the batch is small, so that the step shows."""
+    config, model_config, batch = make_config(optim=optim, offload=offload), deep("llama"), Batch(1, 4)
     planned = plan_step(config, model_config, batch)
-    monkeypatch.setattr(plan_module, "_two_chunks_stand_for_all", nullcontext)
-    assert plan_step(config, model_config, batch) == planned
+
+    @contextmanager
+    def thoroughly(self: AdamW) -> Iterator[None]:
+        for parameter in self.parameters:
+            self.states_of(parameter)
+        yield
+
+    monkeypatch.setattr(AdamW, "rehearsal", thoroughly)
+    whole = plan_step(config, model_config, batch)
+    # But for the norm, which keeps a number of 8 bytes for each tile that it has squared.
+    numbers = whole["phases"].pop("optimizer_step") - planned["phases"].pop("optimizer_step")
+    tiles = sum(-(-parameter.numel() // NORM_TILE) for parameter in tiny_model("llama").parameters())
+    assert 0 <= numbers <= 2 * 2 * 8 * tiles and whole == planned
 
 
 # ---------------------------------------------------------------------------------------------- Mistral-7B
@@ -138,14 +154,21 @@ def test_two_chunks_of_a_gradient_norm_stand_for_all(monkeypatch: pytest.MonkeyP
 
 def test_the_lessons_numbers_of_mistral_7b() -> None:
     model_config = find_config(Config(model=MISTRAL))
-    config = make_config(model=MISTRAL, precision="bf16-true", activation_checkpointing="full")
-    planned = plan_step(config, model_config, BATCH)
+    config = make_config(model=MISTRAL, activation_checkpointing="full")
+    none = replace(config, master_weights="none")
+    planned = plan_step(none, model_config, BATCH)
     gigabytes = {name: round(size / 1e9, 2) for name, size in planned["components"].items()}
     assert planned["num_parameters"] == 7_241_732_096
     assert (gigabytes["parameters"], gigabytes["gradients"], gigabytes["optimizer_states"]) == (14.48, 14.48, 28.97)
     # The lesson's 2 x 28.97 GB are moments in fp32.
     mixed = plan_step(replace(config, precision="bf16-mixed"), model_config, BATCH)["components"]
     assert (round(mixed["parameters"] / 1e9, 2), round(mixed["optimizer_states"] / 1e9, 2)) == (28.97, 57.93)
+    # Split masters: 16 bits more per weight, and moments in fp32; sums of gradients too.
+    split = plan_step(config, model_config, BATCH)["components"]
+    found = [round(split[name] / 1e9, 2) for name in ("parameters", "gradients", "optimizer_states")]
+    assert found == [14.48, 28.97, 72.42]
+    single = plan_step(replace(config, gradient_accumulation_steps=1), model_config, BATCH)["components"]
+    assert round(single["gradients"] / 1e9, 2) == 14.48
 
 
 def test_lora_zero_and_time_follow_their_formulas() -> None:
@@ -179,7 +202,6 @@ def test_lora_zero_and_time_follow_their_formulas() -> None:
 )
 def test_levers_are_true(options: dict[str, object]) -> None:
     """Planning anew with a lever's own flags gives the bytes that it states."""
-    pytest.importorskip("bitsandbytes")
     config = make_config(activation_checkpointing="none") if "precision" not in options else make_config()
     config = replace(config, **options)
     model_config = deep("llama", 3)
@@ -198,6 +220,8 @@ def test_levers_are_true(options: dict[str, object]) -> None:
         numbers = {name: int(value) if value.isdigit() else value for name, value in changes.items()}
         length = numbers.pop("max_length", batch.length)
         lowered = replace(config, **numbers)
+        if "parameters" in lowered.offload:
+            lowered = replace(lowered, activation_checkpointing="full")  # as follows from it, unless it is given
         anew = plan_step(lowered, model_config, Batch(lowered.per_device_train_batch_size, length, length))
         assert anew["peak_bytes"] == lever.peak_bytes == peak - lever.saved_bytes
 
@@ -216,26 +240,75 @@ def test_verdicts_turn_at_the_byte() -> None:
 
 
 def test_the_fastest_choice_that_fits_is_taken() -> None:
-    plans, batch, config = Plans(deep("llama", 4)), Batch(4, 256, 256), make_config()
-    assert config.activation_checkpointing == "auto"
-    peaks = [plans.of(replace(config, **choice.sets), batch)["peak_bytes"] for choice in CHOICES]
+    """Of the resident ones; each is taken down to the byte below which it no longer fits."""
+    plans, batch, config = Plans(deep("llama", 2)), Batch(4, 256, 256), make_config()
+    assert (config.activation_checkpointing, config.offload) == ("auto", "auto")
+    resident = choices(replace(config, offload="none"), plans, batch, Device("mine", 0), ASSUMED)
+    assert [choice.activation_checkpointing for choice in resident] == ["none", "every_2", "full"]
+    peaks = [plans.of(choice.apply(config), batch)["peak_bytes"] for choice in resident]
     assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == 3
-    for choice, peak in zip(CHOICES, peaks, strict=True):
-        chosen, line = choose_checkpointing(config, plans, batch, Device("mine", peak))
-        assert chosen == replace(config, **choice.sets)
-        assert choice.describe() in line and choice.costs in line
+
+    def not_asked() -> Speeds:
+        raise AssertionError("nothing needs to be measured")
+
+    for choice, peak in zip(resident, peaks, strict=True):
+        chosen, line = choose(config, plans, batch, Device("mine", peak), not_asked)
+        assert chosen == choice.apply(config)
+        assert choice.describe() in line and "the fastest exact choice to fit mine" in line
         # One byte less, and it is no longer this one.
-        assert choose_checkpointing(config, plans, batch, Device("mine", peak - 1))[0] != chosen or peak == peaks[-1]
-    chosen, line = choose_checkpointing(config, plans, batch, Device("mine", peaks[-1] - 1))
-    assert chosen.activation_checkpointing == "full" and "nothing fits mine" in line
-    asked = replace(config, activation_checkpointing="every_3")
-    assert choose_checkpointing(asked, plans, batch, Device("mine", 0))[0] == asked
-    assert make_config(fit="off").activation_checkpointing == "none"
+        assert choose(config, plans, batch, Device("mine", peak - 1), lambda: ASSUMED)[0] != chosen
+    asked = replace(config, activation_checkpointing="every_3", offload="none")
+    assert choose(asked, plans, batch, Device("mine", 0), not_asked)[0] == asked
+    off = make_config(fit="off")
+    assert (off.activation_checkpointing, off.offload) == ("none", "none")
+
+
+def test_below_the_resident_ones_something_leaves_the_device() -> None:
+    plans, batch, config = Plans(deep("llama", 4)), Batch(1, 16), make_config()
+    full = replace(config, activation_checkpointing="full", offload="none")
+    below = plans.of(full, batch)["peak_bytes"] - 1
+    chosen, line = choose(config, plans, batch, Device("mine", below), lambda: ASSUMED)
+    planned = plans.of(chosen, batch)
+    assert "=host" in chosen.offload and planned["peak_bytes"] <= below and "GiB on the host" in line
+    # No faster one by estimate fits.
+    ranked = choices(config, plans, batch, Device("mine", below), ASSUMED)
+    for choice in ranked[: [choice.apply(config) for choice in ranked].index(chosen)]:
+        assert plans.of(choice.apply(config), batch)["peak_bytes"] > below
+    # Without host memory the disk remains; without a disk, nothing.
+    chosen, _ = choose(config, plans, batch, Device("mine", below, host_bytes=0), lambda: ASSUMED)
+    assert "disk" in chosen.offload and "host" not in chosen.offload
+    assert plans.of(chosen, batch)["peak_bytes"] <= below
+    nowhere = Device("mine", below, host_bytes=0, disk_bytes=0)
+    assert "nothing fits mine" in choose(config, plans, batch, nowhere, lambda: ASSUMED)[1]
+    # What the user has set stays.
+    asked = replace(config, offload="none")
+    chosen, line = choose(asked, plans, batch, Device("mine", below), lambda: ASSUMED)
+    assert chosen == full and "nothing fits mine" in line
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize(
+    "offload", ["none", "optimizer=host", "gradients=host,optimizer=disk", "parameters=disk,gradients=disk"]
+)
+def test_what_rests_is_what_the_plan_counts(offload: str, accumulation: int) -> None:
+    config = make_config(offload=offload, gradient_accumulation_steps=accumulation, activation_checkpointing="full")
+    model_config = deep("llama", 4)
+    model_config.vocab_size = model_config.hidden_size = 256  # matrices that are whole pages, and large
+    plans, batch = Plans(model_config), Batch(1, 8)
+    resting, planned = resting_bytes(config, plans.facts(8)), plans.of(config, batch)
+    assert planned["peak_bytes"] >= resting["device"]
+    components = planned["components"]
+    if "parameters" not in offload:
+        found = sum(components[name] for name in ("parameters", "gradients", "optimizer_states"))
+        assert found == resting["device"]
+    # On disk each tensor is rounded up to pages; layers that are streamed pass through memory on their way.
+    assert resting["disk"] <= planned["disk_bytes"] <= 1.05 * resting["disk"]
+    assert resting["host"] == planned["host_bytes"]
 
 
 def test_a_run_that_cannot_fit_stops_before_its_weights_are_loaded() -> None:
-    model_config, cpu = deep("llama", 4), torch.device("cpu")
-    config, batch = make_config(), Batch(1, 32)
+    model_config, cpu = deep("llama", 2), torch.device("cpu")
+    config, batch = make_config(precision="bf16-mixed", offload="none"), Batch(1, 32)
     with pytest.raises(MemoryExhaustedError) as refusal:
         plan_run(replace(config, device_memory="512.5MiB"), model_config, batch, cpu)
     assert refusal.value.exit_code == 8
@@ -244,7 +317,7 @@ def test_a_run_that_cannot_fit_stops_before_its_weights_are_loaded() -> None:
     plan = plan_run(replace(config, device_memory="1GiB"), model_config, batch, cpu)
     assert plan.config.activation_checkpointing == "none"
     assert plan.figures == plan_step(plan.config, model_config, batch)
-    off = make_config(device_memory="512.5MiB", fit="off")
+    off = make_config(precision="bf16-mixed", device_memory="512.5MiB", fit="off")
     assert plan_run(off, model_config, batch, cpu).figures == plan.figures
 
 
@@ -284,7 +357,9 @@ def test_json_follows_the_contract(in_empty_folder: Path, capsys: pytest.Capture
     config = parse_config(["--model", "tiny", "--plan", "--json", "--device_memory", "24GiB", "--max_length", "32"])
     report.show_plan(config)
     shown = json.loads(capsys.readouterr().out)
-    planned = plan_step(replace(config, activation_checkpointing="none"), find_config(config), Batch(1, 32, 32))
+    planned = plan_step(
+        replace(config, activation_checkpointing="none", offload="none"), find_config(config), Batch(1, 32, 32)
+    )
     assert {name: shown[name] for name in planned} == planned
     assert set(shown) == {*planned, "model", "options", "verdicts"}
     assert set(shown["at_peak"]) == set(shown["components"]) == set(COMPONENTS)

@@ -104,12 +104,13 @@ def test_a_run_moves_every_parameter_and_its_result_loads_with_the_same_logits(t
         {"precision": "fp32"},
         {"precision": "bf16-mixed", "packing": True, "max_length": 64},
         {"precision": "bf16-true", "activation_checkpointing": "full"},
+        {"precision": "bf16-true", "master_weights": "stochastic", "offload": "optimizer=disk,gradients=host"},
+        {"precision": "bf16-true", "master_weights": "none"},
         {"precision": "fp32", "optim": "adamw_8bit"},
         {"precision": "bf16-true", "optim": "paged_adamw_8bit"},
     ],
     ids=lambda options: " ".join(map(str, options.values())),
 )
-@pytest.mark.filterwarnings("ignore:Paged optimizers")
 def test_resuming_is_bitwise_the_uninterrupted_run(tmp_path: Path, rows: Path, options: dict[str, Any]) -> None:
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     log = train_demo(whole, rows, **options)

@@ -6,10 +6,12 @@ from models import VOCABULARY, make_config, tiny_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from fullft import loss as loss_module
 from fullft.activation_checkpointing import apply_activation_checkpointing
 from fullft.config import Config
 from fullft.data import MicroBatch
 from fullft.loss import summed_cross_entropy
+from fullft.memory import plan as plan_module
 from fullft.memory import step as step_module
 from fullft.memory.plan import Batch, plan_step
 from fullft.memory.step import take_worst_step
@@ -381,6 +383,22 @@ def test_the_plan_equals_what_is_tracked(
     assert planned["peak_bytes"] == pytest.approx(tracked["peak_bytes"], rel=1e-3)
     for kind in ("components", "at_peak", "phases"):
         assert planned[kind] == pytest.approx(tracked[kind], rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_plan_of_many_loss_chunks_equals_what_is_tracked_to_the_byte(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nine chunks, the last one cut, of logits that are most of the step; held out there are as many."""
+    monkeypatch.setattr(loss_module, "CHUNK_TOKENS", 8)
+    config, batch = make_config(precision=precision, activation_checkpointing="full"), Batch(3, 22, 23)
+    model = model_of("llama", config)
+    tracked = worst_step(model, config, batch).to_dict()
+    planned = plan_step(config, model.config, batch)
+    assert {name: planned[name] for name in tracked} == tracked
+    # The negative control: chunks that leave no gradient behind.
+    monkeypatch.setattr(plan_module._OtherChunks, "backward", staticmethod(lambda *_: (None, None)))
+    assert plan_step(config, model.config, batch)["components"]["logits"] < tracked["components"]["logits"]
 
 
 def test_a_plan_for_other_options_would_be_noticed() -> None:

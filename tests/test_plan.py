@@ -11,6 +11,7 @@ import torch
 from models import make_config, tiny_model
 from transformers import AutoConfig, PreTrainedConfig
 
+from fullft import loss as loss_module
 from fullft import optimizer as optimizer_module
 from fullft.config import Config, parse_config, parse_size
 from fullft.errors import MemoryExhaustedError, ModelError, OptionsError
@@ -30,7 +31,7 @@ from fullft.memory.fit import (
 from fullft.memory.levers import ALL, estimate_adapters, estimate_work, estimate_zero, find_levers
 from fullft.memory.plan import Batch, _figures, layer_period, num_layers, plan_step, trace
 from fullft.memory.run import plan_run
-from fullft.memory.tracker import COMPONENTS
+from fullft.memory.tracker import COMPONENTS, MemoryTracker
 
 # As published with the models.
 PUBLISHED = {
@@ -131,6 +132,35 @@ def test_two_chunks_of_a_gradient_norm_stand_for_all(monkeypatch: pytest.MonkeyP
     planned = plan_step(config, model_config, batch)
     monkeypatch.setattr(plan_module, "_two_chunks_stand_for_all", nullcontext)
     assert plan_step(config, model_config, batch) == planned
+
+
+@pytest.mark.parametrize(("family", "precision"), [("llama", "fp32"), ("gemma2", "bf16-mixed"), ("gpt2", "bf16-true")])
+@pytest.mark.parametrize("batch", [Batch(1, 17, 25), Batch(2, 20, 8), Batch(4, 16, 16)])
+def test_one_chunk_of_the_loss_stands_for_all(
+    family: str, precision: str, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss_module, "CHUNK_TOKENS", 8)
+    config, model_config = make_config(precision=precision, activation_checkpointing="full"), deep(family, 4)
+    planned = plan_step(config, model_config, batch)
+    monkeypatch.setattr(plan_module, "_one_chunk_of_the_loss_stands_for_all", nullcontext)
+    assert plan_step(config, model_config, batch) == planned
+
+
+def test_a_plan_takes_as_many_operators_for_a_large_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def operators(batch: Batch) -> int:
+        events = []
+        original = MemoryTracker.__torch_dispatch__
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                MemoryTracker,
+                "__torch_dispatch__",
+                lambda self, operator, *rest: (events.append(operator), original(self, operator, *rest))[1],
+            )
+            plan_step(make_config(), deep("llama", 4), batch)
+        return len(events)
+
+    monkeypatch.setattr(loss_module, "CHUNK_TOKENS", 8)
+    assert operators(Batch(16, 128, 128)) == operators(Batch(2, 16, 16))
 
 
 # ---------------------------------------------------------------------------------------------- Mistral-7B

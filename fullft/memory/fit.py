@@ -17,6 +17,7 @@ from fullft.config import Config, parse_size
 from fullft.memory.allocator import peak_bytes
 from fullft.memory.facts import Facts, find_facts
 from fullft.memory.plan import Batch, plan_step
+from fullft.memory.units import unit_for
 from fullft.model import PRECISIONS
 
 CONTEXT_BYTES = 2**29  # what a CUDA context takes of a card
@@ -229,14 +230,8 @@ def choose_checkpointing(config: Config, plans: Plans, batch: Batch, device: Dev
         peak = plans.of(chosen, batch)["peak_bytes"]
         if peak <= device.memory_bytes:
             costs = f" ({choice.costs})" if choice.costs else ""
-            spare = f"{gib(device.memory_bytes - peak)} GiB to spare"
+            spare = f"{unit_for(peak).amount(device.memory_bytes - peak)} to spare"
             return chosen, f"{choice.describe()}{costs}: the fastest to fit {device.name}, {spare}"
         if place == 0 and plans.peak_bytes(slowest, batch) > device.memory_bytes:
             break
     return slowest, f"{CHOICES[-1].describe()}: it needs least, but nothing fits {device.name}"
-
-
-def gib(size: int) -> str:
-    """Write an amount of memory in GiB (2^30), precisely enough to compare."""
-    value = size / 2**30
-    return f"{value:,.2f}" if abs(value) < 100 else f"{value:,.1f}"

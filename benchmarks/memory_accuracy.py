@@ -2,13 +2,15 @@
 
     python benchmarks/memory_accuracy.py            # all, some minutes on two cores
     python benchmarks/memory_accuracy.py --quick    # without SmolLM2 and the operating system
+    python benchmarks/memory_accuracy.py --cost     # only the time that tracking takes
 
-Owns two tables. The first sets the plan (fake tensors) beside the tracker (real ones) on small models of six families,
-where the options are varied together. The second does so for SmolLM2-135M, and adds the operating system's figure: each
-case runs in a process of its own, which takes the step of a smaller model first (libraries load, thread pools start),
-notes its resident set, loads the model, resets the high-water mark (5 into `/proc/self/clear_refs`), takes the worst
-step and reads `VmHWM`. glibc is told to map every tensor above 64 KiB by itself, so that freed ones go back at once;
-otherwise the heap's holes, which are no tensor's, would be counted too. Linux only.
+Owns two tables and a cost. The first table sets the plan (fake tensors) beside the tracker (real ones) on small models
+of six families, where the options are varied together. The second does so for SmolLM2-135M, and adds the operating
+system's figure: each case runs in a process of its own, which takes the step of a smaller model first (libraries load,
+thread pools start), notes its resident set, loads the model, resets the high-water mark (5 into
+`/proc/self/clear_refs`), takes the worst step and reads `VmHWM`. glibc is told to map every tensor above 64 KiB by
+itself, so that freed ones go back at once; otherwise the heap's holes, which are no tensor's, would be counted too.
+Linux only. The cost is tracking's: the worst step of SmolLM2-135M's config with random weights, tracked and not.
 """
 
 # ruff: noqa: E402
@@ -17,6 +19,7 @@ import gc
 import itertools
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -42,9 +45,10 @@ from transformers.utils import logging
 from fullft.activation_checkpointing import apply_activation_checkpointing
 from fullft.config import Config, resolve
 from fullft.data import MicroBatch
+from fullft.memory import step
 from fullft.memory.plan import Batch, plan_step
 from fullft.memory.step import take_worst_step
-from fullft.memory.tracker import COMPONENTS
+from fullft.memory.tracker import COMPONENTS, MemoryTracker
 from fullft.model import PRECISIONS
 from fullft.model_configs import bundled_config
 from fullft.optimizer import build_optimizer
@@ -277,18 +281,71 @@ def compare_with_operating_system() -> dict[str, float]:
     return errors
 
 
+# ---------------------------------------------------------------------------------------------- what tracking costs
+
+PAIRS = 5
+
+
+class NoTracker:
+    """Takes the tracker's place, and sees nothing."""
+
+    def __init__(self, *_: object) -> None:
+        """Offer the tracker's marks."""
+        self.forward = self.backward = self.optimizer_step = self.evaluation = self.profile = lambda *_: None
+
+    def __enter__(self) -> "NoTracker":
+        """Nothing."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing."""
+
+
+def measure_cost() -> None:
+    """Print how long the worst step takes with and without the tracker: medians of steps taken in turn.
+
+    In processor time on one thread, which is where Python tracks: whatever else the machine does is left out.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    config = options("fp32", "none", "adamw", 1, False)
+    model = AutoModelForCausalLM.from_config(smollm2_config(), dtype=torch.float32).train()
+    optimizer, tokens = build_optimizer(model, config), micro_batch(config, model.config.vocab_size, 1, 512)
+    no_autocast = torch.autocast("cpu", enabled=False)
+    seconds: dict[str, list[float]] = {"tracked": [], "untracked": []}
+    for number in range(PAIRS + 1):
+        for name, tracker in (("untracked", NoTracker), ("tracked", MemoryTracker)):
+            step.MemoryTracker = tracker
+            started = time.process_time()
+            take_worst_step(model, optimizer, [tokens], tokens, no_autocast, config.max_grad_norm)
+            if number:  # the first pair warms up
+                seconds[name].append(time.process_time() - started)
+    step.MemoryTracker = MemoryTracker
+    torch.set_num_threads(threads)
+    print("\nThe worst step of SmolLM2-135M (random weights), fp32, 1 x 512 tokens, processor seconds on one thread")
+    for name, each in seconds.items():
+        print(f"  {name:10} median of {PAIRS} {statistics.median(each):6.2f}   {min(each):.2f} to {max(each):.2f}")
+    tracked, untracked = (statistics.median(seconds[name]) for name in ("tracked", "untracked"))
+    print(f"  tracking costs {tracked - untracked:+.2f} s, {tracked / untracked - 1:+.1%}")
+
+
 def main() -> None:
-    """Print both tables and the worst errors."""
+    """Print both tables, the cost and the worst errors."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="leave the operating system out")
+    parser.add_argument("--cost", action="store_true", help="measure only the time that tracking takes")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     logging.set_verbosity_error()
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
     if arguments.one:
         return measure_growth(json.loads(arguments.one))
+    if arguments.cost:
+        return measure_cost()
     errors = compare_plans()
     grown = {} if arguments.quick else compare_with_operating_system()
+    if not arguments.quick:
+        measure_cost()
     print(f"\n{len(errors) + (len(SMOLLM2_CASES) if grown else 0)} configurations; the worst errors:")
     print(f"  planned against tracked, at the peak      {max(error for error, _, _ in errors):.4%}")
     worst, component = max((worst, component) for _, worst, component in errors)

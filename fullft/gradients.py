@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch._guards import detect_fake_mode as active_fake_mode
 from torch import nn
+from torch._guards import detect_fake_mode as active_fake_mode
 
 from fullft.offload import CHUNK, Array, ChunkStream, DiskArray, Field, Storage, Workers, aligned_bytes, paged
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fullft.config import Config, parse_offload
+from fullft.gpus import PEAK_FLOPS
 from fullft.memory.facts import Facts
 from fullft.memory.fit import Plans, recomputed_share
 from fullft.memory.plan import Batch, num_layers
@@ -204,8 +205,7 @@ def estimate_zero(config: Config, plans: Plans, batch: Batch, stage: int, gpus: 
 
 MFU = 0.4  # a well-fed GPU's share of its peak
 ROWS = 1000  # of the default dataset
-# Dense bf16 products per second with fp32 accumulation. Source: the vendor's data sheets.
-GPUS = {"A100": 312e12, "H100": 989e12}
+GPUS = {name: PEAK_FLOPS[name] for name in ("A100", "H100")}  # whose hours a plan shows
 
 
 @dataclass(frozen=True)

@@ -252,8 +252,10 @@ def describe_model(config: Config, model: PreTrainedModel) -> str:
         f"Total trainable parameters: {count:,} ({count / scale:.2f}{letter})",
         f"Precision: {config.precision} on {model.device}: {PRECISIONS[config.precision].meaning}",
     ]
-    if config.precision == "bf16-true":
-        lines.append("warning: bf16 weights round away updates below 1/512 of a weight; bf16-mixed keeps them")
+    if config.precision == "bf16-true" and config.master_weights == "none":
+        lines.append(
+            "warning: bf16 weights round away updates below 1/512 of a weight; --master_weights split keeps them"
+        )
     if model.device.type == "cuda" and config.precision != "fp32" and not torch.cuda.is_bf16_supported(False):
         lines.append("warning: this GPU has no bf16 units and emulates them slowly: --precision fp32 may be faster")
     return "\n".join(lines)

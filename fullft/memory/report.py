@@ -32,7 +32,6 @@ from fullft.memory.tracker import COMPONENTS
 from fullft.memory.units import Unit, unit_for
 from fullft.model import pick_device
 
-
 _WIDTH = 110  # of paragraphs
 
 
@@ -266,6 +265,8 @@ def compare(planned: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
     lines = [f"{'Memory at the peak':18}{'planned':>14}{'measured':>14}{'difference':>12}"]
     rows = [(name, planned["at_peak"][name], measured["at_peak"][name]) for name in COMPONENTS]
     rows.append(("all", planned["peak_bytes"], measured["peak_bytes"]))
+    places = (("on the host", "host_bytes"), ("on disk", "disk_bytes"))
+    rows += [(name, planned[key], measured[key]) for name, key in places if planned[key] or measured[key]]
     for name, expected, found in rows:
         share = f"{(found - expected) / expected:+.2%}" if expected else ("0.00%" if found == 0 else "new")
         amounts = "".join(f"{size / unit.size:>10,.2f} {unit.name}" for size in (expected, found))

@@ -71,7 +71,7 @@ def plan_run(config: Config, model_config: PreTrainedConfig, batch: Batch, devic
     unit = unit_for(peak)
     if config.fit == "auto" and not fits(figures, there):
         raise MemoryExhaustedError(
-            f"this run needs {_needs(figures)}, {there.name} has {_has(there)} free\n"
+            f"this run needs {_needs(figures)}, {there.name} has {_has(there, unit)} free\n"
             f"cheapest remedies: {_remedies(config, plans, batch, unit)}; --plan shows where every byte goes, "
             "--fit off tries all the same"
         )
@@ -91,16 +91,16 @@ def plan_run(config: Config, model_config: PreTrainedConfig, batch: Batch, devic
 def _needs(figures: dict[str, Any]) -> str:
     unit = unit_for(figures["peak_bytes"])
     beside = [
-        f", {GIB.amount(figures[name])} {where}"
+        f", {unit.amount(figures[name])} {where}"
         for name, where in (("host_bytes", "of host memory"), ("disk_bytes", "of disk"))
         if figures[name]
     ]
     return f"{unit.amount(figures['peak_bytes'])} at its peak" + "".join(beside)
 
 
-def _has(there: Device) -> str:
+def _has(there: Device, unit: Unit) -> str:
     host = "" if there.is_host else f", {GIB.amount(there.host_bytes)} of host memory"
-    return f"{GIB.amount(there.memory_bytes)}{host}, {GIB.amount(there.disk_bytes)} of disk"
+    return f"{unit.amount(there.memory_bytes)}{host}, {GIB.amount(there.disk_bytes)} of disk"
 
 
 def _remedies(config: Config, plans: Plans, batch: Batch, unit: Unit) -> str:

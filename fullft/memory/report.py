@@ -150,8 +150,8 @@ def _assumptions(config: Config, planned: Mapping[str, Any], batch: Batch, chose
     masters = f" with master weights {config.master_weights}" if config.precision == "bf16-true" else ""
     paragraphs = (
         f"Full fine-tuning of {config.model or 'the built-in demo'}: all {planned['num_parameters']:,} parameters",
-        f"Assumed: micro-batches of {batch.sequences} x {batch.length} tokens, {accumulated}; {config.precision}{masters}"
-        f", {config.optim}. Kernels' workspaces come on top. {unit.legend()}.",
+        f"Assumed: micro-batches of {batch.sequences} x {batch.length} tokens, {accumulated}; "
+        f"{config.precision}{masters}, {config.optim}. Kernels' workspaces come on top. {unit.legend()}.",
         f"Chosen: {chosen}.",
     )
     return "\n".join(textwrap.fill(each, _WIDTH, subsequent_indent="  ") for each in paragraphs)

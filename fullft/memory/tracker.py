@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from fullft.adamw import AdamW
 from fullft.errors import ModelError
 from fullft.model import decoder_layers
-from fullft.offload import is_on_host
+from fullft.offload import home_of, is_on_host
 
 COMPONENTS = ("parameters", "gradients", "optimizer_states", "activations", "logits", "temporaries", "other")
 # Beside the components of the device's memory: what the run holds in the host's, where that is another one.
@@ -117,6 +117,8 @@ class MemoryTracker(TorchDispatchMode):
         self._born: list[weakref.ref[Block]] = []  # of the forward (or recomputation) under way
         for parameter in model.parameters():
             self._see(parameter, "parameters")
+            if isinstance(home := home_of(parameter), torch.Tensor):
+                self._see(home, "parameters")
         for buffer in model.buffers():
             self._see(buffer, "other")
         for memory in getattr(getattr(model, "layer_stream", None), "memory", ()):

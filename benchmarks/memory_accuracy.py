@@ -2,13 +2,15 @@
 
     python benchmarks/memory_accuracy.py            # all, some minutes on two cores
     python benchmarks/memory_accuracy.py --quick    # without SmolLM2 and the operating system
+    python benchmarks/memory_accuracy.py --cost     # only the time that tracking takes
 
-Owns two tables. The first sets the plan (fake tensors) beside the tracker (real ones) on small models of six families,
-where the options are varied together. The second does so for SmolLM2-135M, and adds the operating system's figure: each
-case runs in a process of its own, which takes the step of a smaller model first (libraries load, thread pools start),
-notes its resident set, loads the model, resets the high-water mark (5 into `/proc/self/clear_refs`), takes the worst
-step and reads `VmHWM`. glibc is told to map every tensor above 64 KiB by itself, so that freed ones go back at once;
-otherwise the heap's holes, which are no tensor's, would be counted too. Linux only.
+Owns two tables and a cost. The first table sets the plan (fake tensors) beside the tracker (real ones) on small models
+of six families, where the options are varied together. The second does so for SmolLM2-135M, and adds the operating
+system's figure: each case runs in a process of its own, which takes the step of a smaller model first (libraries load,
+thread pools start), notes its resident set, loads the model, resets the high-water mark (5 into
+`/proc/self/clear_refs`), takes the worst step and reads `VmHWM`. glibc is told to map every tensor above 64 KiB by
+itself, so that freed ones go back at once; otherwise the heap's holes, which are no tensor's, would be counted too.
+Linux only. The cost is tracking's: the worst step of SmolLM2-135M's config with random weights, tracked and not.
 """
 
 # ruff: noqa: E402
@@ -17,6 +19,7 @@ import gc
 import itertools
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -40,13 +43,16 @@ from transformers import (
 from transformers.utils import logging
 
 from fullft.activation_checkpointing import apply_activation_checkpointing
-from fullft.config import Config, resolve
+from fullft.config import Config, parse_offload, resolve
 from fullft.data import MicroBatch
+from fullft.layer_streaming import apply_layer_streaming, settle_layers
+from fullft.memory import step
 from fullft.memory.plan import Batch, plan_step
 from fullft.memory.step import take_worst_step
-from fullft.memory.tracker import COMPONENTS
+from fullft.memory.tracker import COMPONENTS, MemoryTracker
 from fullft.model import PRECISIONS
 from fullft.model_configs import bundled_config
+from fullft.offload import Storage
 from fullft.optimizer import build_optimizer
 
 SMOLLM2 = ROOT / "benchmarks" / "work" / "smollm2-135m"
@@ -55,6 +61,14 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", 
 GIB, MIB = 2**30, 2**20
 
 # ---------------------------------------------------------------------------------------------- configurations
+
+OFFLOAD = "offload"
+OFFLOADS = (
+    "none",
+    "optimizer=host,gradients=host",
+    "optimizer=disk,gradients=disk",
+    "optimizer=disk,gradients=host,parameters=host",  # needs every layer checkpointed
+)
 
 
 def model_configs() -> dict:
@@ -79,11 +93,12 @@ def combinations() -> list[tuple]:
     for number, (precision, mode) in enumerate(itertools.product(precisions, modes)):
         optim = ("adamw", "adamw_8bit")[number % 2]
         accumulation, packing = ((1, False), (4, True), (4, False), (1, True))[number % 4]
-        cases.append((precision, mode, optim, accumulation, packing))
+        offload = OFFLOADS[number % 4] if mode == "full" else OFFLOADS[number % 3]
+        cases.append((precision, mode, optim, accumulation, packing, offload))
     return cases
 
 
-def options(precision: str, mode: str, optim: str, accumulation: int, packing: bool) -> Config:
+def options(precision: str, mode: str, optim: str, accumulation: int, packing: bool, offload: str) -> Config:
     """Make resolved options."""
     return resolve(
         Config(
@@ -93,6 +108,7 @@ def options(precision: str, mode: str, optim: str, accumulation: int, packing: b
             optim=optim,
             gradient_accumulation_steps=accumulation,
             packing=packing,
+            offload=offload,
         )
     )
 
@@ -110,11 +126,15 @@ def micro_batch(config: Config, vocabulary: int, sequences: int, length: int) ->
 
 def track(config: Config, model, batch: Batch) -> dict:
     """Take the worst step on real tensors."""
+    storage = Storage(model.device, ROOT)
+    if (tier := parse_offload(config.offload).get("parameters")) is not None:
+        settle_layers(model, tier, storage)
+    apply_layer_streaming(model)
     apply_activation_checkpointing(model, config.activation_checkpointing)
     vocabulary = model.config.vocab_size
     profile = take_worst_step(
         model,
-        build_optimizer(model, config),
+        build_optimizer(model, config, storage),
         [micro_batch(config, vocabulary, batch.sequences, batch.length)] * min(2, config.gradient_accumulation_steps),
         micro_batch(config, vocabulary, batch.sequences, batch.evaluation_length),
         torch.autocast("cpu", dtype=torch.bfloat16, enabled=PRECISIONS[config.precision].autocast),
@@ -133,7 +153,7 @@ def compare_plans() -> list[tuple[float, float, str]]:
         For each configuration the error at the peak, the largest one of a component, and its name.
     """
     print("Planned on fake tensors, tracked on real ones (MiB; errors in % of what was tracked)")
-    head = f"{'family':8} {'precision':10} {'ckpt':8} {'optimizer':11} acc pack"
+    head = f"{'family':8} {'precision':10} {'ckpt':8} {'optimizer':11} acc pack {OFFLOAD:45}"
     print(f"{head}  planned  tracked    error  worst component")
     errors = []
     for (family, model_config), case in itertools.product(model_configs().items(), combinations()):
@@ -145,10 +165,10 @@ def compare_plans() -> list[tuple[float, float, str]]:
         tracked = track(config, model, batch)
         worst, component = worst_component(planned, tracked)
         error = relative(planned["peak_bytes"], tracked["peak_bytes"])
-        precision, mode, optim, accumulation, packing = case
+        precision, mode, optim, accumulation, packing, offload = case
         print(
-            f"{family:8} {precision:10} {mode:8} {optim:11} {accumulation:3} {'yes' if packing else 'no':4}"
-            f"{planned['peak_bytes'] / MIB:9.2f}{tracked['peak_bytes'] / MIB:9.2f} {error:8.4%}  "
+            f"{family:8} {precision:10} {mode:8} {optim:11} {accumulation:3} {'yes' if packing else 'no':4} "
+            f"{offload:45}{planned['peak_bytes'] / MIB:9.2f}{tracked['peak_bytes'] / MIB:9.2f} {error:8.4%}  "
             + (f"{worst:.4%} {component}" if worst else "none: equal to the byte"),
             flush=True,
         )
@@ -158,10 +178,14 @@ def compare_plans() -> list[tuple[float, float, str]]:
 
 def worst_component(planned: dict, tracked: dict) -> tuple[float, str]:
     """Find the component, at its maximum or at the peak, that differs most, relative to its own size."""
+    kept = [(relative(planned[name], tracked[name]), name) for name in ("host_bytes", "disk_bytes")]
     return max(
-        (relative(planned[kind][name], tracked[kind][name]), name)
-        for kind in ("components", "at_peak")
-        for name in COMPONENTS
+        *kept,
+        *(
+            (relative(planned[kind][name], tracked[kind][name]), name)
+            for kind in ("components", "at_peak")
+            for name in COMPONENTS
+        ),
     )
 
 
@@ -210,22 +234,9 @@ def measure_growth(case: list) -> None:
                 "grown": memory_field("VmHWM") - before,
                 "loaded": loaded - before,
                 "seconds": time.perf_counter() - started,
-                "workspace": measure_workspace(config, model),
             }
         )
     )
-
-
-def measure_workspace(config: Config, model) -> int:
-    """Measure what an optimizer step takes beyond its inputs: bytes inside its operators, which no tracker sees."""
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer = build_optimizer(model, config)
-    optimizer.step()
-    before = memory_field("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    optimizer.step()
-    return memory_field("VmHWM") - before
 
 
 def smollm2_config() -> LlamaConfig:
@@ -234,12 +245,14 @@ def smollm2_config() -> LlamaConfig:
 
 
 SMOLLM2_CASES = [
-    ("fp32", "none", "adamw", 1, False),
-    ("fp32", "full", "adamw", 4, False),
-    ("bf16-mixed", "none", "adamw", 4, False),
-    ("bf16-mixed", "full", "adamw", 1, True),
-    ("bf16-true", "none", "adamw", 1, False),
-    ("bf16-true", "full", "adamw_8bit", 4, True),
+    ("fp32", "none", "adamw", 1, False, "none"),
+    ("fp32", "full", "adamw", 4, False, "none"),
+    ("bf16-mixed", "none", "adamw", 4, False, "none"),
+    ("bf16-mixed", "full", "adamw", 1, True, "none"),
+    ("bf16-true", "none", "adamw", 4, False, "none"),
+    ("bf16-true", "full", "adamw_8bit", 4, True, "none"),
+    ("bf16-true", "full", "adamw", 4, False, "optimizer=host,gradients=host"),
+    ("bf16-true", "full", "adamw", 4, False, "optimizer=disk,gradients=disk"),
 ]
 
 
@@ -251,8 +264,8 @@ def compare_with_operating_system() -> dict[str, float]:
     """
     origin = "its weights" if SMOLLM2.is_dir() else "random weights"
     print(f"\nSmolLM2-135M ({origin}), 1 x 512 tokens, {torch.get_num_threads()} threads (MiB)")
-    head = f"{'precision':10} {'ckpt':6} {'optimizer':11} acc pack"
-    print(f"{head}  planned  tracked  process grew by  tracked off by  workspace in the step  with it")
+    head = f"{'precision':10} {'ckpt':6} {'optimizer':11} acc pack {OFFLOAD:40}"
+    print(f"{head}  planned  tracked  process grew by  tracked off by")
     errors: dict[str, float] = {}
     for case in SMOLLM2_CASES:
         command = [sys.executable, __file__, "--one", json.dumps(case)]
@@ -260,35 +273,87 @@ def compare_with_operating_system() -> dict[str, float]:
         if result.returncode:
             sys.exit(result.stderr)
         figures = json.loads(result.stdout.splitlines()[-1])
-        tracked, grown, workspace = figures["tracked"]["peak_bytes"], figures["grown"], figures["workspace"]
-        explained = max(tracked, figures["tracked"]["phases"]["optimizer_step"] + workspace)
-        precision, mode, optim, accumulation, packing = case
+        # Between a CPU and its host nothing moves: what is on the host is the process's too.
+        planned, tracked = (
+            figures[each]["peak_bytes"] + figures[each]["host_bytes"] for each in ("planned", "tracked")
+        )
+        grown = figures["grown"]
+        precision, mode, optim, accumulation, packing, offload = case
         print(
-            f"{precision:10} {mode:6} {optim:11} {accumulation:3} {'yes' if packing else 'no':4}"
-            f"{figures['planned']['peak_bytes'] / MIB:9.1f}{tracked / MIB:9.1f}{grown / MIB:17.1f}"
-            f"{(tracked - grown) / grown:+16.2%}{workspace / MIB:23.1f}{(explained - grown) / grown:+9.2%}",
+            f"{precision:10} {mode:6} {optim:11} {accumulation:3} {'yes' if packing else 'no':4} {offload:40}"
+            f"{planned / MIB:9.1f}{tracked / MIB:9.1f}{grown / MIB:17.1f}{(tracked - grown) / grown:+16.2%}",
             flush=True,
         )
         errors[optim] = max(relative(tracked, grown), errors.get(optim, 0.0))
-    print(
-        "bitsandbytes computes in fp32 copies of a whole parameter on CPUs, inside its own operators, where no\n"
-        "tracker looks; its CUDA kernels need none. The last column adds what such a step takes by itself."
-    )
     return errors
 
 
+# ---------------------------------------------------------------------------------------------- what tracking costs
+
+PAIRS = 5
+
+
+class NoTracker:
+    """Takes the tracker's place, and sees nothing."""
+
+    def __init__(self, *_: object) -> None:
+        """Offer the tracker's marks."""
+        self.forward = self.backward = self.optimizer_step = self.evaluation = self.profile = lambda *_: None
+
+    def __enter__(self) -> "NoTracker":
+        """Nothing."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing."""
+
+
+def measure_cost() -> None:
+    """Print how long the worst step takes with and without the tracker: medians of steps taken in turn.
+
+    In processor time on one thread, which is where Python tracks: whatever else the machine does is left out.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    config = options("fp32", "none", "adamw", 1, False, "none")
+    model = AutoModelForCausalLM.from_config(smollm2_config(), dtype=torch.float32).train()
+    optimizer = build_optimizer(model, config, Storage(model.device, ROOT))
+    tokens = micro_batch(config, model.config.vocab_size, 1, 512)
+    no_autocast = torch.autocast("cpu", enabled=False)
+    seconds: dict[str, list[float]] = {"tracked": [], "untracked": []}
+    for number in range(PAIRS + 1):
+        for name, tracker in (("untracked", NoTracker), ("tracked", MemoryTracker)):
+            step.MemoryTracker = tracker
+            started = time.process_time()
+            take_worst_step(model, optimizer, [tokens], tokens, no_autocast, config.max_grad_norm)
+            if number:  # the first pair warms up
+                seconds[name].append(time.process_time() - started)
+    step.MemoryTracker = MemoryTracker
+    torch.set_num_threads(threads)
+    print("\nThe worst step of SmolLM2-135M (random weights), fp32, 1 x 512 tokens, processor seconds on one thread")
+    for name, each in seconds.items():
+        print(f"  {name:10} median of {PAIRS} {statistics.median(each):6.2f}   {min(each):.2f} to {max(each):.2f}")
+    tracked, untracked = (statistics.median(seconds[name]) for name in ("tracked", "untracked"))
+    print(f"  tracking costs {tracked - untracked:+.2f} s, {tracked / untracked - 1:+.1%}")
+
+
 def main() -> None:
-    """Print both tables and the worst errors."""
+    """Print both tables, the cost and the worst errors."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="leave the operating system out")
+    parser.add_argument("--cost", action="store_true", help="measure only the time that tracking takes")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     logging.set_verbosity_error()
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
     if arguments.one:
         return measure_growth(json.loads(arguments.one))
+    if arguments.cost:
+        return measure_cost()
     errors = compare_plans()
     grown = {} if arguments.quick else compare_with_operating_system()
+    if not arguments.quick:
+        measure_cost()
     print(f"\n{len(errors) + (len(SMOLLM2_CASES) if grown else 0)} configurations; the worst errors:")
     print(f"  planned against tracked, at the peak      {max(error for error, _, _ in errors):.4%}")
     worst, component = max((worst, component) for _, worst, component in errors)

@@ -115,8 +115,8 @@ def as_user_error(error: BaseException) -> FullftError:
     # Libraries written in Rust (safetensors, tokenizers) report a full disk in the text of a class of their own.
     if (isinstance(error, OSError) and error.errno in _DISK_ERRNOS) or "(os error " in text:
         return DiskError(
-            f"cannot read or write: {text}\nfree some space or choose another --output_dir; "
-            "--resume_from_checkpoint continues from the last checkpoint"
+            f"cannot read or write: {text}\nfree some space or choose another --output_dir; if a checkpoint has been "
+            "saved, --resume_from_checkpoint continues from it"
         )
     return FullftError(f"unexpected {type(error).__name__}: {text}\n--debug shows the traceback")
 

@@ -9,11 +9,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from torch._guards import detect_fake_mode as active_fake_mode
 from torch import nn
+from torch._guards import detect_fake_mode as active_fake_mode
 
 from fullft.offload import CHUNK, Array, ChunkStream, DiskArray, Field, Storage, Workers, aligned_bytes, paged
 
@@ -47,7 +47,7 @@ class Gradients:
         self._dtypes = {id(parameter): dtype or parameter.dtype for parameter in parameters}
         self._sums: dict[int, Array] = {}
         self._begun: set[int] = set()  # whose sums hold gradients of this step
-        self._departures = _Departures(storage.device, max(each.numel() for each in parameters))
+        self._departures = _Departures(storage.device, self._largest_chunk())
         self._use = use
         self._released: dict[int, list[torch.Tensor]] = {}  # squares of gradients that are gone
         for parameter in parameters:
@@ -55,6 +55,12 @@ class Gradients:
                 parameter.register_post_accumulate_grad_hook(self._release)
             elif tier != "device" or self._dtypes[id(parameter)] != parameter.dtype:
                 parameter.register_post_accumulate_grad_hook(self._gather)
+
+    def _largest_chunk(self) -> int:
+        """Give the bytes of the largest chunk, in the widest dtype of all gradients and sums."""
+        count = min(CHUNK, max(parameter.numel() for parameter in self.parameters))
+        dtypes = {parameter.dtype for parameter in self.parameters} | set(self._dtypes.values())
+        return paged(count * max(dtype.itemsize for dtype in dtypes))
 
     def of(self, parameter: nn.Parameter) -> Array | None:
         """Give the sum of a parameter's gradients, or None if backward has brought none.
@@ -164,15 +170,16 @@ class _Berth:
 
     arriving: torch.Tensor
     sums: torch.Tensor
-    done: "Future[None]"
+    target: tuple[int, int] = (0, 0)
+    done: "Future[None]" = field(default_factory=Future)
 
 
 class _Departures:
     """Adds gradients to sums elsewhere, chunk by chunk, in threads beside the backward pass."""
 
-    def __init__(self, device: torch.device, largest: int) -> None:
+    def __init__(self, device: torch.device, num_bytes: int) -> None:
         self._workers = Workers(device)
-        self._count = min(CHUNK, largest)
+        self._num_bytes = num_bytes  # of the largest chunk, in the widest dtype
         self._berths: deque[_Berth] = deque()
 
     def start(self, gradient: torch.Tensor, sums: Array, is_first: bool) -> None:
@@ -188,12 +195,16 @@ class _Departures:
             starts = starts[: _DEPARTING + 1]  # a plan needs no more: from then on berths are used again
         for start in starts:
             chunk = gradient[start : start + CHUNK]
-            berth = self._next_berth(chunk, sums)
+            berth = self._next_berth()
             arrived, source, computed = berth.arriving[: chunk.nbytes].view(chunk.dtype), None, None
             if chunk.device.type == "cpu":
                 arrived.copy_(chunk)  # and the gradient is free
             else:
                 source, computed = chunk, torch.accelerator.current_stream(chunk.device).record_event()
+            berth.target = (id(sums), start)
+            for other in self._berths:
+                if other.target == berth.target:  # of the micro-batch before: sums must be added to in order
+                    other.done.result()
             berth.done = self._workers.submit(
                 _add, self._workers, berth, arrived, source, computed, sums, start, is_first
             )
@@ -204,11 +215,10 @@ class _Departures:
         while self._berths:
             self._berths.popleft().done.result()
 
-    def _next_berth(self, chunk: torch.Tensor, sums: Array) -> _Berth:
-        sizes = (paged(self._count * each.element_size()) for each in (chunk, sums))
+    def _next_berth(self) -> _Berth:
         if len(self._berths) < _DEPARTING:
-            arriving, total = (aligned_bytes(size, self._workers.device) for size in sizes)
-            return _Berth(arriving, total, Future())
+            arriving, total = (aligned_bytes(self._num_bytes, self._workers.device) for _ in range(2))
+            return _Berth(arriving, total)
         berth = self._berths.popleft()
         berth.done.result()
         return berth

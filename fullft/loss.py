@@ -29,12 +29,20 @@ def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Te
     predictions = logits.flatten(0, 1)
     targets = pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
     total = torch.zeros((), dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
-    for chunk, chunk_targets in zip(predictions.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True):
-        # No dropout in here: there is no random state to preserve.
-        total = total + checkpoint(
-            _chunk_loss, chunk, chunk_targets, total.dtype, use_reentrant=False, preserve_rng_state=False
-        )
+    sizes = _chunk_sizes(len(targets))
+    for chunk, chunk_targets in zip(predictions.split(sizes), targets.split(sizes), strict=True):
+        total = total + _recomputed_loss(chunk, chunk_targets, total.dtype)
     return total
+
+
+def _chunk_sizes(count: int) -> list[int]:
+    return [min(CHUNK_TOKENS, count - start) for start in range(0, count, CHUNK_TOKENS)]
+
+
+def _recomputed_loss(logits: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    # No dropout in here: there is no random state to preserve.
+    loss: torch.Tensor = checkpoint(_chunk_loss, logits, targets, dtype, use_reentrant=False, preserve_rng_state=False)
+    return loss
 
 
 def _chunk_loss(logits: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -21,22 +21,9 @@ from fullft.config import Config, to_yaml
 from fullft.disk import write_text
 from fullft.errors import NonFiniteError, OptionsError
 from fullft.evaluation import Samples
+from fullft.gpus import peak_flops
 from fullft.memory.allocator import peak_bytes
 from fullft.model import count_parameters, flops_per_token
-
-# Dense bf16 matrix products per second with fp32 accumulation. Source: the vendor's data sheets.
-_PEAK_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 5090": 209.5e12,
-    "RTX 4090": 165.2e12,
-    "RTX 3090": 71e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-}
 
 _NON_FINITE_REMEDY = (
     "resume from the last checkpoint with a lower --learning_rate or a longer --warmup_steps (--allow_changes), or "
@@ -63,7 +50,7 @@ class Metrics:
         self.folder = Path(str(config.output_dir))
         self.num_parameters = count_parameters(model)
         self.flops_per_token = flops_per_token(model, mean_length)
-        self.peak_flops = _peak_flops(model.device) if config.precision != "fp32" else None
+        self.peak_flops = peak_flops(model.device) if config.precision != "fp32" else None
         self.records: list[dict[str, Any]] = []
         self.loss = self.grad_norm = math.nan
         self.seconds = self._interval_seconds = 0.0
@@ -241,13 +228,6 @@ def describe_results(results: dict[str, Any]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------- sources and sinks
-
-
-def _peak_flops(device: torch.device) -> float | None:
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for card, flops in _PEAK_FLOPS.items() if card in name), None)
 
 
 def _read_log(file: Path) -> list[dict[str, Any]]:

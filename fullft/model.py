@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import is_offline_mode, try_to_load_from_cache
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import has_file
 from transformers.utils import logging as transformers_logging
 
 from fullft.config import DEMO_FOLDER, Config
@@ -27,6 +28,10 @@ from fullft.errors import ModelError, OptionsError, exhaustion
 
 DEMO_MODEL = DEMO_FOLDER / "model"
 _WEIGHT_FILES = ("*.safetensors", "*.bin")
+_HUB_WEIGHT_FILES = (
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
 
 
 @dataclass(frozen=True)
@@ -56,45 +61,70 @@ def pick_device() -> torch.device:
 
 
 def find_model(config: Config) -> str:
-    """Give the folder or hub id to load from, after checking that a causal language model with weights is there.
+    """Give the folder or hub id to load from, after checking that weights are there; `find_config` checks the rest.
 
     Args:
-        config: `model` and `trust_remote_code` count.
+        config: `model` counts.
 
     Raises:
-        ModelError: the folder, its weights, or the hub's copy is missing, or it is no causal language model.
+        ModelError: the folder, its weights, or the hub's copy is missing.
     """
     transformers_logging.set_verbosity_error()  # its advice is addressed to callers of its API, not to our users
     if config.model is None:
         return str(DEMO_MODEL)
-    folder = Path(config.model)
-    if folder.is_dir():
-        if (folder / "adapter_config.json").is_file():
-            raise ModelError(
-                f"{folder} holds an adapter, not a model: merge it into its base model and pass the result"
-            )
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"model folder {folder} has no config.json: pass the folder that save_pretrained wrote")
-        if not any(next(folder.glob(pattern), None) for pattern in _WEIGHT_FILES):
-            raise ModelError(f"model folder {folder} has no weights (*.safetensors): download it again, completely")
-        require_shards(folder)
-    elif folder.exists() or config.model.startswith((".", "/", "~")) or config.model.count("/") > 1:
-        raise ModelError(f"there is no model folder {folder}: pass an existing folder or a hub id")
-    with loading(config.model):
-        model_config = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
-    require_trainable(model_config, config.model)
+    if (folder := model_folder(config.model)) is not None:
+        require_weights(folder, f"model folder {folder}")
+    else:
+        with loading(config.model):
+            _require_hub_weights(config.model)
     return config.model
 
 
-def require_shards(folder: Path) -> None:
-    """Check that every weights file that a model's index names is there.
+def model_folder(name: str) -> Path | None:
+    """Give the folder that a model's name stands for, or None for a hub id.
+
+    Args:
+        name: as the user gives it.
+
+    Raises:
+        ModelError: it can only be a folder, but is none, or none with a model in it.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise ModelError(f"there is no model folder {folder}: pass an existing folder or a hub id")
+        return None
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(f"{folder} holds an adapter, not a model: merge it into its base model and pass the result")
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"model folder {folder} has no config.json: pass the folder that save_pretrained wrote")
+    return folder
+
+
+def _require_hub_weights(name: str) -> None:
+    """Check that a model's weights can be had: from the hub if it is reached, else from its cache."""
+    if not is_offline_mode():
+        if not any(has_file(name, file) for file in _HUB_WEIGHT_FILES):
+            raise ModelError(f"{name} has no weights (*.safetensors) on the hub: choose a model that has")
+        return
+    cached = try_to_load_from_cache(name, "config.json")
+    if not isinstance(cached, str):
+        raise FileNotFoundError(name)  # which `loading` explains
+    require_weights(Path(cached).parent, f"{name} in the hub's cache, which is all there is without network,")
+
+
+def require_weights(folder: Path, title: str) -> None:
+    """Check that weights are there, and every file of them that an index names.
 
     Args:
         folder: of the model.
+        title: what to call it in a message.
 
     Raises:
-        ModelError: naming the first one that is missing.
+        ModelError: there are none, or not all; naming the first one that is missing.
     """
+    if not any(next(folder.glob(pattern), None) for pattern in _WEIGHT_FILES):
+        raise ModelError(f"{title} has no weights (*.safetensors): download it again, completely")
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return
@@ -104,7 +134,7 @@ def require_shards(folder: Path) -> None:
         raise ModelError(f"{index} is damaged: download the model again") from None
     if missing := [shard for shard in shards if not (folder / shard).is_file()]:
         raise ModelError(
-            f"model folder {folder} lacks {len(missing)} of {len(shards)} weights files, such as {missing[0]}: "
+            f"{title} lacks {len(missing)} of {len(shards)} weights files, such as {missing[0]}: "
             "download it again, completely"
         )
 
@@ -133,7 +163,14 @@ def require_trainable(model_config: PreTrainedConfig, name: str) -> None:
 
 @contextmanager
 def loading(name: str) -> Iterator[None]:
-    """Translate what transformers and the hub raise into one message with a remedy."""
+    """Translate what transformers and the hub raise into one message with a remedy.
+
+    Args:
+        name: what the user calls the model.
+
+    Raises:
+        ModelError: for whatever the body raises, but memory or disk running out.
+    """
     try:
         yield
     except Exception as error:
@@ -215,8 +252,10 @@ def describe_model(config: Config, model: PreTrainedModel) -> str:
         f"Total trainable parameters: {count:,} ({count / scale:.2f}{letter})",
         f"Precision: {config.precision} on {model.device}: {PRECISIONS[config.precision].meaning}",
     ]
-    if config.precision == "bf16-true":
-        lines.append("warning: bf16 weights round away updates below 1/512 of a weight; bf16-mixed keeps them")
+    if config.precision == "bf16-true" and config.master_weights == "none":
+        lines.append(
+            "warning: bf16 weights round away updates below 1/512 of a weight; --master_weights split keeps them"
+        )
     if model.device.type == "cuda" and config.precision != "fp32" and not torch.cuda.is_bf16_supported(False):
         lines.append("warning: this GPU has no bf16 units and emulates them slowly: --precision fp32 may be faster")
     return "\n".join(lines)

@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -269,6 +269,8 @@ def fill(array: Array, values: torch.Tensor) -> None:
     if isinstance(array, torch.Tensor):
         array.detach().view(-1).copy_(values.reshape(-1))
         return
+    if array.numel() == 0:
+        return
     buffer = aligned_bytes(paged(min(CHUNK, array.numel()) * array.element_size()), torch.device("cpu"))
     for start, piece in zip(range(0, array.numel(), CHUNK), values.reshape(-1).split(CHUNK), strict=True):
         buffer[: piece.numel() * array.element_size()].view(array.dtype).copy_(piece)
@@ -435,9 +437,10 @@ class ChunkStream:
         finally:
             # Nothing may still write into memory that is given back.
             waiting = [visit.fetched for visit in ahead] + [slot.stored for slot in free]
-            for future in waiting:
-                if future is not None:
-                    future.result()
+            under_way = [future for future in waiting if future is not None]
+            wait(under_way)
+            for future in under_way:
+                future.result()
 
     def _make_slot(self, size: int) -> _Slot:
         host = aligned_bytes(size, self._device)

@@ -17,6 +17,7 @@ from fullft.calendar import Calendar
 from fullft.config import Config
 from fullft.disk import sync
 from fullft.errors import DiskError
+from fullft.memory.allocator import SNAPSHOT
 from fullft.optimizer import estimate_state_bytes
 
 MANIFEST = "manifest.json"  # what makes a folder `checkpoint-<step>` ours: it lists the files that we wrote there
@@ -31,6 +32,7 @@ OWN_FILES = (
         "added_tokens.json vocab.json merges.txt tokenizer.model chat_template.jinja additional_chat_templates/*.jinja "
         "README.md log.jsonl memory.json loss.png memory.png config.yaml train_results.json"
     ).split(),
+    SNAPSHOT,
 )
 
 # An earlier run's files, while the run that replaces it has nothing to show. The first name stands while they are moved

@@ -9,11 +9,15 @@ from models import VOCABULARY, make_config, optimizer_of, tiny_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from fullft import loss as loss_module
+from fullft import output_dir
 from fullft.activation_checkpointing import apply_activation_checkpointing
 from fullft.adamw import AdamW
 from fullft.config import Config
 from fullft.data import MicroBatch
 from fullft.loss import summed_cross_entropy
+from fullft.memory import allocator
+from fullft.memory import plan as plan_module
 from fullft.memory import step as step_module
 from fullft.memory.plan import Batch, plan_step
 from fullft.memory.step import take_worst_step
@@ -478,6 +482,22 @@ def test_the_plan_equals_what_is_tracked(
     assert (planned["disk_bytes"] > 0) is ("disk" in config.offload)
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_plan_of_many_loss_chunks_equals_what_is_tracked_to_the_byte(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nine chunks, the last one cut, of logits that are most of the step; held out there are as many."""
+    monkeypatch.setattr(loss_module, "CHUNK_TOKENS", 8)
+    config, batch = make_config(precision=precision, activation_checkpointing="full"), Batch(3, 22, 23)
+    model = model_of("llama", config)
+    tracked = worst_step(model, config, batch).to_dict()
+    planned = plan_step(config, model.config, batch)
+    assert {name: planned[name] for name in tracked} == tracked
+    # The negative control: chunks that leave no gradient behind.
+    monkeypatch.setattr(plan_module._OtherChunks, "backward", staticmethod(lambda *_: (None, None)))
+    assert plan_step(config, model.config, batch)["components"]["logits"] < tracked["components"]["logits"]
+
+
 def test_a_plan_for_other_options_would_be_noticed() -> None:
     """The negative control: each option changes the figures by far more than the tolerance."""
     tracked_config = make_config(precision="bf16-mixed", gradient_accumulation_steps=4)
@@ -520,3 +540,59 @@ def test_the_plan_is_within_2_percent_of_the_allocators_peak(precision: str, mod
     optimizer = optimizer_of(model, config)
     take_worst_step(model, optimizer, [train_batch] * 2, held_out, autocast_of(config, "cuda"), 1.0)
     assert planned["peak_bytes"] == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.02)
+
+
+# ---------------------------------------------------------------------------------------------- the allocator's word
+
+
+@pytest.fixture
+def pretended_cuda(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A CUDA device's figures, and an allocator that records nothing but writes."""
+    for name, value in {
+        "max_memory_allocated": 70,
+        "max_memory_reserved": 100,
+        "memory_reserved": 90,
+        "mem_get_info": (800, 1000),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    monkeypatch.setattr(torch.cuda, "host_memory_stats", lambda: {"allocated_bytes.peak": 64}, raising=False)
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **_: None)
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda file: Path(file).write_text("recorded"))
+    return torch.device("cuda")
+
+
+def test_what_the_allocator_says(pretended_cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = allocator.process_figures(pretended_cuda)
+    assert figures.pop("resident_peak_bytes") > 0
+    expected = {
+        "allocated_peak_bytes": 70,
+        "reserved_peak_bytes": 100,
+        "unused_reserved_bytes": 30,
+        "outside_bytes": 110,
+    }
+    assert figures == expected | {"pinned_host_peak_bytes": 64}
+    assert set(allocator.process_figures(torch.device("cpu"))) == {"resident_peak_bytes"}
+    monkeypatch.setattr(torch.cuda, "host_memory_stats", dict)  # before anything is pinned
+    assert "pinned_host_peak_bytes" not in allocator.process_figures(pretended_cuda)
+    monkeypatch.delattr(torch.cuda, "host_memory_stats")  # an older torch
+    assert "pinned_host_peak_bytes" not in allocator.process_figures(pretended_cuda)
+
+
+def test_a_recording_waits_until_an_earlier_one_is_set_aside(pretended_cuda: torch.device, tmp_path: Path) -> None:
+    """The worst step comes before the earlier run's files move: its recording must not move with them."""
+    earlier = tmp_path / allocator.SNAPSHOT
+    earlier.write_text("earlier")
+    with allocator.recording(pretended_cuda, tmp_path):
+        pass
+    assert earlier.read_text() == "earlier"
+    assert output_dir._own_files(tmp_path) == [Path(allocator.SNAPSHOT)]  # --overwrite_output_dir replaces it
+    earlier.unlink()
+    allocator.publish_recording(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == [allocator.SNAPSHOT]
+    assert earlier.read_text() == "recorded"
+
+
+def test_a_recording_of_a_step_that_fails_is_there_at_once(pretended_cuda: torch.device, tmp_path: Path) -> None:
+    with pytest.raises(MemoryError), allocator.recording(pretended_cuda, tmp_path / "new"):
+        raise MemoryError
+    assert [file.name for file in (tmp_path / "new").iterdir()] == [allocator.SNAPSHOT]

@@ -2,20 +2,25 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE
 from models import make_config, tiny_model
 from transformers import AutoConfig, PreTrainedConfig
 
+from fullft import loss as loss_module
+from fullft import model as model_module
 from fullft.adamw import AdamW
-from fullft.config import Config, parse_config, parse_size
+from fullft.config import DEMO_FOLDER, Config, parse_config, parse_size
 from fullft.errors import MemoryExhaustedError, ModelError, OptionsError
 from fullft.gradients import NORM_TILE
+from fullft.memory import plan as plan_module
 from fullft.memory import report
 from fullft.memory.facts import find_facts
 from fullft.memory.find import find_config
@@ -24,8 +29,11 @@ from fullft.memory.levers import ALL, estimate_adapters, estimate_work, estimate
 from fullft.memory.plan import Batch, _figures, layer_period, num_layers, plan_step, trace
 from fullft.memory.room import ASSUMED, CONTEXT_BYTES, Device, Speeds, available_host_bytes, cards
 from fullft.memory.run import plan_run
-from fullft.memory.tracker import COMPONENTS
+from fullft.memory.tracker import COMPONENTS, MemoryTracker
 from fullft.memory.traffic import resting_bytes
+from fullft.memory.units import GIB, MIB, unit_for
+from fullft.model import find_model
+from train import main
 
 # As published with the models.
 PUBLISHED = {
@@ -147,6 +155,35 @@ def test_a_few_chunks_stand_for_all(
     numbers = whole["phases"].pop("optimizer_step") - planned["phases"].pop("optimizer_step")
     tiles = sum(-(-parameter.numel() // NORM_TILE) for parameter in tiny_model("llama").parameters())
     assert 0 <= numbers <= 2 * 2 * 8 * tiles and whole == planned
+
+
+@pytest.mark.parametrize(("family", "precision"), [("llama", "fp32"), ("gemma2", "bf16-mixed"), ("gpt2", "bf16-true")])
+@pytest.mark.parametrize("batch", [Batch(1, 17, 25), Batch(2, 20, 8), Batch(4, 16, 16)])
+def test_one_chunk_of_the_loss_stands_for_all(
+    family: str, precision: str, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss_module, "CHUNK_TOKENS", 8)
+    config, model_config = make_config(precision=precision, activation_checkpointing="full"), deep(family, 4)
+    planned = plan_step(config, model_config, batch)
+    monkeypatch.setattr(plan_module, "_one_chunk_of_the_loss_stands_for_all", nullcontext)
+    assert plan_step(config, model_config, batch) == planned
+
+
+def test_a_plan_takes_as_many_operators_for_a_large_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def operators(batch: Batch) -> int:
+        events = []
+        original = MemoryTracker.__torch_dispatch__
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                MemoryTracker,
+                "__torch_dispatch__",
+                lambda self, operator, *rest: (events.append(operator), original(self, operator, *rest))[1],
+            )
+            plan_step(make_config(), deep("llama", 4), batch)
+        return len(events)
+
+    monkeypatch.setattr(loss_module, "CHUNK_TOKENS", 8)
+    assert operators(Batch(16, 128, 128)) == operators(Batch(2, 16, 16))
 
 
 # ---------------------------------------------------------------------------------------------- Mistral-7B
@@ -312,7 +349,7 @@ def test_a_run_that_cannot_fit_stops_before_its_weights_are_loaded() -> None:
     with pytest.raises(MemoryExhaustedError) as refusal:
         plan_run(replace(config, device_memory="512.5MiB"), model_config, batch, cpu)
     assert refusal.value.exit_code == 8
-    for part in ("512.5MiB card has", "GiB at its peak", "--precision bf16-true", "--fit off"):
+    for part in ("512.5MiB card has 0.50 MiB", "MiB at its peak", "--precision bf16-true", "--fit off"):
         assert part in str(refusal.value)
     plan = plan_run(replace(config, device_memory="1GiB"), model_config, batch, cpu)
     assert plan.config.activation_checkpointing == "none"
@@ -367,6 +404,38 @@ def test_json_follows_the_contract(in_empty_folder: Path, capsys: pytest.Capture
     assert shown["options"]["activation_checkpointing"] == "none"
     assert shown["model"] == "tiny" and len(shown["verdicts"]) == 8
     assert shown["verdicts"][0] == {"device": "24GiB card", "memory_bytes": 47 * 2**29, "fits": True}
+
+
+def test_what_gpus_and_their_price_ask_for_reaches_the_json(
+    in_empty_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    deep("llama").save_pretrained("tiny")
+    words = ["--model", "tiny", "--plan", "--json", "--max_length", "32", "--gpus", "3", "--gpu_hour_price", "2"]
+    report.show_plan(parse_config(words))
+    shown = json.loads(capsys.readouterr().out)
+    zero, at_peak = shown["zero_bytes_per_gpu"], shown["at_peak"]
+    assert zero["gpus"] == 3 and zero["stage_1"] > zero["stage_2"] > zero["stage_3"]
+    states = at_peak["optimizer_states"]
+    assert zero["stage_1"] == shown["peak_bytes"] - states + states // 3
+    assert shown["cost"] == {name: 2 * hours for name, hours in shown["gpu_hours"].items()}
+    assert set(shown["cost"]) == {"A100", "H100"}
+    report.show_plan(parse_config([*words, "--precision", "fp32"]))
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["gpu_hours"] is shown["cost"] is None
+
+
+def test_a_small_model_is_shown_in_a_small_unit(in_empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report.show_plan(parse_config(["--plan"]))
+    shown = capsys.readouterr().out
+    assert "MiB = 2^20 bytes, MB = 10^6" in shown and "GiB" not in shown
+    (parameters,) = [line for line in shown.splitlines() if line.startswith("parameters")]
+    assert "3.78 MiB" in parameters
+
+
+def test_amounts_are_written_in_one_unit() -> None:
+    assert unit_for(2**30) is GIB and unit_for(2**30 - 1) is MIB
+    sizes = (0, 2**30, 150 * 2**30, -(2**41))
+    assert [GIB.amount(size) for size in sizes] == ["0.00 GiB", "1.00 GiB", "150.0 GiB", "-2,048 GiB"]
 
 
 def test_the_screen_fits_the_screen(in_empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -450,3 +519,53 @@ def test_sequences_longer_than_the_positions_are_refused() -> None:
 def test_kinds_of_layers_repeat() -> None:
     assert layer_period(deep("llama")) == 1 and layer_period(deep("gemma2", 8)) == 2
     assert layer_period(AutoConfig.for_model("gpt2")) == 1
+
+
+# ---------------------------------------------------------------------------------------------- weights on the hub
+
+
+@pytest.fixture
+def cached_model() -> Iterator[Path]:
+    """The snapshot of `somebody/tiny` in the hub's cache, with its config alone."""
+    snapshot = Path(HF_HUB_CACHE) / "models--somebody--tiny" / "snapshots" / "0123456789"
+    snapshot.mkdir(parents=True)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text(snapshot.name)
+    (snapshot / "config.json").write_text(json.dumps(LLAMA))
+    yield snapshot
+    shutil.rmtree(snapshot.parent.parent)
+
+
+def test_weights_that_the_hubs_cache_lacks_are_missed_at_once(cached_model: Path) -> None:
+    config = Config(model="somebody/tiny")
+    assert find_config(config).vocab_size == 100
+    with pytest.raises(ModelError, match="somebody/tiny in the hub's cache.* has no weights"):
+        find_model(config)
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (cached_model / "model.safetensors.index.json").write_text(json.dumps(index))
+    (cached_model / "model-00001-of-00002.safetensors").touch()
+    with pytest.raises(ModelError, match="lacks 1 of 2 weights files, such as model-00002-of-00002"):
+        find_model(config)
+    (cached_model / "model-00002-of-00002.safetensors").touch()
+    assert find_model(config) == "somebody/tiny"
+    for name in ("nobody/nothing", MISTRAL):  # a bundled config is not a model
+        with pytest.raises(ModelError, match="found neither as a folder"):
+            find_model(Config(model=name))
+
+
+def test_weights_that_the_hub_has_need_not_be_in_its_cache(cached_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_module, "is_offline_mode", lambda: False)
+    for there in ("model.safetensors", "pytorch_model.bin.index.json", "nothing"):
+        monkeypatch.setattr(model_module, "has_file", lambda name, file, there=there: file == there)
+        if there != "nothing":
+            assert find_model(Config(model="somebody/tiny")) == "somebody/tiny"
+    with pytest.raises(ModelError, match="somebody/tiny has no weights .* on the hub"):
+        find_model(Config(model="somebody/tiny"))
+
+
+def test_missing_weights_are_reported_before_a_plan_that_does_not_fit(
+    cached_model: Path, in_empty_folder: Path
+) -> None:
+    words = ["--model", "somebody/tiny", "--dataset", str(DEMO_FOLDER / "instructions.jsonl")]
+    with pytest.raises(ModelError, match="has no weights"):
+        main(parse_config([*words, "--device_memory", "512.5MiB"]))

@@ -3,6 +3,7 @@
 Owns figures that no tensor accounts for, and the allocator's own recording for pytorch.org/memory_viz.
 """
 
+import os
 import resource
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from pathlib import Path
 import torch
 
 SNAPSHOT = "memory_snapshot.pickle"  # torch's own format, for https://pytorch.org/memory_viz
+# Where a recording waits until an earlier run's files, which may have one, have been set aside.
+_STAGED = ".memory_snapshot.pickle"
 _EVENTS = 200_000  # of the recording: some steps of a 7B model
 
 
@@ -24,7 +27,8 @@ def process_figures(device: torch.device) -> dict[str, int]:
     Returns:
         `resident_peak_bytes` of the process. On CUDA also `allocated_peak_bytes` and `reserved_peak_bytes` of torch's
         allocator, their difference `unused_reserved_bytes`, and `outside_bytes`: what the device holds besides, such as
-        the context, NCCL's buffers, and other processes.
+        the context, NCCL's buffers, and other processes; where torch counts it, `pinned_host_peak_bytes`: host memory
+        that is locked for transfers, in blocks rounded up to powers of two.
     """
     # ru_maxrss is in KiB on Linux, in bytes on macOS.
     scale = 1 if sys.platform == "darwin" else 1024
@@ -38,6 +42,10 @@ def process_figures(device: torch.device) -> dict[str, int]:
             "unused_reserved_bytes": reserved - allocated,
             "outside_bytes": total - free - torch.cuda.memory_reserved(device),
         }
+        # Older versions of torch do not count it.
+        pinned = torch.cuda.host_memory_stats() if hasattr(torch.cuda, "host_memory_stats") else {}
+        if "allocated_bytes.peak" in pinned:
+            figures["pinned_host_peak_bytes"] = pinned["allocated_bytes.peak"]
     return figures
 
 
@@ -48,20 +56,32 @@ def peak_bytes(device: torch.device) -> int:
 
 
 @contextmanager
-def recording(device: torch.device, file: Path | None) -> Iterator[None]:
+def recording(device: torch.device, folder: Path | None) -> Iterator[None]:
     """Let CUDA's allocator record every allocation with its stack, and write the recording when the body ends.
+
+    It is `SNAPSHOT` at once if the body fails, above all for want of memory; else `publish_recording` makes it so.
 
     Args:
         device: anything but CUDA records nothing.
-        file: where to; None records nothing.
+        folder: where to; None records nothing.
     """
-    if file is None or device.type != "cuda":
+    if folder is None or device.type != "cuda":
         yield
         return
+    folder.mkdir(parents=True, exist_ok=True)
     torch.cuda.memory._record_memory_history(max_entries=_EVENTS)
     try:
         yield
-    finally:  # above all when memory ran out
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.cuda.memory._dump_snapshot(str(file))
+    except BaseException:
+        torch.cuda.memory._dump_snapshot(str(folder / SNAPSHOT))
+        raise
+    else:
+        torch.cuda.memory._dump_snapshot(str(folder / _STAGED))
+    finally:
         torch.cuda.memory._record_memory_history(enabled=None)
+
+
+def publish_recording(folder: Path) -> None:
+    """Give a recording that waits, if there is one, its name."""
+    if (folder / _STAGED).exists():
+        os.replace(folder / _STAGED, folder / SNAPSHOT)

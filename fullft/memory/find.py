@@ -4,7 +4,6 @@ Owns finding it without weights, and refusing sizes that no model has.
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -12,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from fullft.config import Config
 from fullft.errors import ModelError
-from fullft.model import DEMO_MODEL, loading, require_trainable
+from fullft.model import DEMO_MODEL, loading, model_folder, require_trainable
 from fullft.model_configs import bundled_config
 
 MOST_PARAMETERS = 10**13
@@ -34,14 +33,8 @@ def find_config(config: Config) -> PreTrainedConfig:
     """
     transformers_logging.set_verbosity_error()
     name = config.model if config.model is not None else str(DEMO_MODEL)
-    folder = Path(name)
-    values = None if folder.exists() else bundled_config(name)
-    if values is not None:
+    if model_folder(name) is None and (values := bundled_config(name)) is not None:
         return AutoConfig.for_model(**values)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ModelError(f"model folder {folder} has no config.json: pass the folder that save_pretrained wrote")
-    if not folder.is_dir() and (folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ModelError(f"there is no model folder {folder}: pass an existing folder or a hub id")
     with loading(name):
         require_sane_sizes(PreTrainedConfig.get_config_dict(name)[0], name)
         model_config = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)

@@ -15,6 +15,7 @@ from fullft.memory.facts import Facts, find_facts
 from fullft.memory.plan import Batch, plan_step
 from fullft.memory.room import ASSUMED, Device, Speeds
 from fullft.memory.traffic import estimate_seconds, resting_bytes
+from fullft.memory.units import GIB, unit_for
 
 # ---------------------------------------------------------------------------------------------- what is needed
 
@@ -213,13 +214,13 @@ def _told(
         return least.apply(config), f"{least.describe()}: it needs least, but nothing fits {device.name}{lack}"
     chosen = choice.apply(config)
     planned = plans.of(chosen, batch)
-    place = ranked.index(choice)
+    place, unit = ranked.index(choice), unit_for(planned["peak_bytes"])
     costs = choice.seconds / min(each.seconds for each in ranked)
     time = f" (about {costs:.2g} x the time of the fastest)" if costs > 1.05 else ""
-    spare = f"{gib(device.memory_bytes - _taken(planned, device))} GiB to spare"
+    spare = f"{unit.amount(device.memory_bytes - _taken(planned, device))} to spare"
     line = f"{choice.describe()}{time}: the fastest exact choice to fit {device.name}, {spare}"
     kept = [
-        f"{gib(planned[name])} GiB on {where}"
+        f"{unit.amount(planned[name])} on {where}"
         for name, where in (("host_bytes", "the host"), ("disk_bytes", "disk"))
         if planned[name]
     ]
@@ -227,7 +228,7 @@ def _told(
     if place:
         first = ranked[0].apply(config)
         need = max(resting_bytes(first, plans.facts(batch.length))["device"], plans.known_peak(first, batch))
-        line += f"; {ranked[0].describe()}, the fastest of all, needs {gib(need)} GiB or more"
+        line += f"; {ranked[0].describe()}, the fastest of all, needs {unit.amount(need)} or more"
     return chosen, line
 
 
@@ -257,16 +258,10 @@ def _has_room(device: Device, resting: Mapping[str, int]) -> bool:
 def _lack(planned: Mapping[str, Any], device: Device) -> str:
     """Say what is missing beside the device's memory."""
     return "".join(
-        f", which has {gib(there)} of the {gib(planned[name])} GiB of {what} that it would take"
+        f", which has {GIB.amount(there)} of the {GIB.amount(planned[name])} of {what} that it would take"
         for name, there, what in (
             ("host_bytes", device.host_bytes, "host memory"),
             ("disk_bytes", device.disk_bytes, "disk"),
         )
         if planned[name] > there
     )
-
-
-def gib(size: int) -> str:
-    """Write an amount of memory in GiB (2^30), precisely enough to compare."""
-    value = size / 2**30
-    return f"{value:,.2f}" if abs(value) < 100 else f"{value:,.1f}"

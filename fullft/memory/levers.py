@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fullft.config import Config, parse_offload
+from fullft.gpus import PEAK_FLOPS
 from fullft.memory.facts import Facts
 from fullft.memory.fit import Plans, recomputed_share
 from fullft.memory.plan import Batch, num_layers
@@ -114,7 +115,10 @@ def _offloads(config: Config, placed: dict[str, str]) -> Iterator[_Candidate]:
         options = {"offload": offload}
         if "parameters" in placed:
             options["activation_checkpointing"] = "full"
-        yield _Candidate(f"--offload {offload}", options, {}, "by the link", "host memory")
+        flags = f"--offload {offload}"
+        if "parameters" in placed and config.activation_checkpointing != "full":
+            flags += " --activation_checkpointing full"
+        yield _Candidate(flags, options, {}, "by the link", "host memory")
 
 
 def _beside_states(plans: Plans, config: Config, batch: Batch) -> int:
@@ -204,8 +208,7 @@ def estimate_zero(config: Config, plans: Plans, batch: Batch, stage: int, gpus: 
 
 MFU = 0.4  # a well-fed GPU's share of its peak
 ROWS = 1000  # of the default dataset
-# Dense bf16 products per second with fp32 accumulation. Source: the vendor's data sheets.
-GPUS = {"A100": 312e12, "H100": 989e12}
+GPUS = {name: PEAK_FLOPS[name] for name in ("A100", "H100")}  # whose hours a plan shows
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,10 @@
 Owns words and layout. Bytes are integers until they are printed; GiB is 2^30, GB is 10^9.
 """
 
+import atexit
+import gc
 import json
+import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -11,7 +14,7 @@ from typing import Any
 from fullft.config import Config
 from fullft.errors import FullftError, ModelError, OptionsError
 from fullft.memory.find import find_config
-from fullft.memory.fit import Plans, choose, fits, gib
+from fullft.memory.fit import Plans, choose, fits
 from fullft.memory.levers import (
     ALL,
     GPUS,
@@ -26,7 +29,10 @@ from fullft.memory.levers import (
 from fullft.memory.plan import Batch, num_layers
 from fullft.memory.room import Device, cards, find_device, measure_speeds
 from fullft.memory.tracker import COMPONENTS
+from fullft.memory.units import Unit, unit_for
 from fullft.model import pick_device
+
+_WIDTH = 110  # of paragraphs
 
 
 def show_plan(config: Config) -> None:
@@ -39,6 +45,7 @@ def show_plan(config: Config) -> None:
         ModelError: the config cannot be found, or describes nothing that can be trained.
         OptionsError: sequences are longer than the model has positions.
     """
+    atexit.register(gc.freeze)  # the process ends with this: spares it a last look at every object there is, some 0.7 s
     plans = Plans(find_config(config))
     batch = largest_batch(config, plans)
     here = pick_device()
@@ -47,7 +54,7 @@ def show_plan(config: Config) -> None:
         config, chosen = choose(config, plans, batch, device, lambda: measure_speeds(config, here))
         planned = plans.of(config, batch)
         if config.json:
-            print(json.dumps(plan_object(config, planned, device), indent=1))
+            print(json.dumps(plan_object(config, planned, device) | _asked_for(config, plans, batch), indent=1))
         else:
             print("\n\n".join(describe_plan(config, plans, batch, device, chosen)))
     except FullftError:
@@ -91,6 +98,27 @@ def plan_object(config: Config, planned: Mapping[str, Any], device: Device) -> d
     return head | dict(planned) | {"options": asdict(config), "verdicts": verdicts}
 
 
+def _asked_for(config: Config, plans: Plans, batch: Batch) -> dict[str, Any]:
+    """Add to the contract's object what `--gpus` and `--gpu_hour_price` ask for; estimates, as on the screen."""
+    asked: dict[str, Any] = {}
+    if config.gpus is not None:
+        stages = {f"stage_{stage}": estimate_zero(config, plans, batch, stage, config.gpus) for stage in (1, 2, 3)}
+        asked["zero_bytes_per_gpu"] = {"gpus": config.gpus} | stages
+    if config.gpu_hour_price is not None:
+        hours = _gpu_hours(config, plans, batch)
+        asked["gpu_hours"] = hours
+        asked["cost"] = hours and {name: spent * config.gpu_hour_price for name, spent in hours.items()}
+    return asked
+
+
+def _gpu_hours(config: Config, plans: Plans, batch: Batch) -> dict[str, float] | None:
+    """Estimate the run's GPU-hours; None in fp32, where GPUs differ too much."""
+    if config.precision == "fp32":
+        return None
+    work = estimate_work(config, plans.facts(batch.length), batch, num_layers(plans.model_config))
+    return {name: work.hours(peak) for name, peak in GPUS.items()}
+
+
 # ---------------------------------------------------------------------------------------------- the screen
 
 
@@ -105,31 +133,39 @@ def describe_plan(config: Config, plans: Plans, batch: Batch, device: Device, ch
         chosen: what was chosen, and why.
     """
     planned = plans.of(config, batch)
+    unit = unit_for(planned["peak_bytes"])
     levers = find_levers(config, plans, batch)
     return [
-        _assumptions(config, planned, batch, chosen),
-        _components(config, plans, batch),
-        _verdicts(planned["peak_bytes"], device, levers),
-        *([_levers(levers)] if levers else []),
-        _several_gpus(config, plans, batch),
+        _assumptions(config, planned, batch, chosen, unit),
+        _components(config, plans, batch, unit),
+        _verdicts(planned, device, levers, unit),
+        *([_levers(levers, unit)] if levers else []),
+        _several_gpus(config, plans, batch, unit),
         _time(config, plans, batch),
     ]
 
 
-def _assumptions(config: Config, planned: Mapping[str, Any], batch: Batch, chosen: str) -> str:
+def _assumptions(config: Config, planned: Mapping[str, Any], batch: Batch, chosen: str, unit: Unit) -> str:
     accumulated = f"{config.gradient_accumulation_steps} per step" + ("; packed" if config.packing else "")
-    return (
-        f"Full fine-tuning of {config.model or 'the built-in demo'}: all {planned['num_parameters']:,} parameters\n"
-        f"Assumed: micro-batches of {batch.sequences} x {batch.length} tokens, {accumulated}; {config.precision}, "
-        f"{config.optim},\n  activation checkpointing {config.activation_checkpointing}. Kernels' workspaces come on "
-        f"top. GiB = 2^30 bytes, GB = 10^9.\n{chosen}."
+    masters = f" with master weights {config.master_weights}" if config.precision == "bf16-true" else ""
+    paragraphs = (
+        f"Full fine-tuning of {config.model or 'the built-in demo'}: all {planned['num_parameters']:,} parameters",
+        f"Assumed: micro-batches of {batch.sequences} x {batch.length} tokens, {accumulated}; "
+        f"{config.precision}{masters}, {config.optim}. Kernels' workspaces come on top. {unit.legend()}.",
+        f"Chosen: {chosen}.",
     )
+    return "\n".join(textwrap.fill(each, _WIDTH, subsequent_indent="  ") for each in paragraphs)
 
 
-def _components(config: Config, plans: Plans, batch: Batch) -> str:
+def _components(config: Config, plans: Plans, batch: Batch, unit: Unit) -> str:
     planned = plans.of(config, batch)
     lora, qlora = estimate_adapters(config, plans, batch)
     facts, count = plans.facts(batch.length), planned["num_parameters"]
+
+    def amounts(size: int) -> str:
+        decimal = f"{size / unit.decimal_size:>10,.2f} {unit.decimal}"
+        return f"{unit.number(size):>9} {unit.name}{decimal}{size / count:>9.2f}"
+
     lines = [
         f"{'':18}{'------- full fine-tuning, predicted -------':>48}  {'-- rank 8, estimated --':>23}",
         f"{'component':18}{'own maximum':>13}{'at the peak':>13}{'':>13}{'B/param':>9}  {'LoRA':>11}{'QLoRA':>12}",
@@ -137,17 +173,20 @@ def _components(config: Config, plans: Plans, batch: Batch) -> str:
     for name in COMPONENTS:
         own, size = planned["components"][name], planned["at_peak"][name]
         lines.append(
-            f"{_words(name):18}{gib(own):>9} GiB{gib(size):>9} GiB{size / 1e9:>10,.2f} GB{size / count:>9.2f}"
-            f"  {gib(lora[name]):>7} GiB{gib(qlora[name]):>8} GiB"
+            f"{_words(name):18}{unit.number(own):>9} {unit.name}{amounts(size)}"
+            f"  {unit.number(lora[name]):>7} {unit.name}{unit.number(qlora[name]):>8} {unit.name}"
         )
     peak = planned["peak_bytes"]
     lines.append(
-        f"{'all, in ' + _words(planned['peak_phase']):31}{gib(peak):>9} GiB{peak / 1e9:>10,.2f} GB{peak / count:>9.2f}"
-        f"  {gib(sum(lora.values())):>7} GiB{gib(sum(qlora.values())):>8} GiB"
+        f"{'all, in ' + _words(planned['peak_phase']):31}{amounts(peak)}"
+        f"  {unit.number(sum(lora.values())):>7} {unit.name}{unit.number(sum(qlora.values())):>8} {unit.name}"
     )
+    for name, where in (("host_bytes", "kept on the host besides"), ("disk_bytes", "kept on disk besides")):
+        if planned[name]:
+            lines.append(f"{where:31}{amounts(planned[name])}")
     lines.append(f"{'trained':18}{count:>39,}{'':9}  {facts.lora_parameters:>11,}{facts.lora_parameters:>12,}")
-    phases = ", ".join(f"{_words(phase)} {gib(size)}" for phase, size in planned["phases"].items())
-    lines.append(f"Largest per phase: {phases} GiB.")
+    phases = ", ".join(f"{_words(phase)} {unit.number(size)}" for phase, size in planned["phases"].items())
+    lines.append(f"Largest per phase: {phases} {unit.name}.")
     if config.precision == "bf16-mixed":
         lines.append("Temporaries: mostly autocast's bf16 copies of the weights, which --precision bf16-true spares.")
     return "\n".join(lines)
@@ -157,36 +196,45 @@ def _words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _verdicts(peak: int, device: Device, levers: list[Lever]) -> str:
-    lines = [f"Fits {gib(peak)} GiB?"]
+def _verdicts(planned: Mapping[str, Any], device: Device, levers: list[Lever], unit: Unit) -> str:
+    peak = planned["peak_bytes"]
+    lines = [f"Fits {unit.amount(peak)}?"]
     for each in (device, *cards()):
         spare = each.memory_bytes - peak
-        if spare >= 0:
-            verdict = f"yes  {gib(spare):>7} GiB to spare"
+        if spare >= 0 and not fits(planned, each):
+            verdict = "no   the host or the disk has too little"
+        elif spare >= 0:
+            verdict = f"yes  {unit.number(spare):>7} {unit.name} to spare"
         else:
             help_ = next((lever.flags for lever in levers if lever.peak_bytes <= each.memory_bytes), None)
             help_ = "with all the levers below" if help_ == ALL else help_ and f"with {help_}"
-            verdict = f"no   {gib(-spare):>7} GiB short    {help_ or ''}".rstrip()
-        lines.append(f"  {each.name[:28]:28}{gib(each.memory_bytes):>8} GiB  {verdict}")
+            verdict = f"no   {unit.number(-spare):>7} {unit.name} short    {help_ or ''}".rstrip()
+        lines.append(f"  {each.name[:20]:20}{unit.number(each.memory_bytes):>8} {unit.name}  {verdict}")
     return "\n".join(lines)
 
 
-def _levers(levers: list[Lever]) -> str:
-    lines = [f"{'Levers, cheapest in time first':36}{'saves':>11}{'then needs':>13}   {'time':12}but"]
+def _levers(levers: list[Lever], unit: Unit) -> str:
+    width = max(34, *(len(lever.flags) + 1 for lever in levers))
+    lines = [f"{'Levers, cheapest in time first':{width + 2}}{'saves':>11}{'then needs':>13}   {'time':12}but"]
     for lever in levers:
         lines.append(
-            f"  {lever.flags:34}{gib(lever.saved_bytes):>7} GiB{gib(lever.peak_bytes):>9} GiB   {lever.time:12}"
-            f"{lever.price}".rstrip()
+            f"  {lever.flags:{width}}{unit.number(lever.saved_bytes):>7} {unit.name}{unit.number(lever.peak_bytes):>9} "
+            f"{unit.name}   {lever.time:12}{lever.price}".rstrip()
         )
     return "\n".join(lines)
 
 
-def _several_gpus(config: Config, plans: Plans, batch: Batch) -> str:
+def _several_gpus(config: Config, plans: Plans, batch: Batch, unit: Unit) -> str:
     counts = sorted({1, 2, 4, 8, *([config.gpus] if config.gpus else [])})
-    lines = [f"{'GiB per GPU with ZeRO (estimated)':38}" + "".join(f"{f'{n} GPU' + 's' * (n > 1):>11}" for n in counts)]
+    lines = [
+        f"{f'{unit.name} per GPU with ZeRO (estimated)':38}"
+        + "".join(f"{f'{n} GPU' + 's' * (n > 1):>11}" for n in counts)
+    ]
     for stage, spread in ((1, "optimizer states"), (2, "and gradients"), (3, "and parameters")):
         sizes = [estimate_zero(config, plans, batch, stage, gpus) for gpus in counts]
-        lines.append(f"  {f'stage {stage}: spreads {spread}':36}" + "".join(f"{gib(size):>11}" for size in sizes))
+        lines.append(
+            f"  {f'stage {stage}: spreads {spread}':36}" + "".join(f"{unit.number(size):>11}" for size in sizes)
+        )
     return "\n".join(lines)
 
 
@@ -194,9 +242,8 @@ def _time(config: Config, plans: Plans, batch: Batch) -> str:
     work = estimate_work(config, plans.facts(batch.length), batch, num_layers(plans.model_config))
     of_all = "" if config.max_steps > 0 else f" ({config.num_train_epochs:g} epochs of {ROWS} assumed)"
     line = f"Time, estimated: {work.rows:,} rows{of_all} of at most {batch.length} tokens, {work.flops:.1e} FLOP"
-    if config.precision == "fp32":
+    if (hours := _gpu_hours(config, plans, batch)) is None:
         return f"{line}\n  GPU-hours are given for bf16 alone: GPUs differ too much in fp32"
-    hours = {name: work.hours(peak) for name, peak in GPUS.items()}
     shown = ", ".join(
         f"{name} {spent:.2g}" + (f" (cost {spent * config.gpu_hour_price:.2f})" if config.gpu_hour_price else "")
         for name, spent in hours.items()
@@ -214,16 +261,18 @@ def compare(planned: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
         planned: the figures of `memory.json`, from the plan.
         measured: the same, from the tracker.
     """
-    unit, name_of_unit = (2**30, "GiB") if planned["peak_bytes"] >= 2**30 else (2**20, "MiB")
+    unit = unit_for(planned["peak_bytes"])
     lines = [f"{'Memory at the peak':18}{'planned':>14}{'measured':>14}{'difference':>12}"]
     rows = [(name, planned["at_peak"][name], measured["at_peak"][name]) for name in COMPONENTS]
     rows.append(("all", planned["peak_bytes"], measured["peak_bytes"]))
+    places = (("on the host", "host_bytes"), ("on disk", "disk_bytes"))
+    rows += [(name, planned[key], measured[key]) for name, key in places if planned[key] or measured[key]]
     for name, expected, found in rows:
         share = f"{(found - expected) / expected:+.2%}" if expected else ("0.00%" if found == 0 else "new")
-        amounts = "".join(f"{size / unit:>10,.2f} {name_of_unit}" for size in (expected, found))
+        amounts = "".join(f"{size / unit.size:>10,.2f} {unit.name}" for size in (expected, found))
         lines.append(f"{_words(name):18}{amounts}{share:>12}")
     lines.append(
-        f"Peak in {planned['peak_phase'].replace('_', ' ')} (planned), {measured['peak_phase'].replace('_', ' ')}"
-        f" (measured). {name_of_unit} = 2^{30 if unit == 2**30 else 20} bytes."
+        f"Peak in {_words(planned['peak_phase'])} (planned), {_words(measured['peak_phase'])} (measured). "
+        f"{unit.legend()}."
     )
     return "\n".join(lines)

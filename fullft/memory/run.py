@@ -17,8 +17,8 @@ from fullft.config import Config
 from fullft.data import Data
 from fullft.disk import write_text
 from fullft.errors import FullftError, MemoryExhaustedError
-from fullft.memory.allocator import SNAPSHOT, process_figures, recording
-from fullft.memory.fit import Plans, choose, fits, gib
+from fullft.memory.allocator import process_figures, publish_recording, recording
+from fullft.memory.fit import Plans, choose, fits
 from fullft.memory.levers import find_levers
 from fullft.memory.plan import Batch
 from fullft.memory.plot import plot_memory
@@ -26,6 +26,7 @@ from fullft.memory.report import compare
 from fullft.memory.room import Device, find_device, measure_speeds
 from fullft.memory.step import take_worst_step
 from fullft.memory.tracker import Profile
+from fullft.memory.units import GIB, Unit, unit_for
 
 
 @dataclass(frozen=True)
@@ -67,42 +68,44 @@ def plan_run(config: Config, model_config: PreTrainedConfig, batch: Batch, devic
         line = f"warning: the memory of this model cannot be planned ({type(error).__name__}: {str(error)[:150]})"
         return RunPlan(config, None, there, line)
     peak = figures["peak_bytes"]
+    unit = unit_for(peak)
     if config.fit == "auto" and not fits(figures, there):
         raise MemoryExhaustedError(
-            f"this run needs {_needs(figures)}, {there.name} has {_has(there)} free\n"
-            f"cheapest remedies: {_remedies(config, plans, batch)}; --plan shows where every byte goes, --fit off "
-            "tries all the same"
+            f"this run needs {_needs(figures)}, {there.name} has {_has(there, unit)} free\n"
+            f"cheapest remedies: {_remedies(config, plans, batch, unit)}; --plan shows where every byte goes, "
+            "--fit off tries all the same"
         )
 
     def advice() -> str:
         largest = sorted(figures["at_peak"].items(), key=lambda item: -item[1])[:4]
-        parts = ", ".join(f"{name.replace('_', ' ')} {gib(size)}" for name, size in largest)
+        parts = ", ".join(f"{name.replace('_', ' ')} {unit.number(size)}" for name, size in largest)
         return (
-            f"planned were {gib(peak)} GiB ({parts}); saved checkpoints are intact; cheapest remedies: "
-            f"{_remedies(config, plans, batch)}"
+            f"planned were {unit.amount(peak)} ({parts}); saved checkpoints are intact; cheapest remedies: "
+            f"{_remedies(config, plans, batch, unit)}"
         )
 
     errors.out_of_memory_advice = advice
-    return RunPlan(config, figures, there, f"Plan: {gib(peak)} GiB at the peak; {choice}")
+    return RunPlan(config, figures, there, f"Plan: {unit.amount(peak)} at the peak; {choice}")
 
 
 def _needs(figures: dict[str, Any]) -> str:
+    unit = unit_for(figures["peak_bytes"])
     beside = [
-        f", {gib(figures[name])} GiB {where}"
+        f", {unit.amount(figures[name])} {where}"
         for name, where in (("host_bytes", "of host memory"), ("disk_bytes", "of disk"))
         if figures[name]
     ]
-    return f"{gib(figures['peak_bytes'])} GiB at its peak" + "".join(beside)
+    return f"{unit.amount(figures['peak_bytes'])} at its peak" + "".join(beside)
 
 
-def _has(there: Device) -> str:
-    host = "" if there.is_host else f", {gib(there.host_bytes)} GiB of host memory"
-    return f"{gib(there.memory_bytes)} GiB{host}, {gib(there.disk_bytes)} GiB of disk"
+def _has(there: Device, unit: Unit) -> str:
+    host = "" if there.is_host else f", {GIB.amount(there.host_bytes)} of host memory"
+    return f"{unit.amount(there.memory_bytes)}{host}, {GIB.amount(there.disk_bytes)} of disk"
 
 
-def _remedies(config: Config, plans: Plans, batch: Batch) -> str:
+def _remedies(config: Config, plans: Plans, batch: Batch, unit: Unit) -> str:
     levers = find_levers(config, plans, batch)[:3]
-    return "; ".join(f"{lever.flags} (saves {gib(lever.saved_bytes)} GiB)" for lever in levers) or "a smaller model"
+    return "; ".join(f"{lever.flags} (saves {unit.amount(lever.saved_bytes)})" for lever in levers) or "a smaller model"
 
 
 def measure_run(
@@ -119,7 +122,7 @@ def measure_run(
     """
     config = plan.config
     micro_batches, evaluation = data.largest(config.gradient_accumulation_steps or 1)
-    with recording(model.device, Path(str(config.output_dir)) / SNAPSHOT if config.memory_snapshot else None):
+    with recording(model.device, Path(str(config.output_dir)) if config.memory_snapshot else None):
         return take_worst_step(model, optimizer, micro_batches, evaluation, autocast, config.max_grad_norm)
 
 
@@ -135,10 +138,13 @@ def record_memory(plan: RunPlan, measured: Profile, device: torch.device) -> str
         Planned, measured and their difference per component, and the process's own peaks, as lines.
     """
     folder = Path(str(plan.config.output_dir))
+    publish_recording(folder)
     figures, process = measured.to_dict(), process_figures(device)
     planned = plan.figures and {name: value for name, value in plan.figures.items() if name in figures}
     record = {"planned": planned, "measured": figures, "process": process}
     write_text(folder / "memory.json", json.dumps(record, indent=1))
     plot_memory(measured, folder / "memory.png", folder.name, plan.device.memory_bytes)
-    peaks = ", ".join(f"{name.removesuffix('_bytes').replace('_', ' ')} {gib(size)}" for name, size in process.items())
+    peaks = ", ".join(
+        f"{name.removesuffix('_bytes').replace('_', ' ')} {GIB.number(size)}" for name, size in process.items()
+    )
     return f"{compare(plan.figures or figures, figures)}\nThe whole process: {peaks} GiB."

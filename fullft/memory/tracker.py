@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from fullft.adamw import AdamW
 from fullft.errors import ModelError
 from fullft.model import decoder_layers
-from fullft.offload import is_on_host
+from fullft.offload import home_of, is_on_host
 
 COMPONENTS = ("parameters", "gradients", "optimizer_states", "activations", "logits", "temporaries", "other")
 # Beside the components of the device's memory: what the run holds in the host's, where that is another one.
@@ -117,6 +117,8 @@ class MemoryTracker(TorchDispatchMode):
         self._born: list[weakref.ref[Block]] = []  # of the forward (or recomputation) under way
         for parameter in model.parameters():
             self._see(parameter, "parameters")
+            if isinstance(home := home_of(parameter), torch.Tensor):
+                self._see(home, "parameters")
         for buffer in model.buffers():
             self._see(buffer, "other")
         for memory in getattr(getattr(model, "layer_stream", None), "memory", ()):
@@ -184,6 +186,8 @@ class MemoryTracker(TorchDispatchMode):
         """Run an operator, and see what it returns."""
         if operator is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # asked for so often that answering here saves an eighth of a plan's time
+        if operator is torch.ops.aten._unsafe_view.default and isinstance(args[0], FakeTensor):
+            operator = torch.ops.aten.view.default  # the same to storages; fake tensors cache it, but not the other
         result = operator(*args, **(kwargs or {}))
         component = "logits" if self._in_loss else "temporaries"
         recomputing = self._moment.phase == "backward" and torch.is_grad_enabled()

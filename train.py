@@ -138,7 +138,7 @@ def main(config: Config) -> None:
     # --- How good is it after? The final model goes to the root of output_dir, and is reloaded as a user would.
     samples.complete(model, autocast, after=True)
     print(samples.describe())
-    del optimizer  # its states make room for the reloaded copy
+    optimizer.close()  # its states make room for the reloaded copy
     results = metrics.results(samples)
     export_model(config, model, tokenizer, results)
     print(check_export(config, model, data.train.rows[0]["input_ids"]))

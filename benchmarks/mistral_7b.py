@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 GIB, GB = 2**30, 10**9
@@ -498,7 +498,7 @@ def measure_disk(folder: Path, num_bytes: int) -> tuple[float, float]:
     """Time direct reading and writing, in requests of 16 MiB by 4 threads, on a file without a name.
 
     Returns:
-        Bytes per second, read and written: the better of two passes each.
+        Bytes per second, read and written: the best of four passes each.
     """
     request, threads = 2**24, 4
     buffers: SimpleQueue[mmap.mmap] = SimpleQueue()
@@ -517,7 +517,7 @@ def measure_disk(folder: Path, num_bytes: int) -> tuple[float, float]:
 
         rates: dict[str, float] = {}
         # The first pass of writing is not used: it also takes the space.
-        for operation in (os.pwritev, os.pwritev, os.preadv, os.pwritev, os.preadv):
+        for operation in (os.pwritev, *(os.preadv, os.pwritev) * 4):
             start = time.perf_counter()
             with ThreadPoolExecutor(threads) as pool:
                 list(pool.map(lambda offset, run=operation: transfer(run, offset), range(0, num_bytes, request)))
@@ -646,6 +646,9 @@ def report_time(size: str, folder: Path, rates: Rates) -> None:
     model, tokens = outline(size), ACCUMULATION * SIZES[size].tokens
     work, table = count_seconds(model, rates), {}
     taken = json.loads(results_file(folder).read_text())
+    # Disks of virtual machines have their moods: where clipping, which only reads, was faster, it sets the limit.
+    reading = [phases["clipping"][0] for phases in taken]
+    rates = replace(rates, read=max(rates.read, *(phase["read"] / phase["seconds"] for phase in reading)))
     for name, (phase, (read, written)) in taken[-1].items():
         arithmetic = sum(work[name].values())
         disk = read / rates.read + written / rates.write
@@ -653,7 +656,7 @@ def report_time(size: str, folder: Path, rates: Rates) -> None:
     table["step"] = sum(table.values(), Row())
     products, operations = work["forward and backward"]["matrix products"], flops(matrices(model), tokens)
     print(
-        f"\nRates, the better of before and after: matrix products {operations / products / 1e9:.0f} GFLOP/s "
+        f"\nRates, the best of before, after and clipping: matrix products {operations / products / 1e9:.0f} GFLOP/s "
         f"({operations / 1e12:.2f} TFLOP a step), disk {rates.read / GB:.2f} GB/s\n"
         f"read, {rates.write / GB:.2f} written; million parameters/s in memory: update {rates.step / 1e6:.0f}, "
         f"norm {rates.norm / 1e6:.0f}, adding gradients up {rates.gather / 1e6:.0f}"

@@ -85,6 +85,8 @@ class AdamW(torch.optim.Optimizer):
             use=lambda parameter: self._update([parameter]),
         )
         self.num_steps = 0
+        self.missed: dict[int, int] = {}  # steps in which a parameter, by its id, has had no gradient
+        self._updated: set[int] = set()
         self._moments, self._masters, self._seed = moments, masters, seed
         self._numbers = {id(parameter): number for number, parameter in enumerate(self.parameters)}
         self._groups = {id(parameter): group for group in self.param_groups for parameter in group["params"]}
@@ -122,6 +124,9 @@ class AdamW(torch.optim.Optimizer):
         self._scale = None
         if not self._is_rehearsal:
             self.num_steps += 1
+            for key in self._groups.keys() - self._updated:
+                self.missed[key] = self.missed.get(key, 0) + 1
+        self._updated.clear()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the step's gradients.
@@ -142,15 +147,15 @@ class AdamW(torch.optim.Optimizer):
             return
         device = self.storage.device
         tile = CPU_TILE if device.type == "cpu" else CHUNK
-        work = _Work(
-            step=torch.tensor(float(self.num_steps + 1), device=device),
-            scratch=torch.empty(2, min(tile, max(job.count for job in jobs)), device=device),
-        )
+        scratch = torch.empty(2, min(tile, max(job.count for job in jobs)), device=device)
+        # torch counts the steps of each parameter apart: those without a gradient do not age.
+        steps = {job.step: torch.tensor(float(job.step), device=device) for job in jobs}
         for job, fields in zip(jobs, self._stream.run(job.fields for job in jobs), strict=True):
             if self._is_rehearsal:
                 fields["gradient"].zero_()
             for start in range(0, job.count, tile)[: 2 if self._is_rehearsal else None]:
-                self._update_tile(job, start, _cut(fields, start, min(start + tile, job.count)), work)
+                work = _Tile(job, start, _cut(fields, start, min(start + tile, job.count)), steps[job.step])
+                self._update_tile(work, scratch)
 
     def _examples(self) -> list[nn.Parameter]:
         """Give one parameter of each size and kind: the others' updates take the same memory, one after the other."""
@@ -163,6 +168,8 @@ class AdamW(torch.optim.Optimizer):
         if gradient is None:
             return
         states = self.states_of(parameter)
+        self._updated.add(id(parameter))
+        step = self.num_steps - self.missed.get(id(parameter), 0) + 1
         starts = range(0, parameter.numel(), CHUNK)
         if self._is_rehearsal:
             starts = starts[:3]  # as many as are under way at a time
@@ -175,42 +182,37 @@ class AdamW(torch.optim.Optimizer):
             for name, array in states.items():
                 block = _block(name)
                 fields[name] = Field(array, start // block, -(-count // block), is_written=not self._is_rehearsal)
-            yield _Job(parameter, start, count, fields)
+            yield _Job(parameter, start, count, step, fields)
 
-    def _update_tile(self, job: "_Job", start: int, tile: dict[str, torch.Tensor], work: "_Work") -> None:
-        weights, gradient, moment = tile["weights"], tile["gradient"], tile["exp_avg"]
+    def _update_tile(self, tile: "_Tile", scratch: torch.Tensor) -> None:
+        fields = tile.fields
+        weights, gradient, moment = fields["weights"], fields["gradient"], fields["exp_avg"]
         dtype = torch.float32 if moment.dtype == torch.uint8 else moment.dtype
         master, wide_gradient = weights, gradient
         if weights.dtype != dtype:
-            master = work.scratch[0, : weights.numel()]
-            join(weights, tile["remainder"], master) if "remainder" in tile else master.copy_(weights)
+            master = scratch[0, : weights.numel()]
+            join(weights, fields["remainder"], master) if "remainder" in fields else master.copy_(weights)
         if gradient.dtype != dtype:
-            wide_gradient = work.scratch[1, : gradient.numel()].copy_(gradient)
+            wide_gradient = scratch[1, : gradient.numel()].copy_(gradient)
         if self._scale is not None:
             wide_gradient.mul_(self._scale)
-        self._apply(self._groups[id(job.parameter)], master, wide_gradient, tile, work)
+        self._apply(tile, master, wide_gradient)
         if master is not weights:
-            if "remainder" in tile:
-                split(master, weights, tile["remainder"])
+            if "remainder" in fields:
+                split(master, weights, fields["remainder"])
             elif self._masters == "stochastic":
-                round_stochastically(master, weights, self._generator(job, start))
+                round_stochastically(master, weights, self._generator(tile))
             else:
                 weights.copy_(master)
 
-    def _apply(
-        self,
-        group: dict[str, Any],
-        master: torch.Tensor,
-        gradient: torch.Tensor,
-        tile: dict[str, torch.Tensor],
-        work: "_Work",
-    ) -> None:
-        (beta1, beta2), moments = group["betas"], (tile["exp_avg"], tile["exp_avg_sq"])
+    def _apply(self, tile: "_Tile", master: torch.Tensor, gradient: torch.Tensor) -> None:
+        group = self._groups[id(tile.job.parameter)]
+        (beta1, beta2), moments = group["betas"], (tile.fields["exp_avg"], tile.fields["exp_avg_sq"])
         constants = {"lr": group["lr"], "beta1": beta1, "beta2": beta2, "eps": group["eps"]}
         constants["weight_decay"] = group["weight_decay"]
         if moments[0].dtype == torch.uint8:
-            scales = (tile["exp_avg" + _ABSMAX], tile["exp_avg_sq" + _ABSMAX])
-            blockwise.adamw_8bit_(master, gradient, *moments, *scales, step=self.num_steps + 1, **constants)
+            scales = (tile.fields["exp_avg" + _ABSMAX], tile.fields["exp_avg_sq" + _ABSMAX])
+            blockwise.adamw_8bit_(master, gradient, *moments, *scales, step=tile.job.step, **constants)
             return
         torch._fused_adamw_(
             [master],
@@ -218,17 +220,18 @@ class AdamW(torch.optim.Optimizer):
             [moments[0]],
             [moments[1]],
             [],
-            [work.step],
+            [tile.step],
             amsgrad=False,
             maximize=False,
             **constants,
         )
 
-    def _generator(self, job: "_Job", start: int) -> torch.Generator | None:
+    def _generator(self, tile: "_Tile") -> torch.Generator | None:
         """Make the random stream of one tile: the same in every placement, and after every resume."""
         if self._is_rehearsal:
             return None
-        key = (self._seed, self.num_steps, self._numbers[id(job.parameter)], job.start + start)
+        job = tile.job
+        key = (self._seed, self.num_steps, self._numbers[id(job.parameter)], job.start + tile.start)
         seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
         return torch.Generator(self.storage.device).manual_seed(seed)
 
@@ -247,10 +250,18 @@ class AdamW(torch.optim.Optimizer):
         if not states:
             # What loading has kept of fp32 weights, if anything, is where it is to be.
             tier = self.placement.optimizer
-            made: dict[str, Array] = {"remainder": parameter.rounded_off} if hasattr(parameter, "rounded_off") else {}
+            made: dict[str, Array] = {}
+            if hasattr(parameter, "rounded_off"):
+                made["remainder"] = parameter.rounded_off
+                del parameter.rounded_off
             for name, (numel, dtype) in state_layout(parameter, self._moments(parameter), self._masters).items():
                 states[name] = made[name] if name in made else self.storage.zeros(tier, numel, dtype)
         return states
+
+    def close(self) -> None:
+        """Free the states and the gradients, and leave the parameters alone from now on."""
+        self.gradients.close()
+        self.state.clear()
 
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
@@ -299,15 +310,18 @@ class _Job:
     parameter: nn.Parameter
     start: int
     count: int
+    step: int
     fields: Mapping[str, Field]
 
 
 @dataclass(frozen=True)
-class _Work:
-    """What all tiles of a step share: its number, and fp32 memory for a tile's master and gradient."""
+class _Tile:
+    """A stretch of a chunk, on the device; its step is the job's as torch's kernel wants it."""
 
+    job: _Job
+    start: int
+    fields: dict[str, torch.Tensor]
     step: torch.Tensor
-    scratch: torch.Tensor
 
 
 def _block(name: str) -> int:

@@ -99,6 +99,19 @@ def adamw_8bit_(
             state.copy_(value)
 
 
+def require_kernel(device: torch.device) -> None:
+    """Check that steps with 8-bit moments can be taken.
+
+    Args:
+        device: that computes.
+
+    Raises:
+        OptionsError: on CUDA without bitsandbytes.
+    """
+    if device.type == "cuda":
+        _bitsandbytes()
+
+
 def _bitsandbytes() -> Any:
     try:
         import bitsandbytes.functional  # only here: it takes a second to import, and most runs do without

@@ -92,7 +92,7 @@ def save_checkpoint(
         },
         "schedule": {"lr_scheduler_type": config.lr_scheduler_type, "last_step": step},
         "rng": _random_states(model.device),
-        "optimizer": {"num_steps": optimizer.num_steps},
+        "optimizer": _step_counts(optimizer, model),
         "options": dataclasses.asdict(config),
     }
     with staged_folder(folder) as staging:
@@ -129,6 +129,16 @@ def _optimizer_state(optimizer: AdamW, model: nn.Module) -> dict[str, Array]:
         for name, parameter in model.named_parameters()
         for key, array in optimizer.states_of(parameter).items()
     }
+
+
+def _step_counts(optimizer: AdamW, model: nn.Module) -> dict[str, Any]:
+    """Give how many steps there were, and for each parameter how many of them it has missed, if any."""
+    missed = {
+        name: optimizer.missed[id(parameter)]
+        for name, parameter in model.named_parameters()
+        if id(parameter) in optimizer.missed
+    }
+    return {"num_steps": optimizer.num_steps, "missed": missed}
 
 
 def _random_states(device: torch.device) -> dict[str, str]:
@@ -262,8 +272,8 @@ def restore(
     saved = state["options"]
     if saved["optim"] != config.optim:
         raise CheckpointError(f"{checkpoint.folder} holds states of --optim {saved['optim']}: pass that")
-    if config.precision == "bf16-true" and saved["master_weights"] != config.master_weights:
-        raise CheckpointError(f"{checkpoint.folder} holds --master_weights {saved['master_weights']}: pass that")
+    if config.precision == "bf16-true" and (masters := saved.get("master_weights", "none")) != config.master_weights:
+        raise CheckpointError(f"{checkpoint.folder} holds --master_weights {masters}: pass that")
     if PRECISIONS[saved["precision"]].weights != PRECISIONS[config.precision].weights:
         raise CheckpointError(
             f"{checkpoint.folder} holds weights and states of --precision {saved['precision']}: pass that"
@@ -274,6 +284,8 @@ def restore(
             f"{config.global_batch_size}: in this epoch some rows may repeat, others be left out"
         )
     optimizer.num_steps = int(state["optimizer"]["num_steps"])
+    parameters = dict(model.named_parameters())
+    optimizer.missed = {id(parameters[name]): count for name, count in state["optimizer"].get("missed", {}).items()}
     _load_optimizer_states(optimizer, model, checkpoint.folder / OPTIMIZER)
     for kind, encoded in state["rng"].items():
         random_state = torch.frombuffer(bytearray(base64.b64decode(encoded)), dtype=torch.uint8)

@@ -15,7 +15,18 @@ import torch
 from torch import nn
 from torch._guards import detect_fake_mode as active_fake_mode
 
-from fullft.offload import CHUNK, Array, ChunkStream, DiskArray, Field, Storage, Workers, aligned_bytes, paged
+from fullft.offload import (
+    CHUNK,
+    Array,
+    ChunkStream,
+    DiskArray,
+    Field,
+    Storage,
+    Workers,
+    aligned_bytes,
+    mark_computed,
+    paged,
+)
 
 # Elements that a CPU squares at a time: few enough for its cache. It belongs to the numerics: another size sums in
 # another order.
@@ -50,11 +61,12 @@ class Gradients:
         self._departures = _Departures(storage.device, self._largest_chunk())
         self._use = use
         self._released: dict[int, list[torch.Tensor]] = {}  # squares of gradients that are gone
+        self._hooks = []
         for parameter in parameters:
             if tier == "released":
-                parameter.register_post_accumulate_grad_hook(self._release)
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._release))
             elif tier != "device" or self._dtypes[id(parameter)] != parameter.dtype:
-                parameter.register_post_accumulate_grad_hook(self._gather)
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._gather))
 
     def _largest_chunk(self) -> int:
         """Give the bytes of the largest chunk, in the widest dtype of all gradients and sums."""
@@ -82,6 +94,13 @@ class Gradients:
         if self._tier == "device":
             self._sums.clear()
 
+    def close(self) -> None:
+        """Free all sums, and leave the parameters alone from now on."""
+        self.clear()
+        self._sums.clear()
+        for hook in self._hooks:
+            hook.remove()
+
     @torch.no_grad()
     def _gather(self, parameter: nn.Parameter) -> None:
         """Add what backward has just finished to its sum, and free it."""
@@ -93,7 +112,7 @@ class Gradients:
         self._begun.add(key)
         sums, flat = self._sums[key], gradient.detach().reshape(-1)
         if isinstance(sums, torch.Tensor) and sums.device == flat.device:
-            sums.copy_(flat) if is_first else sums.add_(flat)
+            sums.copy_(flat) if is_first else add_(sums, flat)
         else:
             self._departures.start(flat, sums, is_first)
         parameter.grad = None
@@ -161,6 +180,20 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def add_(total: torch.Tensor, values: torch.Tensor) -> None:
+    """Add flat values of a narrower dtype; a CPU would first make a wide copy of all of them.
+
+    Args:
+        total: [n], added to in place.
+        values: [n].
+    """
+    if total.device.type != "cpu" or total.dtype == values.dtype:
+        total.add_(values)
+        return
+    for tile, narrow in zip(total.split(NORM_TILE), values.split(NORM_TILE), strict=True):
+        tile.add_(narrow)
+
+
 # ---------------------------------------------------------------------------------------------- leaving the device
 
 
@@ -196,11 +229,12 @@ class _Departures:
         for start in starts:
             chunk = gradient[start : start + CHUNK]
             berth = self._next_berth()
-            arrived, source, computed = berth.arriving[: chunk.nbytes].view(chunk.dtype), None, None
-            if chunk.device.type == "cpu":
+            arrived = berth.arriving[: chunk.nbytes].view(chunk.dtype)
+            computed, source = mark_computed(chunk.device), None
+            if computed is None:
                 arrived.copy_(chunk)  # and the gradient is free
             else:
-                source, computed = chunk, torch.accelerator.current_stream(chunk.device).record_event()
+                source = chunk
             berth.target = (id(sums), start)
             for other in self._berths:
                 if other.target == berth.target:  # of the micro-batch before: sums must be added to in order
@@ -237,7 +271,7 @@ def _add(
     """Bring a chunk to the host, unless it has arrived, and add it to its sum there."""
     count = arrived.numel()
     if source is not None:
-        with workers.copying(computed):
+        with workers.copying("out", computed):
             arrived.copy_(source, non_blocking=True)
     if isinstance(sums, DiskArray):
         total = berth.sums[: count * sums.element_size()].view(sums.dtype)
@@ -245,6 +279,6 @@ def _add(
             sums.read(start, count, berth.sums)
     else:
         total = sums[start : start + count]
-    total.copy_(arrived) if is_first else total.add_(arrived)
+    total.copy_(arrived) if is_first else add_(total, arrived)
     if isinstance(sums, DiskArray):
         sums.write(start, count, berth.sums)

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fullft.model import decoder_layers
-from fullft.offload import Array, DiskArray, Storage, Workers, aligned_bytes, fill, home_of, paged
+from fullft.offload import Array, DiskArray, Storage, Workers, aligned_bytes, fill, home_of, mark_computed, paged
 
 
 def settle_layers(model: PreTrainedModel, tier: str, storage: Storage, with_values: bool = True) -> None:
@@ -80,9 +80,13 @@ class LayerStream:
         self._layers = [list(layer.parameters()) for layer in layers]
         self._device, self._workers = device, Workers(device)
         size = max(sum(_num_bytes(parameter) for parameter in layer) for layer in self._layers)
-        self._hosts = [aligned_bytes(size, device) for _ in range(2)]
         on_cpu = device.type == "cpu"
-        self.memory = self._hosts if on_cpu else [torch.empty_like(host, device=device) for host in self._hosts]
+        # Only what comes from disk needs memory on the host on its way to an accelerator.
+        is_on_disk = any(isinstance(home_of(parameter), DiskArray) for parameter in self._layers[0])
+        self._hosts = [aligned_bytes(size if on_cpu or is_on_disk else 0, device) for _ in range(2)]
+        self.memory = self._hosts
+        if not on_cpu:
+            self.memory = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
         self._present: dict[int, int] = {}  # layer -> place in memory
         self._coming: dict[int, list[Future[None]]] = {}
         self._at_work: int | None = None
@@ -109,7 +113,7 @@ class LayerStream:
         # Forward goes up; backward turns around at the top, and goes down.
         is_last = number == len(self._layers) - 1
         goes_down = torch.is_grad_enabled() and (is_last or (previous is not None and 0 < number < previous))
-        following = number - 1 if goes_down else (number + 1) % len(self._layers)
+        following = (number - 1 if goes_down else number + 1) % len(self._layers)
         if following not in self._present:
             self._make_room(keep=number)
             self._send_for(following)
@@ -130,9 +134,7 @@ class LayerStream:
     def _send_for(self, number: int) -> None:
         slot = next(slot for slot in range(len(self.memory)) if slot not in self._present.values())
         self._present[number] = slot
-        on_cpu = self._device.type == "cpu"
-        # The computation may still be reading what this memory held before.
-        free = None if on_cpu else torch.accelerator.current_stream(self._device).record_event()
+        free = mark_computed(self._device)  # it may still be reading what this memory held before
         self._coming[number] = [
             self._workers.submit(self._bring, home_of(parameter), slot, place, size, free)
             for parameter, (size, place) in zip(self._layers[number], self._places(number), strict=True)
@@ -150,7 +152,7 @@ class LayerStream:
         count = home.numel() * home.element_size()
         if isinstance(home, DiskArray):
             home.read(0, home.numel(), host)
-        with self._workers.copying(free):
+        with self._workers.copying("in", free):
             if not isinstance(home, DiskArray):
                 memory[:count].view(home.dtype).copy_(home, non_blocking=True)
             elif self._device.type != "cpu":

@@ -24,7 +24,7 @@ from transformers.utils import has_file
 from transformers.utils import logging as transformers_logging
 
 from fullft.config import DEMO_FOLDER, Config
-from fullft.errors import ModelError, OptionsError, exhaustion
+from fullft.errors import FullftError, ModelError, OptionsError, exhaustion
 
 DEMO_MODEL = DEMO_FOLDER / "model"
 _WEIGHT_FILES = ("*.safetensors", "*.bin")
@@ -174,7 +174,7 @@ def loading(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, ModelError):
+        if isinstance(error, FullftError):
             raise
         if (exhausted := exhaustion(error)) is not None:
             raise exhausted from error

@@ -5,13 +5,13 @@ with a chunk is `adamw.py`'s business, how gradients gather `gradients.py`'s, ho
 `layer_streaming.py`'s.
 """
 
-import fcntl
+import errno
 import os
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,11 +112,11 @@ class DiskFile:
             self._file = tempfile.TemporaryFile(dir=existing, prefix=".fullft-offload-")
             # Past the page cache, which would copy every byte once more and slow writing down to a fifth. Some file
             # systems cannot.
-            try:
+            with suppress(ImportError, OSError):
+                import fcntl  # not on Windows
+
                 flags = fcntl.fcntl(self._file, fcntl.F_GETFL)
                 fcntl.fcntl(self._file, fcntl.F_SETFL, flags | getattr(os, "O_DIRECT", 0))
-            except OSError:
-                pass
 
     def allocate(self, numel: int, dtype: torch.dtype) -> DiskArray:
         """Take the space of an array of zeros.
@@ -132,14 +132,27 @@ class DiskFile:
         size = paged(numel * dtype.itemsize)
         if self._file is not None and size:
             try:
-                os.posix_fallocate(self._file.fileno(), self.num_bytes, size)
+                self._take(size)
             except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                    raise
                 raise DiskError(
                     f"offload: there is no room for {(self.num_bytes + size) / 1e9:.1f} GB beside the output folder "
                     f"({error.strerror}): free some space, choose an --output_dir on another disk, or offload less"
                 ) from error
         self.num_bytes += size
         return array
+
+    def _take(self, size: int) -> None:
+        """Make the file longer, by space that is there."""
+        assert self._file is not None
+        descriptor = self._file.fileno()
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, self.num_bytes, size)
+            return
+        os.ftruncate(descriptor, self.num_bytes + size)  # macOS takes space as it is written
+        if size > os.fstatvfs(descriptor).f_bavail * os.fstatvfs(descriptor).f_frsize:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def transfer(self, operation: Callable[..., int], offset: int, memory: torch.Tensor) -> None:
         """Read or write all bytes of a piece of memory.
@@ -284,7 +297,9 @@ def aligned_bytes(num_bytes: int, device: torch.device) -> torch.Tensor:
         num_bytes: of them.
         device: that data moves to and from.
     """
-    memory = torch.empty(num_bytes + _PAGE, dtype=torch.uint8, pin_memory=device.type != "cpu")
+    if device.type != "cpu":  # locked memory starts at a page by itself
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+    memory = torch.empty(num_bytes + _PAGE, dtype=torch.uint8)
     start = 0 if active_fake_mode() else -memory.data_ptr() % _PAGE
     return memory[start : start + num_bytes]
 
@@ -325,6 +340,7 @@ class _Slot:
 
     device: torch.Tensor
     host: torch.Tensor
+    free: torch.Event | None  # when the computation has left the memory that this was made of
     stored: "Future[None] | None" = None
 
 
@@ -336,6 +352,15 @@ class _Visit:
     views: dict[str, torch.Tensor]
     staged: list[tuple[Field, int]] = field(default_factory=list)
     fetched: "Future[None] | None" = None
+
+
+def mark_computed(device: torch.device) -> torch.Event | None:
+    """Mark where the computation on an accelerator is; a CPU's is never behind.
+
+    Args:
+        device: that computes.
+    """
+    return None if device.type == "cpu" else torch.accelerator.current_stream(device).record_event()
 
 
 class Workers:
@@ -353,7 +378,8 @@ class Workers:
         """
         self.device = device
         self._threads: ThreadPoolExecutor | None = None
-        self._copies = None if device.type == "cpu" else torch.Stream(device)
+        # One each way: an accelerator copies in both directions at once.
+        self._copies = None if device.type == "cpu" else {way: torch.Stream(device) for way in ("in", "out")}
 
     def submit(self, work: Callable[..., None], *arguments: Any) -> "Future[None]":
         """Have something done.
@@ -375,20 +401,22 @@ class Workers:
         return self._threads.submit(lambda: work(*box.pop()))
 
     @contextmanager
-    def copying(self, after: torch.Event | None = None) -> Iterator[None]:
+    def copying(self, way: str, after: torch.Event | None = None) -> Iterator[None]:
         """Queue what the body copies on a stream of its own, and wait for it at the end; nothing special on a CPU.
 
         Args:
+            way: `in`, to the device, or `out`.
             after: of the computation, that it waits for.
         """
         if self._copies is None:
             yield
             return
+        stream = self._copies[way]
         if after is not None:
-            self._copies.wait_event(after)
-        with self._copies:
+            stream.wait_event(after)
+        with stream:
             yield
-        self._copies.synchronize()
+        stream.synchronize()
 
 
 class ChunkStream:
@@ -445,7 +473,7 @@ class ChunkStream:
     def _make_slot(self, size: int) -> _Slot:
         host = aligned_bytes(size, self._device)
         on_device = host if self._device.type == "cpu" else torch.empty_like(host, device=self._device)
-        return _Slot(on_device, host)
+        return _Slot(on_device, host, mark_computed(self._device))
 
     def _fetch(self, job: Mapping[str, Field], free: "deque[_Slot]") -> _Visit:
         is_any_away = any(each.is_away for each in job.values())
@@ -463,9 +491,7 @@ class ChunkStream:
         return visit
 
     def _store(self, visit: _Visit) -> None:
-        on_cpu = self._device.type == "cpu"
-        computed = None if on_cpu else torch.accelerator.current_stream(self._device).record_event()
-        visit.slot.stored = self._workers.submit(self._take_back, visit, computed)  # type: ignore[union-attr]
+        visit.slot.stored = self._workers.submit(self._take_back, visit, mark_computed(self._device))  # type: ignore[union-attr]
 
     # ------------------------------------------------------------------------------------------ in the threads
 
@@ -474,7 +500,7 @@ class ChunkStream:
         assert slot is not None
         if slot.stored is not None:
             slot.stored.result()  # submitted before this, so it is under way or done
-        with self._workers.copying():
+        with self._workers.copying("in", slot.free):
             for each, place in visit.staged:
                 device = _typed(slot.device, each, place)
                 if isinstance(each.array, DiskArray):
@@ -488,7 +514,7 @@ class ChunkStream:
         slot = visit.slot
         assert slot is not None
         written = [(each, place) for each, place in visit.staged if each.is_written]
-        with self._workers.copying(computed):
+        with self._workers.copying("out", computed):
             for each, place in written:
                 device = _typed(slot.device, each, place)
                 if not isinstance(each.array, DiskArray):

@@ -30,9 +30,6 @@ def build_optimizer(model: nn.Module, config: Config, storage: Storage) -> AdamW
         config: the options of the groups "optimization" and "precision and memory" count, without any auto.
         storage: makes the states, and the gradients' sums, where they are to live.
     """
-    placement = Placement(**parse_offload(config.offload))
-    if config.optim == "paged_adamw_8bit":
-        placement = replace(placement, optimizer="paged")
     masters = config.master_weights if config.precision == "bf16-true" else "none"
     is_in_fp32 = config.precision == "bf16-true" and masters != "none"
     accumulates = (config.gradient_accumulation_steps or 1) > 1
@@ -44,13 +41,23 @@ def build_optimizer(model: nn.Module, config: Config, storage: Storage) -> AdamW
         moments=moments_of(model, config),
         masters=masters,
         gradient_dtype=torch.float32 if is_in_fp32 and accumulates else None,
-        placement=placement,
+        placement=placement_of(config),
         storage=storage,
         seed=config.seed,
     )
     if (layer_stream := getattr(model, "layer_stream", None)) is not None:
         optimizer.register_step_pre_hook(lambda *_: layer_stream.release())
     return optimizer
+
+
+def placement_of(config: Config) -> Placement:
+    """Say where things live.
+
+    Args:
+        config: `offload` and `optim` count.
+    """
+    placement = Placement(**parse_offload(config.offload))
+    return replace(placement, optimizer="paged") if config.optim == "paged_adamw_8bit" else placement
 
 
 def moments_of(model: nn.Module, config: Config) -> Callable[[nn.Parameter], torch.dtype]:

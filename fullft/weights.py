@@ -5,14 +5,17 @@ be trained, is `model.py`'s business.
 """
 
 import json
-from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.initialization import no_init_weights
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
 from fullft.config import Config, parse_offload
@@ -20,8 +23,9 @@ from fullft.disk import write_tensors, write_text
 from fullft.errors import ModelError
 from fullft.layer_streaming import settle_layers
 from fullft.master_weights import split
-from fullft.model import DEMO_MODEL, PRECISIONS, decoder_layers, loading
+from fullft.model import DEMO_MODEL, PRECISIONS, loading
 from fullft.offload import Array, Storage, fill, home_of
+from fullft.optimizer import placement_of
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -46,11 +50,13 @@ def load_model(config: Config, source: str, storage: Storage) -> PreTrainedModel
             torch.manual_seed(config.seed)
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=dtype)
         else:
-            model = _layer_by_layer(config, source, dtype, tier, storage) if tier else None
-            model = model or _from_pretrained(config, source, dtype)
-        first = next(decoder_layers(model).parameters()) if tier else None
-        if first is not None and home_of(first) is first:
-            settle_layers(model, str(tier), storage)
+            model = (
+                _layer_by_layer(config, source, dtype, tier, storage)
+                if tier
+                else _from_pretrained(config, source, dtype)
+            )
+        if tier and source == str(DEMO_MODEL):
+            settle_layers(model, tier, storage)
         if config.precision == "bf16-true" and config.master_weights == "split" and source != str(DEMO_MODEL):
             _keep_what_bf16_rounds_away(config, model, source, storage)
     transformers_logging.disable_progress_bar()  # loading may show one; saving would tear ours
@@ -84,70 +90,119 @@ def _from_pretrained(config: Config, source: str, dtype: torch.dtype) -> PreTrai
     return model
 
 
-def _layer_by_layer(
-    config: Config, source: str, dtype: torch.dtype, tier: str, storage: Storage
-) -> PreTrainedModel | None:
-    """Load a model whose layers never are in memory all at once.
+def _layer_by_layer(config: Config, source: str, dtype: torch.dtype, tier: str, storage: Storage) -> PreTrainedModel:
+    """Load a model whose layers are never in memory all at once.
 
-    Returns:
-        None where the file's tensors are not the model's parameters one by one: transformers must convert them.
+    Raises:
+        ModelError: the files' tensors are not the model's parameters one by one: transformers must convert them.
     """
     model_config = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
-    files = _weight_files(source)
-    shapes = {name: shape for file in files for name, shape in _shapes(file)}
     with no_init_weights():  # memory that nobody writes to takes none
         model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=config.trust_remote_code)
     model.tie_weights()
-    if any(shapes.get(name) != list(parameter.shape) for name, parameter in model.named_parameters()):
-        return None
+    stored = _stored(source, model)
+    for name, parameter in model.named_parameters():
+        if name not in stored or stored[name].shape != list(parameter.shape):
+            raise ModelError(
+                f"the files of {source} have no tensor for {name} as it is: they must be converted while loading, "
+                f"which takes all of the model at once: leave out parameters={tier}"
+            )
     settle_layers(model, tier, storage, with_values=False)
     targets = {**dict(model.named_buffers()), **{name: home_of(p) for name, p in model.named_parameters()}}
-    for file in files:
-        with safe_open(file, framework="pt", device="cpu") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (no mapping)
-                if name in targets:
-                    fill(targets[name], tensors.get_tensor(name).to(targets[name].dtype))
-    if model.can_generate() and (Path(files[0]).parent / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(Path(files[0]).parent)
+    for name, target in targets.items():
+        if name in stored:
+            fill(target, stored[name].read().to(target.dtype))
+    folder = next(iter(stored.values())).file.parent
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
 
 
 def _keep_what_bf16_rounds_away(config: Config, model: PreTrainedModel, source: str, storage: Storage) -> None:
-    """Where a file holds fp32 weights, let the optimizer's masters start from these, not from their bf16 copies."""
-    tier = parse_offload(config.offload).get("optimizer", "device")
-    parameters = dict(model.named_parameters())
+    """Where files hold wider weights, let the optimizer's masters start from these, not from their bf16 copies."""
+    tier = placement_of(config).optimizer
+    stored = _stored(source, model)
+    unknown: dict[str, nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != torch.bfloat16:
+            continue
+        if name not in stored:
+            unknown[name] = parameter
+        elif stored[name].dtype in _WIDER:
+            _keep(parameter, stored[name].read(), tier, storage)
+    if unknown and _is_wider(config, source, stored):  # transformers has converted what is in the files
+        wide = dict(_from_pretrained(config, source, torch.float32).named_parameters())
+        for name, parameter in unknown.items():
+            _keep(parameter, wide.pop(name).detach(), tier, storage)
+
+
+def _keep(parameter: nn.Parameter, values: torch.Tensor, tier: str, storage: Storage) -> None:
+    master = values.flatten().to(torch.float32, copy=True)
+    weights = torch.empty_like(master, dtype=torch.bfloat16)
+    remainder = torch.empty_like(master, dtype=torch.int16)
+    split(master, weights, remainder)
+    fill(home_of(parameter), weights)
+    rounded_off = storage.zeros(tier, remainder.numel(), torch.int16)
+    fill(rounded_off, remainder)
+    parameter.rounded_off = rounded_off  # type: ignore[attr-defined]
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+_WIDER = ("F32", "F16")  # than bf16, in range or in precision
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor in a safetensors file."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: list[int]
+
+    def read(self) -> torch.Tensor:
+        with safe_open(self.file, framework="pt", device="cpu") as tensors:
+            tensor: torch.Tensor = tensors.get_tensor(self.name)
+            return tensor
+
+
+def _stored(source: str, model: PreTrainedModel) -> dict[str, _Stored]:
+    """Find the tensors of the files under the model's names; files of a base model lack its prefix."""
+    found = {}
     for file in _weight_files(source):
         with safe_open(file, framework="pt", device="cpu") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (no mapping)
-                parameter = parameters.get(name)
-                if parameter is None or parameter.dtype != torch.bfloat16 or _dtype(tensors, name) != "F32":
-                    continue
-                master = tensors.get_tensor(name).flatten().clone()
-                weights = torch.empty_like(master, dtype=torch.bfloat16)
-                remainder = torch.empty_like(master, dtype=torch.int16)
-                split(master, weights, remainder)
-                fill(home_of(parameter), weights)
-                rounded_off = storage.zeros(tier, remainder.numel(), torch.int16)
-                fill(rounded_off, remainder)
-                parameter.rounded_off = rounded_off
-
-
-def _dtype(tensors: safe_open, name: str) -> str:
-    return str(tensors.get_slice(name).get_dtype())  # type: ignore[no-untyped-call]
-
-
-def _shapes(file: Path) -> Iterable[tuple[str, list[int]]]:
-    with safe_open(file, framework="pt", device="cpu") as tensors:
-        for name in tensors.keys():  # noqa: SIM118 (no mapping)
-            yield name, tensors.get_slice(name).get_shape()
+                part = tensors.get_slice(name)
+                found[name] = _Stored(file, name, str(part.get_dtype()), list(part.get_shape()))
+    prefix = f"{model.base_model_prefix}."
+    names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+    known = {name: name if name in found else name.removeprefix(prefix) for name in names}
+    return {name: found[there] for name, there in known.items() if there in found}
 
 
 def _weight_files(source: str) -> list[Path]:
-    """List a model's safetensors files; those of a hub id are downloaded if need be."""
-    folder = Path(source)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
-    return sorted(folder.glob("model*.safetensors"))
+    """List the safetensors files that transformers loads, those of a hub id from its cache; none for other formats."""
+
+    def find(name: str) -> Path | None:
+        file = cached_file(
+            source, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+        )
+        return None if file is None else Path(file)
+
+    if (single := find(SAFE_WEIGHTS_NAME)) is not None:
+        return [single]
+    if (index := find(SAFE_WEIGHTS_INDEX_NAME)) is None:
+        return []
+    shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    return [file for shard in shards if (file := find(shard)) is not None]
+
+
+def _is_wider(config: Config, source: str, stored: dict[str, _Stored]) -> bool:
+    if stored:
+        return any(each.dtype in _WIDER for each in stored.values())
+    model_config = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+    return model_config.dtype in (torch.float32, torch.float16)
 
 
 # ---------------------------------------------------------------------------------------------- out
@@ -168,6 +223,8 @@ def save_weights(model: PreTrainedModel, folder: Path) -> None:
         model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
         return
     model.config.architectures = [type(model).__name__]
+    if model._auto_class is not None:
+        custom_object_save(model, folder, config=model.config)  # the code that came with it
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)

@@ -270,7 +270,9 @@ def test_verdicts_turn_at_the_byte() -> None:
     planned = plan_step(make_config(), deep("llama"), BATCH)
     peak = planned["peak_bytes"]
     for size, fits in ((peak, True), (peak - 1, False)):
-        first, *others = report.plan_object(make_config(), planned, Device("mine", size))["verdicts"]
+        first, *others = report.plan_object(make_config(), planned, find_facts(deep("llama"), 8), Device("mine", size))[
+            "verdicts"
+        ]
         assert first == {"device": "mine", "memory_bytes": size, "fits": fits}
         assert [each["memory_bytes"] for each in others] == [each.memory_bytes for each in cards()]
     assert cards()[2].memory_bytes == 24 * 2**30 - CONTEXT_BYTES

@@ -83,6 +83,9 @@ class Plans:
 # ---------------------------------------------------------------------------------------------- choosing
 
 
+_SHOWN = 3  # faster choices that did not fit
+
+
 @dataclass(frozen=True)
 class Choice:
     """One exact way to run.
@@ -137,6 +140,8 @@ def choices(config: Config, plans: Plans, batch: Batch, device: Device, speeds: 
     for offload, mode in itertools.product(offloads, modes):
         if "parameters" in offload and mode != "full":
             continue  # a layer whose weights have left must be recomputed
+        if "optimizer" in offload and config.optim.startswith("paged"):
+            continue  # it places its states itself
         each = replace(config, offload=offload, activation_checkpointing=mode)
         tokens = batch.sequences * batch.length
         seconds = estimate_seconds(each, facts, tokens, speeds, recomputed_share(mode))
@@ -225,11 +230,22 @@ def _told(
         if planned[name]
     ]
     line += f"; {', '.join(kept)}" if kept else ""
-    if place:
-        first = ranked[0].apply(config)
-        need = max(resting_bytes(first, plans.facts(batch.length))["device"], plans.known_peak(first, batch))
-        line += f"; {ranked[0].describe()}, the fastest of all, needs {unit.amount(need)} or more"
+    if too_large := _too_large(ranked[:place], config, plans, batch):
+        line += f"; faster, but too large: {too_large}"
     return chosen, line
+
+
+def _too_large(faster: list[Choice], config: Config, plans: Plans, batch: Batch) -> str:
+    """Say what faster choices need, as far as that is known: one of each offload."""
+    needs: dict[str, str] = {}
+    for choice in faster:
+        chosen = choice.apply(config)
+        held = resting_bytes(chosen, plans.facts(batch.length))
+        device = max(held["device"], plans.known_peak(chosen, batch))
+        beside = {"host": held["host"], "disk": held["disk"]}
+        needed = [f"{GIB.amount(device)}", *(f"{GIB.amount(size)} of {tier}" for tier, size in beside.items() if size)]
+        needs.setdefault(choice.offload, f"offload {choice.offload} ({' and '.join(needed)} or more)")
+    return ", ".join(list(needs.values())[:_SHOWN])
 
 
 def fits(planned: Mapping[str, Any], device: Device) -> bool:

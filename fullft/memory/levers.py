@@ -13,6 +13,7 @@ from fullft.gpus import PEAK_FLOPS
 from fullft.memory.facts import Facts
 from fullft.memory.fit import Plans, recomputed_share
 from fullft.memory.plan import Batch, num_layers
+from fullft.memory.room import Device
 from fullft.memory.tracker import COMPONENTS
 
 # ---------------------------------------------------------------------------------------------- levers
@@ -49,19 +50,20 @@ class _Candidate:
     price: str
 
 
-def find_levers(config: Config, plans: Plans, batch: Batch) -> list[Lever]:
+def find_levers(config: Config, plans: Plans, batch: Batch, device: Device) -> list[Lever]:
     """List what would lower the peak, the cheapest in time first, and all of it together last.
 
     Args:
         config: without any auto.
         plans: of the model.
         batch: the largest micro-batches.
+        device: where the host's memory is its own, only a disk helps.
     """
     peak = plans.of(config, batch)["peak_bytes"]
     options: dict[str, Any] = {}
     sizes: dict[str, int] = {}
     levers: list[Lever] = []
-    for each in _candidates(config, plans, batch):
+    for each in _candidates(config, plans, batch, "disk" if device.is_host else "host"):
         lowered = _peak(plans, config, each.options, batch, each.batch)
         if peak - lowered >= _WORTH_IT * peak:
             levers.append(Lever(each.flags, peak - lowered, lowered, each.time, each.price))
@@ -76,7 +78,7 @@ def _peak(plans: Plans, config: Config, options: dict[str, Any], batch: Batch, s
     return plans.peak_bytes(replace(config, **options), replace(batch, **sizes))
 
 
-def _candidates(config: Config, plans: Plans, batch: Batch) -> Iterator[_Candidate]:
+def _candidates(config: Config, plans: Plans, batch: Batch, tier: str) -> Iterator[_Candidate]:
     # What depends on the batch is at most what is there beside weights, gradients and states: often not worth a trace.
     share = _beside_states(plans, config, batch) / plans.of(config, batch)["peak_bytes"]
     if batch.sequences > 1 and share > 2 * _WORTH_IT:
@@ -102,23 +104,26 @@ def _candidates(config: Config, plans: Plans, batch: Batch) -> Iterator[_Candida
         full = {"activation_checkpointing": "full"}
         time = "about +33%" if config.activation_checkpointing == "none" else "about +15%"
         yield _Candidate("--activation_checkpointing full", full, {}, time, "nothing")
-    yield from _offloads(config, placed)
+    yield from _offloads(config, placed, tier)
 
 
-def _offloads(config: Config, placed: dict[str, str]) -> Iterator[_Candidate]:
-    """Move one thing more to the host, as `--fit auto` does by itself."""
+def _offloads(config: Config, placed: dict[str, str], tier: str) -> Iterator[_Candidate]:
+    """Move one thing more to the host or to disk, as `--fit auto` does by itself."""
     for what in ("optimizer", "gradients", "parameters"):
         if what in placed or (what == "optimizer" and config.optim.startswith("paged")):
             continue
-        placed = placed | {what: "host"}
+        placed = placed | {what: tier}
         offload = ",".join(f"{each}={where}" for each, where in placed.items())
         options = {"offload": offload}
         if "parameters" in placed:
             options["activation_checkpointing"] = "full"
-        flags = f"--offload {offload}"
-        if "parameters" in placed and config.activation_checkpointing != "full":
-            flags += " --activation_checkpointing full"
-        yield _Candidate(flags, options, {}, "by the link", "host memory")
+        yield _Candidate(
+            f"--offload {offload}",
+            options,
+            {},
+            "by the link" if tier == "host" else "by the disk",
+            f"takes {tier} space",
+        )
 
 
 def _beside_states(plans: Plans, config: Config, batch: Batch) -> int:

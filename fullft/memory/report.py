@@ -13,6 +13,7 @@ from typing import Any
 
 from fullft.config import Config
 from fullft.errors import FullftError, ModelError, OptionsError
+from fullft.memory.facts import Facts
 from fullft.memory.find import find_config
 from fullft.memory.fit import Plans, choose, fits
 from fullft.memory.levers import (
@@ -29,6 +30,7 @@ from fullft.memory.levers import (
 from fullft.memory.plan import Batch, num_layers
 from fullft.memory.room import Device, cards, find_device, measure_speeds
 from fullft.memory.tracker import COMPONENTS
+from fullft.memory.traffic import Traffic, estimate_traffic
 from fullft.memory.units import Unit, unit_for
 from fullft.model import pick_device
 
@@ -54,7 +56,12 @@ def show_plan(config: Config) -> None:
         config, chosen = choose(config, plans, batch, device, lambda: measure_speeds(config, here))
         planned = plans.of(config, batch)
         if config.json:
-            print(json.dumps(plan_object(config, planned, device) | _asked_for(config, plans, batch), indent=1))
+            print(
+                json.dumps(
+                    plan_object(config, planned, plans.facts(batch.length), device) | _asked_for(config, plans, batch),
+                    indent=1,
+                )
+            )
         else:
             print("\n\n".join(describe_plan(config, plans, batch, device, chosen)))
     except FullftError:
@@ -82,20 +89,22 @@ def largest_batch(config: Config, plans: Plans) -> Batch:
     return Batch(config.per_device_train_batch_size, config.max_length, config.max_length if config.val_size else 0)
 
 
-def plan_object(config: Config, planned: Mapping[str, Any], device: Device) -> dict[str, Any]:
+def plan_object(config: Config, planned: Mapping[str, Any], facts: Facts, device: Device) -> dict[str, Any]:
     """Make what `--plan --json` prints: the figures of `memory.json`, and what they belong to.
 
     Args:
         config: without any auto.
         planned: from `plan_step`.
+        facts: of the model.
         device: the one at hand; the usual cards follow it.
     """
     verdicts = [
         {"device": each.name, "memory_bytes": each.memory_bytes, "fits": fits(planned, each)}
         for each in (device, *cards())
     ]
+    traffic = asdict(sum(estimate_traffic(config, facts), Traffic()))
     head = {"model": config.model or "the built-in demo", "num_parameters": planned["num_parameters"]}
-    return head | dict(planned) | {"options": asdict(config), "verdicts": verdicts}
+    return head | dict(planned) | {"options": asdict(config), "verdicts": verdicts, "traffic_per_step": traffic}
 
 
 def _asked_for(config: Config, plans: Plans, batch: Batch) -> dict[str, Any]:
@@ -134,12 +143,13 @@ def describe_plan(config: Config, plans: Plans, batch: Batch, device: Device, ch
     """
     planned = plans.of(config, batch)
     unit = unit_for(planned["peak_bytes"])
-    levers = find_levers(config, plans, batch)
+    levers = find_levers(config, plans, batch, device)
     return [
         _assumptions(config, planned, batch, chosen, unit),
         _components(config, plans, batch, unit),
         _verdicts(planned, device, levers, unit),
         *([_levers(levers, unit)] if levers else []),
+        *([_traffic(config, plans, batch)] if config.offload != "none" else []),
         _several_gpus(config, plans, batch, unit),
         _time(config, plans, batch),
     ]
@@ -207,7 +217,9 @@ def _verdicts(planned: Mapping[str, Any], device: Device, levers: list[Lever], u
             verdict = f"yes  {unit.number(spare):>7} {unit.name} to spare"
         else:
             help_ = next((lever.flags for lever in levers if lever.peak_bytes <= each.memory_bytes), None)
-            help_ = "with all the levers below" if help_ == ALL else help_ and f"with {help_}"
+            if help_ is not None:
+                is_long = help_.startswith("--offload")
+                help_ = "with all the levers" if help_ == ALL else "with more offloaded" if is_long else f"with {help_}"
             verdict = f"no   {unit.number(-spare):>7} {unit.name} short    {help_ or ''}".rstrip()
         lines.append(f"  {each.name[:20]:20}{unit.number(each.memory_bytes):>8} {unit.name}  {verdict}")
     return "\n".join(lines)
@@ -249,6 +261,17 @@ def _time(config: Config, plans: Plans, batch: Batch) -> str:
         for name, spent in hours.items()
     )
     return f"{line}\n  GPU-hours at {MFU:.0%} of peak, with recomputation: {shown}"
+
+
+def _traffic(config: Config, plans: Plans, batch: Batch) -> str:
+    beside, after = estimate_traffic(config, plans.facts(batch.length))
+    lines = [f"{'GB that a step moves':38}{'to device':>12}{'from device':>13}{'disk read':>12}{'disk written':>14}"]
+    for name, part in (("during forward and backward", beside), ("in clipping and the optimizer step", after)):
+        figures = (part.to_device, part.from_device, part.disk_read, part.disk_write)
+        lines.append(
+            f"  {name:36}" + "".join(f"{n / 1e9:>{w},.1f}" for n, w in zip(figures, (12, 13, 12, 14), strict=True))
+        )
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------- after a run

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from fullft.config import Config, parse_size
+from fullft.errors import DiskError
 from fullft.memory.allocator import peak_bytes
 from fullft.offload import CHUNK, DiskFile, aligned_bytes
 
@@ -146,6 +147,14 @@ def measure_speeds(config: Config, device: torch.device) -> Speeds:
         host = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
         on_device = torch.empty_like(host, device=device)
         link = host.nbytes / _seconds(lambda: on_device.copy_(host, non_blocking=True), device)
+    try:
+        return Speeds(flops, link, *_disk_speeds(config, device))
+    except (DiskError, OSError):  # to plan, nothing needs to be writable
+        return Speeds(flops, link, ASSUMED.disk_read, ASSUMED.disk_write)
+
+
+def _disk_speeds(config: Config, device: torch.device) -> tuple[float, float]:
+    """Give the bytes per second read and written past the page cache."""
     memory = aligned_bytes(4 * CHUNK, device)
     array = DiskFile(Path(str(config.output_dir))).allocate(4 * 4 * CHUNK, torch.uint8)
 
@@ -155,7 +164,7 @@ def measure_speeds(config: Config, device: torch.device) -> Speeds:
 
     write = array.numel() / _seconds(lambda: each_quarter(array.write), device)
     read = array.numel() / _seconds(lambda: each_quarter(array.read), device)
-    return Speeds(flops, link, read, write)
+    return read, write
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

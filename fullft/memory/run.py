@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from fullft import errors
 from fullft.adamw import AdamW
+from fullft.blockwise import require_kernel
 from fullft.config import Config
 from fullft.data import Data
 from fullft.disk import write_text
@@ -58,6 +59,8 @@ def plan_run(config: Config, model_config: PreTrainedConfig, batch: Batch, devic
     Raises:
         MemoryExhaustedError: with `--fit auto`, when no choice fits.
     """
+    if "8bit" in config.optim:
+        require_kernel(device)  # before weights are loaded
     asked, plans, there = config, Plans(model_config), find_device(config, device)
     try:
         config, choice = choose(config, plans, batch, there, lambda: measure_speeds(asked, device))
@@ -72,7 +75,7 @@ def plan_run(config: Config, model_config: PreTrainedConfig, batch: Batch, devic
     if config.fit == "auto" and not fits(figures, there):
         raise MemoryExhaustedError(
             f"this run needs {_needs(figures)}, {there.name} has {_has(there, unit)} free\n"
-            f"cheapest remedies: {_remedies(config, plans, batch, unit)}; --plan shows where every byte goes, "
+            f"cheapest remedies: {_remedies(config, plans, batch, there, unit)}; --plan shows where every byte goes, "
             "--fit off tries all the same"
         )
 
@@ -81,7 +84,7 @@ def plan_run(config: Config, model_config: PreTrainedConfig, batch: Batch, devic
         parts = ", ".join(f"{name.replace('_', ' ')} {unit.number(size)}" for name, size in largest)
         return (
             f"planned were {unit.amount(peak)} ({parts}); saved checkpoints are intact; cheapest remedies: "
-            f"{_remedies(config, plans, batch, unit)}"
+            f"{_remedies(config, plans, batch, there, unit)}"
         )
 
     errors.out_of_memory_advice = advice
@@ -103,8 +106,8 @@ def _has(there: Device, unit: Unit) -> str:
     return f"{unit.amount(there.memory_bytes)}{host}, {GIB.amount(there.disk_bytes)} of disk"
 
 
-def _remedies(config: Config, plans: Plans, batch: Batch, unit: Unit) -> str:
-    levers = find_levers(config, plans, batch)[:3]
+def _remedies(config: Config, plans: Plans, batch: Batch, there: Device, unit: Unit) -> str:
+    levers = find_levers(config, plans, batch, there)[:3]
     return "; ".join(f"{lever.flags} (saves {unit.amount(lever.saved_bytes)})" for lever in levers) or "a smaller model"
 
 

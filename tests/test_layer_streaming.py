@@ -182,6 +182,31 @@ def test_masters_start_from_the_fp32_numbers_of_a_file(offload: str, tmp_path: P
         assert pieces.any()  # the negative control: rounding has left something
 
 
+@pytest.mark.parametrize("offload", ["none", "parameters=host"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_so_they_do_where_names_lack_the_base_models_prefix(offload: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """As GPT-2's published files have it."""
+    original = tiny_model("gpt2", dtype)
+    original.transformer.save_pretrained(tmp_path / "original")
+    config = options(offload)
+    model = load_model(config, str(tmp_path / "original"), Storage(torch.device("cpu"), tmp_path))
+    weights = content(model)
+    for name, parameter in original.named_parameters():
+        master = torch.empty(parameter.numel())
+        join(weights[name], dict(model.named_parameters())[name].rounded_off.clone(), master)
+        assert torch.equal(master, parameter.detach().flatten().float())
+
+
+def test_other_files_in_the_folder_are_not_the_model(tmp_path: Path) -> None:
+    original, other = tiny_model("llama", torch.bfloat16), tiny_model("llama", torch.float32, seed=1)
+    original.save_pretrained(tmp_path)
+    other.save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").rename(tmp_path / "model.fp32.safetensors")
+    for offload in ("none", "parameters=host"):
+        weights = content(load_model(options(offload), str(tmp_path), Storage(torch.device("cpu"), tmp_path)))
+        assert all(torch.equal(weights[name], p.detach().flatten()) for name, p in original.named_parameters())
+
+
 @pytest.mark.parametrize("begun", ["none", *PLACEMENTS[1:4]])
 def test_a_run_goes_on_in_any_other_placement(begun: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     def config_of(offload: str) -> Config:

@@ -1,6 +1,7 @@
 """The optimizer, the parameter groups, the schedule and the norm are those of the libraries that we name."""
 
 import math
+import weakref
 from pathlib import Path
 
 import pytest
@@ -238,3 +239,42 @@ def test_hugging_faces_spellings_name_the_same_optimizers() -> None:
         assert parse_config(["--optim", spelling]).optim == ours
     with pytest.raises(OptionsError, match="adamw, adamw_8bit, paged_adamw_8bit"):
         parse_config(["--optim", "lion"])
+
+
+def test_a_parameter_without_a_gradient_does_not_age() -> None:
+    """As in torch, whose correction of the moments' bias counts each parameter's own steps."""
+    courses = []
+    for build in (
+        lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, fused=True),
+        lambda parameters: AdamW(
+            [{"params": parameters, "weight_decay": 0.01}],
+            lr=1e-2,
+            betas=(0.9, 0.999),
+            eps=1e-8,
+            moments=lambda one: one.dtype,
+            storage=Storage(torch.device("cpu"), Path()),
+        ),
+    ):
+        torch.manual_seed(0)
+        parameters = [nn.Parameter(torch.randn(5)) for _ in range(2)]
+        optimizer = build(parameters)
+        for step in range(6):
+            for number, parameter in enumerate(parameters):
+                if number == 0 or step in (3, 5):
+                    parameter.grad = torch.randn(5)
+            optimizer.step()
+            optimizer.zero_grad()
+        courses.append([parameter.detach() for parameter in parameters])
+    assert all(torch.equal(one, other) for one, other in zip(*courses, strict=True))
+
+
+def test_a_closed_optimizer_frees_its_states_at_once() -> None:
+    model = tiny_model("llama", torch.bfloat16)
+    optimizer = optimizer_of(model, make_config(gradient_accumulation_steps=2))
+    model(input_ids=torch.ones(1, 4, dtype=torch.int64)).logits.sum().backward()
+    optimizer.step()
+    states = [weakref.ref(array) for each in optimizer.state.values() for array in each.values()]
+    assert states and all(state() is not None for state in states)
+    optimizer.close()
+    assert all(state() is None for state in states)
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())

@@ -261,7 +261,7 @@ def table(done: list[Rung], num_parameters: int) -> Iterator[tuple[str, ...]]:
         cells += [f"{planned['device'] / num_parameters:.2f}", f"{tracked['peak'] / num_parameters:.2f}"]
         cells += [f"{planned['peak'] / num_parameters:.2f}"]
         ratio = statistics.median(rung.seconds) / statistics.median(by_name[time_base(rung)].seconds)
-        yield (rung.name.replace(",", ", "), *cells, f"{ratio:.2f}", exactness(rung, by_name))
+        yield (rung.name.replace(", ", ",").replace(",", ", "), *cells, f"{ratio:.2f}", exactness(rung, by_name))
 
 
 def figures(profile: dict[str, Any]) -> dict[str, int]:

@@ -15,7 +15,7 @@ from fullft.memory.facts import Facts, find_facts
 from fullft.memory.plan import Batch, plan_step
 from fullft.memory.room import ASSUMED, Device, Speeds
 from fullft.memory.traffic import estimate_seconds, resting_bytes
-from fullft.memory.units import GIB, unit_for
+from fullft.memory.units import GIB, Unit, unit_for
 
 # ---------------------------------------------------------------------------------------------- what is needed
 
@@ -83,7 +83,7 @@ class Plans:
 # ---------------------------------------------------------------------------------------------- choosing
 
 
-_SHOWN = 3  # faster choices that did not fit
+_SHOWN = 2  # faster choices that did not fit
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def _told(
     planned = plans.of(chosen, batch)
     place, unit = ranked.index(choice), unit_for(planned["peak_bytes"])
     costs = choice.seconds / min(each.seconds for each in ranked)
-    time = f" (about {costs:.2g} x the time of the fastest)" if costs > 1.05 else ""
+    time = f" ({costs:.2g} x the time of the fastest)" if costs > 1.05 else ""
     spare = f"{unit.amount(device.memory_bytes - _taken(planned, device))} to spare"
     line = f"{choice.describe()}{time}: the fastest exact choice to fit {device.name}, {spare}"
     kept = [
@@ -230,12 +230,12 @@ def _told(
         if planned[name]
     ]
     line += f"; {', '.join(kept)}" if kept else ""
-    if too_large := _too_large(ranked[:place], config, plans, batch):
-        line += f"; faster, but too large: {too_large}"
+    if too_large := _too_large(ranked[:place], config, plans, batch, unit):
+        line += f"; faster, but too large: offload {too_large}"
     return chosen, line
 
 
-def _too_large(faster: list[Choice], config: Config, plans: Plans, batch: Batch) -> str:
+def _too_large(faster: list[Choice], config: Config, plans: Plans, batch: Batch, unit: Unit) -> str:
     """Say what faster choices need, as far as that is known: one of each offload."""
     needs: dict[str, str] = {}
     for choice in faster:
@@ -243,8 +243,8 @@ def _too_large(faster: list[Choice], config: Config, plans: Plans, batch: Batch)
         held = resting_bytes(chosen, plans.facts(batch.length))
         device = max(held["device"], plans.known_peak(chosen, batch))
         beside = {"host": held["host"], "disk": held["disk"]}
-        needed = [f"{GIB.amount(device)}", *(f"{GIB.amount(size)} of {tier}" for tier, size in beside.items() if size)]
-        needs.setdefault(choice.offload, f"offload {choice.offload} ({' and '.join(needed)} or more)")
+        needed = [unit.amount(device), *(f"{tier} {unit.amount(size)}" for tier, size in beside.items() if size)]
+        needs.setdefault(choice.offload, f"{choice.offload} ({', '.join(needed)})")
     return ", ".join(list(needs.values())[:_SHOWN])
 
 

@@ -122,7 +122,7 @@ def _offloads(config: Config, placed: dict[str, str], tier: str) -> Iterator[_Ca
             options,
             {},
             "by the link" if tier == "host" else "by the disk",
-            f"takes {tier} space",
+            "",
         )
 
 

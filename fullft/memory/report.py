@@ -34,7 +34,7 @@ from fullft.memory.traffic import Traffic, estimate_traffic
 from fullft.memory.units import Unit, unit_for
 from fullft.model import pick_device
 
-_WIDTH = 110  # of paragraphs
+_WIDTH = 100  # of paragraphs
 
 
 def show_plan(config: Config) -> None:
@@ -102,9 +102,10 @@ def plan_object(config: Config, planned: Mapping[str, Any], facts: Facts, device
         {"device": each.name, "memory_bytes": each.memory_bytes, "fits": fits(planned, each)}
         for each in (device, *cards())
     ]
-    traffic = asdict(sum(estimate_traffic(config, facts), Traffic()))
+    moved = asdict(sum(estimate_traffic(config, facts), Traffic()))
+    traffic = {"traffic_per_step": moved} if config.offload != "none" else {}
     head = {"model": config.model or "the built-in demo", "num_parameters": planned["num_parameters"]}
-    return head | dict(planned) | {"options": asdict(config), "verdicts": verdicts, "traffic_per_step": traffic}
+    return head | dict(planned) | {"options": asdict(config), "verdicts": verdicts} | traffic
 
 
 def _asked_for(config: Config, plans: Plans, batch: Batch) -> dict[str, Any]:
@@ -149,9 +150,10 @@ def describe_plan(config: Config, plans: Plans, batch: Batch, device: Device, ch
         _components(config, plans, batch, unit),
         _verdicts(planned, device, levers, unit),
         *([_levers(levers, unit)] if levers else []),
-        *([_traffic(config, plans, batch)] if config.offload != "none" else []),
         _several_gpus(config, plans, batch, unit),
-        _time(config, plans, batch),
+        "\n".join(
+            [_time(config, plans, batch), *([_traffic(config, plans, batch)] if config.offload != "none" else [])]
+        ),
     ]
 
 
@@ -226,11 +228,10 @@ def _verdicts(planned: Mapping[str, Any], device: Device, levers: list[Lever], u
 
 
 def _levers(levers: list[Lever], unit: Unit) -> str:
-    width = max(34, *(len(lever.flags) + 1 for lever in levers))
-    lines = [f"{'Levers, cheapest in time first':{width + 2}}{'saves':>11}{'then needs':>13}   {'time':12}but"]
+    lines = [f"{'Levers, cheapest in time first':36}{'saves':>11}{'then needs':>13}   {'time':12}but"]
     for lever in levers:
         lines.append(
-            f"  {lever.flags:{width}}{unit.number(lever.saved_bytes):>7} {unit.name}{unit.number(lever.peak_bytes):>9} "
+            f"  {lever.flags:34}{unit.number(lever.saved_bytes):>7} {unit.name}{unit.number(lever.peak_bytes):>9} "
             f"{unit.name}   {lever.time:12}{lever.price}".rstrip()
         )
     return "\n".join(lines)
@@ -264,14 +265,10 @@ def _time(config: Config, plans: Plans, batch: Batch) -> str:
 
 
 def _traffic(config: Config, plans: Plans, batch: Batch) -> str:
-    beside, after = estimate_traffic(config, plans.facts(batch.length))
-    lines = [f"{'GB that a step moves':38}{'to device':>12}{'from device':>13}{'disk read':>12}{'disk written':>14}"]
-    for name, part in (("during forward and backward", beside), ("in clipping and the optimizer step", after)):
-        figures = (part.to_device, part.from_device, part.disk_read, part.disk_write)
-        lines.append(
-            f"  {name:36}" + "".join(f"{n / 1e9:>{w},.1f}" for n, w in zip(figures, (12, 13, 12, 14), strict=True))
-        )
-    return "\n".join(lines)
+    moved = sum(estimate_traffic(config, plans.facts(batch.length)), Traffic())
+    link = f"{moved.to_device / 1e9:,.1f} GB to the device and {moved.from_device / 1e9:,.1f} GB from it"
+    disk = f"{moved.disk_read / 1e9:,.1f} GB read from disk, {moved.disk_write / 1e9:,.1f} GB written"
+    return f"Moved per step: {link}" + (f"; {disk}" if moved.disk_write else "")
 
 
 # ---------------------------------------------------------------------------------------------- after a run

@@ -230,8 +230,7 @@ def visit(rung: Rung, weights: dict[str, torch.Tensor], length: int, is_first: b
     rung.seconds.append(time.perf_counter() - start)
     if is_first:
         rung.digest = digest(model, optimizer)
-    for parameter in model.parameters():  # a hook that reaches its parameter would keep both alive for ever
-        parameter._post_accumulate_grad_hooks = None
+    optimizer.close()  # its hooks on the parameters would keep both alive for ever
 
 
 def digest(model: PreTrainedModel, optimizer: AdamW) -> str:

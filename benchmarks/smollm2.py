@@ -41,7 +41,7 @@ def main() -> None:
     command += ["--output_dir", str(output_dir), *OPTIONS, *more]
     print(
         "python",
-        shlex.join(argument.replace(f"{ROOT}/", "").replace(f"{ROOT.parent}/", "../") for argument in command),
+        shlex.join(argument.removeprefix(f"{ROOT}/") for argument in command),
         flush=True,
     )
     start = time.perf_counter()

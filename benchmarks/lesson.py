@@ -268,6 +268,23 @@ def eight_bits() -> str:
     return table(rows)
 
 
+def one_card() -> str:
+    """What is left on the device when the rest lives elsewhere, exact AdamW with fp32 masters and moments."""
+    lines = ["| on the device | on the host or on disk | what moves there |", "|---|---|---|"]
+    rungs = (
+        ("nothing: fp32 masters, as 2 + 2 bytes", "none"),
+        ("optimizer states", "optimizer=host"),
+        ("gradients too", "optimizer=host,gradients=host"),
+        ("the layers' weights too", "optimizer=host,gradients=host,parameters=host"),
+    )
+    for name, offload in rungs:
+        changes = {"master_weights": "split", "activation_checkpointing": "full", "offload": offload}
+        planned = plan(MISTRAL, **changes)
+        device, host = (planned[key] for key in ("peak_bytes", "host_bytes"))
+        lines.append(f"| {gb(device)} ({device / GIB:.1f} GiB) | {gb(host) if host else 'nothing'} | {name} |")
+    return "\n".join(lines)
+
+
 def several_gpus() -> str:
     """ZeRO-3."""
     room = 4 * CARD
@@ -382,6 +399,16 @@ than its input that this costs more (last column, by arithmetic). The better gro
 
 Two bytes per parameter for both moments, instead of four or eight, and a scale per 256 elements; not a clean half or
 quarter, because embeddings and small tensors keep fp32 states.
+
+## One card
+
+The lesson gives up here: "practically impossible on consumer hardware". What does not fit need not stay, and nothing
+about AdamW changes by that: gradients still add up over 16 micro-batches and are clipped by their exact norm.
+
+{one_card()}
+
+So a card of 24 or 16 GB trains all of Mistral-7B if the host has the memory, or the disk; a step takes longer by what
+must move. The weights are bf16 numbers whose lower halves are kept beside the states, so that no update is lost.
 
 ## Several GPUs
 

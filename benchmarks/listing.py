@@ -311,7 +311,7 @@ def bytes_per_parameter(lesson: Lesson) -> list[tuple[str, str, str]]:
         (
             "12 bytes per parameter, for bf16 weights and fp32 moments: torch's AdamW, measured",
             _bytes(lesson, half, lambda model: torch.optim.AdamW(model.parameters())),
-            f"{_bytes(lesson, half, ours('adamw'))} (bf16-true, none); {_bytes(lesson, full, ours('adamw'))} (bf16-mixed)",
+            f"{_bytes(lesson, half, ours('adamw'))} (bf16-true); {_bytes(lesson, full, ours('adamw'))} (bf16-mixed)",
         ),
         (
             "whose 12 bytes those are: bitsandbytes' 32-bit AdamW",

@@ -408,7 +408,8 @@ about AdamW changes by that: gradients still add up over 16 micro-batches and ar
 {one_card()}
 
 So a card of 24, 16 or even 8 GB trains all of Mistral-7B if the host has the memory, or the disk; a step
-takes longer by what must move. The weights are bf16 numbers whose lower halves are kept beside the states, so that no update is lost.
+takes longer by what must move. The weights are bf16 numbers whose lower halves are kept beside the states, so that no
+update is lost.
 
 ## Several GPUs
 

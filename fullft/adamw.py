@@ -153,7 +153,7 @@ class AdamW(torch.optim.Optimizer):
         for job, fields in zip(jobs, self._stream.run(job.fields for job in jobs), strict=True):
             if self._is_rehearsal:
                 fields["gradient"].zero_()
-            for start in range(0, job.count, tile)[: 2 if self._is_rehearsal else None]:
+            for start in range(0, tile if self._is_rehearsal else job.count, tile):
                 work = _Tile(job, start, _cut(fields, start, min(start + tile, job.count)), steps[job.step])
                 self._update_tile(work, scratch)
 
@@ -172,7 +172,7 @@ class AdamW(torch.optim.Optimizer):
         step = self.num_steps - self.missed.get(id(parameter), 0) + 1
         starts = range(0, parameter.numel(), CHUNK)
         if self._is_rehearsal:
-            starts = starts[:3]  # as many as are under way at a time
+            starts = starts[:1]  # the largest: its stream takes as much memory for one chunk as for all
         for start in starts:
             count = min(CHUNK, parameter.numel() - start)
             fields = {

@@ -65,8 +65,12 @@ class Gradients:
         for parameter in parameters:
             if tier == "released":
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(self._release))
-            elif tier != "device" or self._dtypes[id(parameter)] != parameter.dtype:
+            elif self._gathers(parameter):
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(self._gather))
+
+    def _gathers(self, parameter: nn.Parameter) -> bool:
+        """Tell whether autograd's own sum, `parameter.grad`, will not do."""
+        return self._tier != "device" or self._dtypes[id(parameter)] != parameter.dtype
 
     def _largest_chunk(self) -> int:
         """Give the bytes of the largest chunk, in the widest dtype of all gradients and sums."""
@@ -118,6 +122,14 @@ class Gradients:
         parameter.grad = None
 
     @torch.no_grad()
+    def pretend(self) -> None:
+        """Let a gradient of unknown values arrive for every parameter, as from a micro-batch; for plans."""
+        for parameter in reversed(self.parameters):
+            parameter.grad = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+            if self._gathers(parameter):
+                self._gather(parameter)
+
+    @torch.no_grad()
     def _release(self, parameter: nn.Parameter) -> None:
         """Use a gradient up, and free it."""
         assert parameter.grad is not None
@@ -132,7 +144,7 @@ class Gradients:
         """Take the 2-norm over all gradients, summed per parameter in a fixed order in fp64.
 
         Args:
-            only: look at a few tiles of these alone, which needs the same memory; None looks at all.
+            only: look at a tile of each of these alone, which needs the same memory; None looks at all.
 
         Returns:
             A float64 scalar on the device (float32 on Apple's, which has no float64).
@@ -145,13 +157,13 @@ class Gradients:
             (id(parameter), Field(array, start, min(CHUNK, array.numel() - start), is_written=False))
             for parameter in (self.parameters if only is None else only)
             if (array := self.of(parameter)) is not None
-            for start in range(0, array.numel(), CHUNK)[: None if only is None else 3]
+            for start in range(0, array.numel(), CHUNK)[: None if only is None else 1]
         ]
         squares = {id(parameter): self._released.get(id(parameter), []) for parameter in self.parameters}
         chunks = ChunkStream(self._storage.device).run({"gradient": field} for _, field in jobs)
         with _one_thread():
             for (key, _), chunk in zip(jobs, chunks, strict=True):
-                squares[key] += _squares(chunk["gradient"][: None if only is None else 2 * NORM_TILE])
+                squares[key] += _squares(chunk["gradient"][: None if only is None else NORM_TILE])
             sums = [torch.stack(each).sum() for each in squares.values() if each]
             if not sums:
                 raise ValueError("no parameter has a gradient")
@@ -187,7 +199,7 @@ def add_(total: torch.Tensor, values: torch.Tensor) -> None:
         total: [n], added to in place.
         values: [n].
     """
-    if total.device.type != "cpu" or total.dtype == values.dtype:
+    if total.device.type != "cpu" or total.dtype == values.dtype or active_fake_mode() is not None:
         total.add_(values)
         return
     for tile, narrow in zip(total.split(NORM_TILE), values.split(NORM_TILE), strict=True):
@@ -225,7 +237,7 @@ class _Departures:
         """
         starts = range(0, gradient.numel(), CHUNK)
         if active_fake_mode() is not None:
-            starts = starts[: _DEPARTING + 1]  # a plan needs no more: from then on berths are used again
+            starts = starts[: _DEPARTING - len(self._berths)]  # a plan needs no more than to fill the berths
         for start in starts:
             chunk = gradient[start : start + CHUNK]
             berth = self._next_berth()

@@ -350,7 +350,7 @@ class _Visit:
 
     slot: _Slot | None
     views: dict[str, torch.Tensor]
-    staged: list[tuple[Field, int]] = field(default_factory=list)
+    staged: list[tuple[Field, int, torch.Tensor]] = field(default_factory=list)
     fetched: "Future[None] | None" = None
 
 
@@ -366,8 +366,7 @@ def mark_computed(device: torch.device) -> torch.Event | None:
 class Workers:
     """Threads that move data beside the computation.
 
-    Disks and accelerators work by themselves, and Python waits for them elsewhere. On fake tensors nothing moves, and
-    all is done at once.
+    Disks and accelerators work by themselves, and Python waits for them elsewhere. On fake tensors nothing moves.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -390,7 +389,6 @@ class Workers:
         """
         if active_fake_mode() is not None:
             future: Future[None] = Future()
-            work(*arguments)
             future.set_result(None)
             return future
         if self._threads is None:
@@ -483,8 +481,8 @@ class ChunkStream:
             if visit.slot is None or not each.is_away:
                 visit.views[name] = _stretch(each)
                 continue
-            visit.staged.append((each, place))
             visit.views[name] = _typed(visit.slot.device, each, place)
+            visit.staged.append((each, place, visit.views[name]))
             place += each.num_bytes
         if visit.slot is not None:
             visit.fetched = self._workers.submit(self._bring, visit)
@@ -501,8 +499,7 @@ class ChunkStream:
         if slot.stored is not None:
             slot.stored.result()  # submitted before this, so it is under way or done
         with self._workers.copying("in", slot.free):
-            for each, place in visit.staged:
-                device = _typed(slot.device, each, place)
+            for each, place, device in visit.staged:
                 if isinstance(each.array, DiskArray):
                     each.array.read(each.start, each.count, slot.host[place : place + each.num_bytes])
                     if slot.host is not slot.device:
@@ -513,15 +510,14 @@ class ChunkStream:
     def _take_back(self, visit: _Visit, computed: torch.Event | None) -> None:
         slot = visit.slot
         assert slot is not None
-        written = [(each, place) for each, place in visit.staged if each.is_written]
+        written = [staged for staged in visit.staged if staged[0].is_written]
         with self._workers.copying("out", computed):
-            for each, place in written:
-                device = _typed(slot.device, each, place)
+            for each, place, device in written:
                 if not isinstance(each.array, DiskArray):
                     _stretch(each).copy_(device, non_blocking=True)
                 elif slot.host is not slot.device:
                     _typed(slot.host, each, place).copy_(device, non_blocking=True)
-        for each, place in written:
+        for each, place, _ in written:
             if isinstance(each.array, DiskArray):
                 each.array.write(each.start, each.count, slot.host[place : place + each.num_bytes])
 

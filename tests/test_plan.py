@@ -169,21 +169,45 @@ def test_one_chunk_of_the_loss_stands_for_all(
     assert plan_step(config, model_config, batch) == planned
 
 
-def test_a_plan_takes_as_many_operators_for_a_large_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    def operators(batch: Batch) -> int:
-        events = []
-        original = MemoryTracker.__torch_dispatch__
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                MemoryTracker,
-                "__torch_dispatch__",
-                lambda self, operator, *rest: (events.append(operator), original(self, operator, *rest))[1],
-            )
-            plan_step(make_config(), deep("llama", 4), batch)
-        return len(events)
+def operators_of_a_plan(
+    monkeypatch: pytest.MonkeyPatch, config: Config, model_config: PreTrainedConfig, batch: Batch
+) -> int:
+    """Count what a plan's time depends on."""
+    events = []
+    original = MemoryTracker.__torch_dispatch__
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            MemoryTracker,
+            "__torch_dispatch__",
+            lambda self, operator, *rest: (events.append(operator), original(self, operator, *rest))[1],
+        )
+        plan_step(config, model_config, batch)
+    return len(events)
 
+
+def test_a_plan_takes_as_many_operators_for_a_large_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_module, "CHUNK_TOKENS", 8)
-    assert operators(Batch(16, 128, 128)) == operators(Batch(2, 16, 16))
+    large, small = (
+        operators_of_a_plan(monkeypatch, make_config(), deep("llama", 4), batch)
+        for batch in (Batch(16, 128, 128), Batch(2, 16, 16))
+    )
+    assert large == small
+
+
+@pytest.mark.parametrize("offload", ["none", "optimizer=host,gradients=host", "optimizer=disk,gradients=disk"])
+def test_a_plan_takes_as_many_operators_for_large_tensors(
+    offload: str, small_chunks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks and tiles stand for each other, in the sums of gradients as in the norm and the step."""
+
+    def operators(vocabulary: int) -> int:
+        model_config = deep("llama", 4)
+        model_config.vocab_size = vocabulary
+        config = make_config(offload=offload, precision="bf16-true", gradient_accumulation_steps=4)
+        return operators_of_a_plan(monkeypatch, config, model_config, Batch(1, 16, 16))
+
+    rows = small_chunks // deep("llama", 4).hidden_size + 1
+    assert operators(100 * rows) == operators(10 * rows)
 
 
 # ---------------------------------------------------------------------------------------------- Mistral-7B

@@ -193,12 +193,12 @@ def _first_to_fit(ranked: list[Choice], config: Config, plans: Plans, batch: Bat
         chosen = choice.apply(config)
         if choice.offload in hopeless or not _has_room(device, resting_bytes(chosen, facts)):
             continue
+        if fits(plans.of(chosen, batch), device):
+            return choice
         # Where even recomputing everything does not help, nothing else about checkpointing needs to be tried.
         least = replace(chosen, activation_checkpointing=_least(ranked, choice.offload))
         if not fits(plans.of(least, batch), device):
             hopeless.add(choice.offload)
-        elif fits(plans.of(chosen, batch), device):
-            return choice
     return None
 
 

@@ -159,10 +159,7 @@ def estimate_adapters(config: Config, plans: Plans, batch: Batch) -> tuple[dict[
     """
     facts = plans.facts(batch.length)
     adapters = facts.lora_parameters
-    planned = plans.of(
-        replace(config, precision="bf16-true", master_weights="none", optim="adamw", offload="none"),
-        replace(batch, evaluation_length=0),
-    )
+    planned = plans.of(replace(config, precision="bf16-true", offload="none"), batch)
     own = planned["components"]
     accumulated = own["gradients"] if (config.gradient_accumulation_steps or 1) > 1 else 0
     in_forward = planned["phases"]["forward"] - own["parameters"] - own["optimizer_states"] - accumulated

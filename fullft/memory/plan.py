@@ -162,10 +162,12 @@ def trace(config: Config, model_config: PreTrainedConfig, batch: Batch, layers: 
         profile = take_worst_step(
             model,
             optimizer,
-            [micro_batch] * min(2, config.gradient_accumulation_steps or 1),
+            [micro_batch],
             held_out or None,
             torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision.autocast),
             config.max_grad_norm,
+            # Of accumulated micro-batches the first needs least, for it finds no gradients: it is not worth the time.
+            pretend_earlier=(config.gradient_accumulation_steps or 1) > 1,
         )
         return _by_slot(profile, count_parameters(model), layers, period)
 

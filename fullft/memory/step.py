@@ -23,6 +23,8 @@ def take_worst_step(
     evaluation: MicroBatch | None,
     autocast: torch.autocast,
     max_grad_norm: float,
+    *,
+    pretend_earlier: bool = False,
 ) -> Profile:
     """Take a whole step under the tracker, with the optimizer's states in place as they are from the second step on.
 
@@ -36,12 +38,15 @@ def take_worst_step(
         evaluation: the largest held-out micro-batch.
         autocast: the context that training computes in.
         max_grad_norm: as in training.
+        pretend_earlier: have gradients there before the first of `micro_batches`, as accumulation would.
 
     Returns:
         The live bytes, event by event.
     """
     with _without_consequences(model, optimizer):
         with MemoryTracker(model, optimizer) as tracker:
+            if pretend_earlier:
+                tracker.earlier_micro_batch()
             for micro_batch in micro_batches:
                 micro_batch = _copy(micro_batch, model.device)
                 tracker.forward({**micro_batch.inputs, "labels": micro_batch.labels})

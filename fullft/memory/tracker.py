@@ -141,6 +141,13 @@ class MemoryTracker(TorchDispatchMode):
         self._settle_activations()
         self._begin("backward", layer=len(self._layers), in_loss=True)
 
+    def earlier_micro_batch(self) -> None:
+        """Let gradients of a micro-batch before be there, without its forward and backward."""
+        self._begin("backward")
+        self.optimizer.gradients.pretend()
+        for parameter in self.optimizer.parameters:
+            self._gradient_arrived(parameter)
+
     def optimizer_step(self) -> None:
         """Mark the start of clipping and of the step."""
         self._settle_activations()

@@ -17,8 +17,8 @@ from fullft.errors import report_uncaught_errors
 from fullft.hub import prepare_hub
 
 if __name__ == "__main__":
-    # Options are read before torch and transformers are imported (some 4 s), so that --help and a mistyped flag answer
-    # at once; and the hub's libraries read at import whether they are offline.
+    # Options are read before torch and transformers are imported (some 3 s), so that --help and mistakes answer soon;
+    # and the hub's libraries read at import whether they are offline.
     report_uncaught_errors(debug=False)
     CONFIG = parse_config()
     report_uncaught_errors(debug=CONFIG.debug)
@@ -40,7 +40,7 @@ from fullft.data import load_data
 from fullft.evaluation import Samples, evaluate
 from fullft.export import check_export, export_model
 from fullft.layer_streaming import apply_layer_streaming
-from fullft.loss import summed_cross_entropy
+from fullft.loss import SummedCrossEntropy
 from fullft.memory.find import find_config
 from fullft.memory.plan import Batch
 from fullft.memory.run import measure_run, plan_run, record_memory
@@ -78,6 +78,7 @@ def main(config: Config) -> None:
     require_fit(model, data.largest_token_id, data.longest, config.packing)
     apply_activation_checkpointing(model, config.activation_checkpointing)
     optimizer = build_optimizer(model, config, storage)
+    decoder, summed_cross_entropy = model.get_decoder(), SummedCrossEntropy(model)  # which has the head in it
     calendar = Calendar(config, data.train.steps_per_epoch)
     learning_rate_at = build_schedule(config, calendar.total_steps)
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=PRECISIONS[config.precision].autocast)
@@ -114,9 +115,9 @@ def main(config: Config) -> None:
                 micro_batch = micro_batch.to(device)
                 with autocast:
                     # use_cache: a key-value cache serves generation; in training it would hide packing's boundaries.
-                    logits = model(**micro_batch.inputs, use_cache=False).logits
-                    micro_loss = summed_cross_entropy(logits, micro_batch.labels) / num_target_tokens
-                del logits  # backward frees them as it goes; by this name they would live on
+                    outputs = decoder(**micro_batch.inputs, use_cache=False)
+                    micro_loss = summed_cross_entropy(outputs, micro_batch) / num_target_tokens
+                del outputs  # backward frees them as it goes; by this name they would live on
                 micro_loss.backward()
                 loss += micro_loss.detach()  # stays on the device: reading it would wait for the device
 

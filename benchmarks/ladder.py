@@ -37,7 +37,7 @@ from fullft.activation_checkpointing import apply_activation_checkpointing
 from fullft.adamw import AdamW
 from fullft.config import Config, find_problems, parse_offload, resolve
 from fullft.layer_streaming import apply_layer_streaming, settle_layers
-from fullft.loss import summed_cross_entropy
+from fullft.loss import SummedCrossEntropy
 from fullft.memory.plan import Batch, plan_step
 from fullft.memory.step import take_worst_step
 from fullft.micro_batch import MicroBatch
@@ -199,9 +199,9 @@ def take_step(model: PreTrainedModel, optimizer: AdamW, config: Config, length: 
     num_target_tokens = sum(micro_batch.num_target_tokens for micro_batch in batches)
     for micro_batch in batches:
         with autocast_of(config):
-            logits = model(**micro_batch.inputs, use_cache=False).logits
-            loss = summed_cross_entropy(logits, micro_batch.labels) / num_target_tokens
-        del logits
+            outputs = model.get_decoder()(**micro_batch.inputs, use_cache=False)
+            loss = SummedCrossEntropy(model)(outputs, micro_batch) / num_target_tokens
+        del outputs
         loss.backward()
     optimizer.clip_gradients(max_norm=config.max_grad_norm)
     optimizer.step()

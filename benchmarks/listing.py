@@ -40,7 +40,8 @@ from smollm2_model import WORK, build_smollm2
 
 from fullft.config import parse_config
 from fullft.data import load_data
-from fullft.loss import IGNORED, summed_cross_entropy
+from fullft.loss import SummedCrossEntropy
+from fullft.micro_batch import IGNORED, MicroBatch
 from fullft.offload import Storage
 from fullft.optimizer import build_optimizer
 
@@ -143,8 +144,8 @@ def _load(source: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 def _loss_of(model: PreTrainedModel, row: Row) -> torch.Tensor:
     """Sum the loss over a row's target tokens, as the loop does."""
-    logits = model(input_ids=torch.tensor([row["input_ids"]]), use_cache=False).logits
-    return summed_cross_entropy(logits, torch.tensor([row["labels"]]))
+    batch = MicroBatch.of(torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]]))
+    return SummedCrossEntropy(model)(model.get_decoder()(**batch.inputs, use_cache=False), batch)
 
 
 def _count(row: Row) -> int:

@@ -86,7 +86,7 @@ from fullft.activation_checkpointing import apply_activation_checkpointing
 from fullft.adamw import AdamW, state_layout
 from fullft.config import Config, parse_config, parse_offload
 from fullft.layer_streaming import apply_layer_streaming
-from fullft.loss import summed_cross_entropy
+from fullft.loss import SummedCrossEntropy
 from fullft.master_weights import join
 from fullft.micro_batch import MicroBatch
 from fullft.model import decoder_layers, find_model, require_fit
@@ -334,9 +334,9 @@ def take_step(
     loss = torch.zeros(())
     with measured("forward and backward") as phases["forward and backward"]:
         for micro_batch in micro_batches:
-            logits = model(**micro_batch.inputs, use_cache=False).logits
-            micro_loss = summed_cross_entropy(logits, micro_batch.labels) / num_target_tokens
-            del logits
+            outputs = model.get_decoder()(**micro_batch.inputs, use_cache=False)
+            micro_loss = SummedCrossEntropy(model)(outputs, micro_batch) / num_target_tokens
+            del outputs
             micro_loss.backward()
             loss += micro_loss.detach()
     with measured("clipping") as phases["clipping"]:

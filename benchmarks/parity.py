@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))  # the package need not be installed, as for train
 # ruff: noqa: E402
 from fullft.config import Config, parse_config
 from fullft.data import load_data
-from fullft.loss import IGNORED
+from fullft.micro_batch import IGNORED
 
 WORK = ROOT / "benchmarks" / "work"
 DEMO = ROOT / "fullft" / "demo"

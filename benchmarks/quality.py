@@ -135,7 +135,7 @@ def train_lora(flags: list[str], folder: Path) -> None:
     from fullft.config import parse_config
     from fullft.data import load_data
     from fullft.evaluation import evaluate
-    from fullft.loss import summed_cross_entropy
+    from fullft.loss import SummedCrossEntropy
     from fullft.memory.allocator import peak_bytes
     from fullft.model import load_tokenizer
     from fullft.offload import Storage
@@ -167,8 +167,8 @@ def train_lora(flags: list[str], folder: Path) -> None:
         num_target_tokens = sum(micro_batch.num_target_tokens for micro_batch in micro_batches)
         loss = torch.zeros(())
         for micro_batch in micro_batches:
-            logits = model(**micro_batch.inputs, use_cache=False).logits
-            micro_loss = summed_cross_entropy(logits, micro_batch.labels) / num_target_tokens
+            outputs = model.get_decoder()(**micro_batch.inputs, use_cache=False)
+            micro_loss = SummedCrossEntropy(model)(outputs, micro_batch) / num_target_tokens
             micro_loss.backward()
             loss += micro_loss.detach()
         torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)

@@ -8,7 +8,7 @@ import hashlib
 import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fullft.config import Config
 from fullft.errors import DataError
-from fullft.loss import IGNORED
-from fullft.micro_batch import MicroBatch
+from fullft.micro_batch import IGNORED, MicroBatch
 from fullft.packing import pack
 from fullft.rows import data_files, load_rows, locate, require_readable
 from fullft.templates import Rendered, RowError, RowFormat, find_format
@@ -86,7 +85,10 @@ class Batches:
     def largest(self) -> MicroBatch:
         """Make a micro-batch of the longest sequences: none of the run takes more memory."""
         longest = sorted(range(len(self.documents)), key=lambda number: -self._length(number))
-        return next(self._micro_batches(longest[: self.batch_size]))
+        micro_batch = next(self._micro_batches(longest[: self.batch_size]))
+        # Others may have more targets: no more than all tokens.
+        ids = micro_batch.inputs["input_ids"]
+        return replace(micro_batch, labels=ids.clone(), num_target_tokens=ids[:, 1:].numel())
 
     def _length(self, sequence: int) -> int:
         return sum(self.lengths[i] for i in self.documents[sequence])

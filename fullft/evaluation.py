@@ -12,7 +12,8 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fullft.data import Batches, Data
-from fullft.loss import IGNORED, summed_cross_entropy
+from fullft.loss import SummedCrossEntropy
+from fullft.micro_batch import IGNORED
 
 _TEXT_PROMPT_TOKENS = 16
 _MAX_NEW_TOKENS = 48
@@ -42,13 +43,13 @@ def evaluate(model: PreTrainedModel, batches: Batches | None, autocast: torch.au
     """
     if batches is None:
         return None
+    decoder, summed_cross_entropy = model.get_decoder(), SummedCrossEntropy(model)
     losses, num_target_tokens = [], 0
     with _evaluating(model):
         for micro_batch in batches.in_order():
             inputs = micro_batch.to(model.device)
             with autocast:
-                logits = model(**inputs.inputs, use_cache=False).logits
-                losses.append(summed_cross_entropy(logits, inputs.labels))
+                losses.append(summed_cross_entropy(decoder(**inputs.inputs, use_cache=False), inputs))
             num_target_tokens += micro_batch.num_target_tokens
     return torch.stack(losses).sum() / num_target_tokens
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+IGNORED = -100  # the label of a token that is no target
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -25,6 +27,18 @@ class MicroBatch:
     labels: torch.Tensor
     num_tokens: int
     num_target_tokens: int
+
+    @staticmethod
+    def of(input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> "MicroBatch":
+        """Make a micro-batch without padding.
+
+        Args:
+            input_ids: [batch, sequence] int64.
+            labels: of the same shape; None makes every token a target that has one before it.
+        """
+        labels = input_ids.clone() if labels is None else labels
+        num_target_tokens = int((labels[:, 1:] != IGNORED).sum())
+        return MicroBatch({"input_ids": input_ids}, labels, input_ids.numel(), num_target_tokens)
 
     def to(self, device: torch.device) -> "MicroBatch":
         """Copy the tensors to a device."""

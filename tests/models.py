@@ -16,11 +16,13 @@ from transformers import (
 
 from fullft.adamw import AdamW
 from fullft.config import Config, resolve
+from fullft.loss import SummedCrossEntropy
+from fullft.micro_batch import MicroBatch
 from fullft.offload import Storage
 from fullft.optimizer import build_optimizer
 
 VOCABULARY = 1024  # the demo tokenizer's
-_SHAPE = {
+SHAPE = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -46,7 +48,7 @@ def tiny_model(
         tied: whether the head is the embedding (GPT-2's always is).
         seed: of the weights.
     """
-    shape = {**_SHAPE, "attention_dropout": dropout, "tie_word_embeddings": tied}
+    shape = {**SHAPE, "attention_dropout": dropout, "tie_word_embeddings": tied}
     configs = {
         "gpt2": lambda: GPT2Config(
             vocab_size=VOCABULARY,
@@ -73,6 +75,12 @@ def tiny_model(
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return model.train()
+
+
+def summed_loss(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Take the loop's loss of [batch, sequence] tokens that are all targets, not yet divided by their number."""
+    micro_batch = MicroBatch.of(ids)
+    return SummedCrossEntropy(model)(model.get_decoder()(**micro_batch.inputs, use_cache=False), micro_batch)
 
 
 def make_config(**options: object) -> Config:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import make_config, tiny_model
+from models import make_config, summed_loss, tiny_model
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fullft.activation_checkpointing import apply_activation_checkpointing
@@ -14,7 +14,6 @@ from fullft.calendar import Calendar
 from fullft.checkpoint import restore, save_checkpoint, verify
 from fullft.config import Config
 from fullft.layer_streaming import LayerStream, apply_layer_streaming, settle_layers
-from fullft.loss import summed_cross_entropy
 from fullft.master_weights import join
 from fullft.model import decoder_layers
 from fullft.offload import Storage, fill, home_of, host_pieces
@@ -55,7 +54,7 @@ def train(
         torch.manual_seed(step)  # of dropout
         for _ in range(config.gradient_accumulation_steps):
             ids = torch.randint(0, 1024, (1, 12), generator=random)
-            loss = summed_cross_entropy(model(input_ids=ids, use_cache=False).logits, ids) / 11
+            loss = summed_loss(model, ids) / 11
             loss.backward()
             figures.append(loss.detach())
         figures.append(optimizer.clip_gradients(0.5))
@@ -250,7 +249,7 @@ def test_on_a_gpu_every_placement_trains_as_the_resident_one(offload: str, tmp_p
         for step in range(3):
             for _ in range(3):
                 ids = torch.randint(0, 1024, (1, 256), generator=torch.Generator().manual_seed(step)).cuda()
-                loss = summed_cross_entropy(model(input_ids=ids, use_cache=False).logits, ids) / 255
+                loss = summed_loss(model, ids) / 255
                 loss.backward()
                 losses.append(loss.item())
             optimizer.clip_gradients(1.0)

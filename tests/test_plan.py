@@ -159,13 +159,13 @@ def test_a_few_chunks_stand_for_all(
 
 @pytest.mark.parametrize(("family", "precision"), [("llama", "fp32"), ("gemma2", "bf16-mixed"), ("gpt2", "bf16-true")])
 @pytest.mark.parametrize("batch", [Batch(1, 17, 25), Batch(2, 20, 8), Batch(4, 16, 16)])
-def test_one_chunk_of_the_loss_stands_for_all(
+def test_two_chunks_of_the_loss_stand_for_all(
     family: str, precision: str, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loss_module, "CHUNK_TOKENS", 8)
     config, model_config = make_config(precision=precision, activation_checkpointing="full"), deep(family, 4)
     planned = plan_step(config, model_config, batch)
-    monkeypatch.setattr(plan_module, "_one_chunk_of_the_loss_stands_for_all", nullcontext)
+    monkeypatch.setattr(plan_module, "_two_chunks_of_the_loss_stand_for_all", nullcontext)
     assert plan_step(config, model_config, batch) == planned
 
 

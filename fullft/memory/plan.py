@@ -145,7 +145,7 @@ def trace(config: Config, model_config: PreTrainedConfig, batch: Batch, layers: 
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         _decide_as_on_real_tensors(config.packing),
-        _one_chunk_of_the_loss_stands_for_all(),
+        _two_chunks_of_the_loss_stand_for_all(),
         no_init_weights(),
     ):
         model = AutoModelForCausalLM.from_config(shortened(model_config, layers), dtype=precision.weights).train()
@@ -205,43 +205,19 @@ def _decide_as_on_real_tensors(packing: bool) -> Iterator[None]:
         masking_utils.find_packed_sequence_indices = original
 
 
-class _OtherChunks(torch.autograd.Function):
-    """What the loss's other chunks leave alive: nothing in forward, the gradient of their logits in backward."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:  # noqa: D102
-        ctx.like = logits.shape, logits.dtype, logits.device
-        return logits.new_empty((), dtype=dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor, None]:  # noqa: D102
-        shape, dtype, device = ctx.like
-        return torch.empty(shape, dtype=dtype, device=device), None
-
-
 @contextmanager
-def _one_chunk_of_the_loss_stands_for_all() -> Iterator[None]:
-    """Let the loss work on its first chunk alone, so that a plan takes no longer for a large micro-batch.
+def _two_chunks_of_the_loss_stand_for_all() -> Iterator[None]:
+    """Let the loss work on its first two chunks and on a tile of each, so that large micro-batches take no longer.
 
-    In forward each chunk takes and frees the same. Backward works from the last one to the first, and what each leaves
-    is its logits' gradient: most is alive at the first one, which comes when all others have left theirs.
+    The first chunk's gradients become the sums that all others are added to, one after the other.
     """
-    sizes, recomputed = loss_module._chunk_sizes, loss_module._recomputed_loss
-    shown = loss_module.CHUNK_TOKENS
-
-    def stand_in(logits: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        if len(targets) <= shown:
-            return recomputed(logits, targets, dtype)
-        loss: torch.Tensor = _OtherChunks.apply(logits, dtype)  # type: ignore[no-untyped-call]
-        return loss
-
-    # Two chunks are traced as they are: the stand-in knows the others by being larger than one.
-    loss_module._chunk_sizes = lambda count: sizes(count) if count <= 2 * shown else [shown, count - shown]
-    loss_module._recomputed_loss = stand_in
+    chunks, tiles = loss_module._chunks, loss_module._tiles
+    loss_module._chunks = lambda count: chunks(count)[:2]
+    loss_module._tiles = lambda count, size: tiles(count, size)[:1]
     try:
         yield
     finally:
-        loss_module._chunk_sizes, loss_module._recomputed_loss = sizes, recomputed
+        loss_module._chunks, loss_module._tiles = chunks, tiles
 
 
 @contextmanager

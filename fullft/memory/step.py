@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fullft.adamw import AdamW
-from fullft.loss import summed_cross_entropy
+from fullft.loss import SummedCrossEntropy
 from fullft.memory.tracker import MemoryTracker, Profile
 from fullft.micro_batch import MicroBatch
 
@@ -43,6 +43,7 @@ def take_worst_step(
     Returns:
         The live bytes, event by event.
     """
+    decoder, summed_cross_entropy = model.get_decoder(), SummedCrossEntropy(model)
     with _without_consequences(model, optimizer):
         with MemoryTracker(model, optimizer) as tracker:
             if pretend_earlier:
@@ -51,9 +52,9 @@ def take_worst_step(
                 micro_batch = _copy(micro_batch, model.device)
                 tracker.forward({**micro_batch.inputs, "labels": micro_batch.labels})
                 with autocast:
-                    logits = model(**micro_batch.inputs, use_cache=False).logits
-                    loss = summed_cross_entropy(logits, micro_batch.labels) / micro_batch.num_target_tokens
-                del logits
+                    outputs = decoder(**micro_batch.inputs, use_cache=False)
+                    loss = summed_cross_entropy(outputs, micro_batch) / micro_batch.num_target_tokens
+                del outputs
                 tracker.backward()
                 loss.backward()
                 del loss
@@ -64,7 +65,10 @@ def take_worst_step(
             if evaluation is not None:
                 micro_batch = _copy(evaluation, model.device)
                 tracker.evaluation({**micro_batch.inputs, "labels": micro_batch.labels})
-                _evaluate(model, micro_batch, autocast)
+                model.eval()
+                with torch.no_grad(), autocast:
+                    summed_cross_entropy(decoder(**micro_batch.inputs, use_cache=False), micro_batch)
+                model.train()
         return tracker.profile()
 
 
@@ -90,11 +94,3 @@ def _copy(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
     inputs = {name: tensor.to(device, copy=True) for name, tensor in micro_batch.inputs.items()}
     labels = micro_batch.labels.to(device, copy=True)
     return MicroBatch(inputs, labels, micro_batch.num_tokens, micro_batch.num_target_tokens)
-
-
-def _evaluate(model: PreTrainedModel, micro_batch: MicroBatch, autocast: torch.autocast) -> None:
-    model.eval()
-    with torch.no_grad(), autocast:
-        logits = model(**micro_batch.inputs, use_cache=False).logits
-        summed_cross_entropy(logits, micro_batch.labels)
-    model.train()

@@ -139,7 +139,7 @@ class MemoryTracker(TorchDispatchMode):
     def backward(self) -> None:
         """Mark the end of the loss and the start of backward: what forward left alive are the activations."""
         self._settle_activations()
-        self._begin("backward", layer=len(self._layers), in_loss=True)
+        self._begin("backward", layer=len(self._layers))
 
     def earlier_micro_batch(self) -> None:
         """Let gradients of a micro-batch before be there, without its forward and backward."""
@@ -167,9 +167,9 @@ class MemoryTracker(TorchDispatchMode):
         for tensor in inputs.values():
             self._relabel(tensor, "other")
 
-    def _begin(self, phase: str, layer: int = -1, in_loss: bool = False) -> None:
+    def _begin(self, phase: str, layer: int = -1) -> None:
         self._moment = Moment(self._moment.part + 1, phase, layer)
-        self._in_loss = in_loss
+        self._in_loss = False
         self._born.clear()
 
     # ------------------------------------------------------------------------------------------ seeing
@@ -196,12 +196,12 @@ class MemoryTracker(TorchDispatchMode):
         if operator is torch.ops.aten._unsafe_view.default and isinstance(args[0], FakeTensor):
             operator = torch.ops.aten.view.default  # the same to storages; fake tensors cache it, but not the other
         result = operator(*args, **(kwargs or {}))
-        component = "logits" if self._in_loss else "temporaries"
         recomputing = self._moment.phase == "backward" and torch.is_grad_enabled()
         if self._moment.phase == "backward" and not recomputing and self._born:
             self._settle_activations()  # recomputation is over: what it left is what backward now uses
         # Autocast's copy of a weight outlives the forward, but it is no activation.
         is_copy = operator is torch.ops.aten._to_copy.default and self._component_of(args[0]) == "parameters"
+        component = "logits" if self._in_loss and not is_copy else "temporaries"
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 block = self._see(tensor, component)
@@ -266,7 +266,7 @@ class MemoryTracker(TorchDispatchMode):
                 layer.register_forward_pre_hook(lambda _, args, kw, i=index: self._enter(i, args, kw), with_kwargs=True)
             )
             self._keep(layer.register_forward_hook(lambda _, args, output, i=index: self._leave(i, output)))
-        self._keep(self.model.register_forward_hook(lambda _, args, output: self._end_of_model(output.logits)))
+        self._keep(self.model.get_decoder().register_forward_hook(self._end_of_decoder))
         for parameter in self.model.parameters():
             self._keep(parameter.register_post_accumulate_grad_hook(self._gradient_arrived))
 
@@ -297,15 +297,9 @@ class MemoryTracker(TorchDispatchMode):
         if index == len(self._layers) - 1:
             self._at_layer(len(self._layers))
 
-    def _end_of_model(self, logits: torch.Tensor) -> None:
-        self._relabel(logits, "logits")
-        self._in_loss = self._moment.phase == "forward"
-        if logits.requires_grad:
-            logits.register_hook(self._loss_backward_over)
-
-    def _loss_backward_over(self, gradient: torch.Tensor) -> None:
-        self._relabel(gradient, "logits")
-        self._in_loss = False
+    def _end_of_decoder(self, *_: Any) -> None:
+        """Count what comes now, from the head and the loss, as logits; what backward takes of it is there already."""
+        self._in_loss = True
 
     # ------------------------------------------------------------------------------------------ result
 

@@ -17,8 +17,7 @@ from fullft.errors import report_uncaught_errors
 from fullft.hub import prepare_hub
 
 if __name__ == "__main__":
-    # Options are read before torch and transformers are imported (some 3 s), so that --help and mistakes answer soon;
-    # and the hub's libraries read at import whether they are offline.
+    # Before the imports (some 3 s): --help and mistakes answer soon, and the hub's libraries read then if they are offline.
     report_uncaught_errors(debug=False)
     CONFIG = parse_config()
     report_uncaught_errors(debug=CONFIG.debug)
@@ -103,8 +102,7 @@ def main(config: Config) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
 
-            # 2. Fetch one global batch, and count its target tokens: every micro-batch's loss is divided by this one
-            # number, so that each target token weighs the same, however rows fall into micro-batches.
+            # 2. Fetch one global batch. Its number of target tokens divides every micro-batch's loss: all weigh alike.
             micro_batches = data.train.global_batch(step)
             num_tokens = sum(micro_batch.num_tokens for micro_batch in micro_batches)
             num_target_tokens = sum(micro_batch.num_target_tokens for micro_batch in micro_batches)
@@ -132,9 +130,8 @@ def main(config: Config) -> None:
             if calendar.evaluation_due(step):
                 metrics.evaluation(step, evaluate(model, data.evaluation, autocast))
             if calendar.checkpoint_due(step) or stop.received:
-                metrics.checkpoint(
-                    save_checkpoint(config, calendar, step, model, tokenizer, optimizer, data.fingerprint)
-                )
+                saved = save_checkpoint(config, calendar, step, model, tokenizer, optimizer, data.fingerprint)
+                metrics.checkpoint(saved)
             if stop.received:
                 stop.end_run(step)
 
@@ -149,6 +146,5 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # what has been imported stays: later collections need not visit it
     gc.enable()
     main(CONFIG)

@@ -35,6 +35,7 @@ from transformers.utils import logging
 
 from fullft.activation_checkpointing import apply_activation_checkpointing
 from fullft.adamw import AdamW
+from fullft.attention import apply_document_attention
 from fullft.config import Config, find_problems, parse_offload, resolve
 from fullft.layer_streaming import apply_layer_streaming, settle_layers
 from fullft.loss import SummedCrossEntropy
@@ -168,6 +169,7 @@ def build(rung: Rung, weights: dict[str, torch.Tensor]) -> tuple[PreTrainedModel
     storage = Storage(torch.device("cpu"), WORK)
     if tier := parse_offload(config.offload).get("parameters"):
         settle_layers(model, tier, storage)
+    apply_document_attention(model)
     apply_layer_streaming(model)
     apply_activation_checkpointing(model, config.activation_checkpointing)
     return model, build_optimizer(model, config, storage)

@@ -23,6 +23,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from fullft.activation_checkpointing import apply_activation_checkpointing
+from fullft.attention import apply_document_attention
 from fullft.config import Config, resolve
 from fullft.data import MicroBatch
 from fullft.loss import SummedCrossEntropy
@@ -77,6 +78,7 @@ def track(mode: str) -> dict:
     """Track the small Llama's step on real tensors."""
     config = options(activation_checkpointing=mode)
     model = AutoModelForCausalLM.from_config(small_llama(), dtype=torch.bfloat16).train()
+    apply_document_attention(model)
     apply_activation_checkpointing(model, mode)
     ids = torch.randint(0, 2048, (1, LENGTH))
     batch = MicroBatch({"input_ids": ids}, ids, LENGTH, LENGTH - 1)

@@ -43,6 +43,7 @@ from transformers import (
 from transformers.utils import logging
 
 from fullft.activation_checkpointing import apply_activation_checkpointing
+from fullft.attention import apply_document_attention
 from fullft.config import Config, parse_offload, resolve
 from fullft.data import MicroBatch
 from fullft.layer_streaming import apply_layer_streaming, settle_layers
@@ -129,6 +130,7 @@ def track(config: Config, model, batch: Batch) -> dict:
     storage = Storage(model.device, ROOT)
     if (tier := parse_offload(config.offload).get("parameters")) is not None:
         settle_layers(model, tier, storage)
+    apply_document_attention(model)
     apply_layer_streaming(model)
     apply_activation_checkpointing(model, config.activation_checkpointing)
     vocabulary = model.config.vocab_size

@@ -84,6 +84,7 @@ from transformers.utils import logging
 
 from fullft.activation_checkpointing import apply_activation_checkpointing
 from fullft.adamw import AdamW, state_layout
+from fullft.attention import apply_document_attention
 from fullft.config import Config, parse_config, parse_offload
 from fullft.layer_streaming import apply_layer_streaming
 from fullft.loss import SummedCrossEntropy
@@ -285,6 +286,7 @@ def train(size: str, weights: str, folder: Path, steps: int) -> None:
     with measured("loading") as loading:
         storage = Storage(torch.device("cpu"), folder.parent)
         model = load_model(config, find_model(config), storage)
+        apply_document_attention(model)
         apply_layer_streaming(model)
     if weights == "streamed":
         shutil.rmtree(folder)

@@ -23,6 +23,7 @@ from transformers import (
 from transformers.utils import has_file
 from transformers.utils import logging as transformers_logging
 
+from fullft.attention import apply_document_attention, revert_document_attention
 from fullft.config import DEMO_FOLDER, Config
 from fullft.errors import FullftError, ModelError, OptionsError, exhaustion
 
@@ -282,10 +283,10 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def require_fit(model: PreTrainedModel, largest_token_id: int, longest: int, packing: bool) -> None:
-    """Check that the data and the model belong together.
+    """Check that the data and the model belong together, and settle how it attends.
 
     Args:
-        model: the loaded model.
+        model: the loaded model; it may attend by `attention.py` from now on.
         largest_token_id: over all rows.
         longest: tokens of the longest sequence.
         packing: whether sequences hold several documents.
@@ -306,6 +307,7 @@ def require_fit(model: PreTrainedModel, largest_token_id: int, longest: int, pac
             f"max_length: a sequence of {longest} tokens is longer than the model's {positions} positions"
             f": pass --max_length {positions}"
         )
+    _settle_attention(model, packing)
     _require_causal_attention(model)
     if packing:
         _require_isolation(model)
@@ -328,6 +330,22 @@ def _probe(model: PreTrainedModel, token_ids: list[int], positions: list[int] | 
 _PROBE = list(range(1, 33))
 
 
+def _settle_attention(model: PreTrainedModel, packing: bool) -> None:
+    """Let the model attend within documents by our own code, where that gives what its own gives."""
+    positions = list(range(len(_PROBE))) * 2 if packing else None
+    probe = _PROBE + _PROBE[::-1]
+    theirs = _probe(model, probe, positions)
+    apply_document_attention(model)
+    ours = _probe(model, probe, positions)
+    if (ours - theirs).abs().max() > _tolerance(model, theirs):
+        revert_document_attention(model)
+
+
+def _tolerance(model: PreTrainedModel, logits: torch.Tensor) -> torch.Tensor:
+    """Say how far another kernel's rounding may move logits; what a leak adds is more."""
+    return (1e-4 if model.dtype == torch.float32 else 5e-2) * logits.abs().max()
+
+
 def _require_causal_attention(model: PreTrainedModel) -> None:
     seen, changed = _probe(model, [*_PROBE, 1]), _probe(model, [*_PROBE, 2])
     if not torch.equal(seen[:-1], changed[:-1]):
@@ -343,9 +361,7 @@ def _require_isolation(model: PreTrainedModel) -> None:
     except TypeError as error:
         raise ModelError(f"{type(model).__name__} takes no position_ids: train it without --packing") from error
     alone = _probe(model, _PROBE, positions[: len(_PROBE)])
-    # Alone, other kernels may run; what a leak adds is larger than their rounding.
-    tolerance = (1e-4 if model.dtype == torch.float32 else 5e-2) * alone.abs().max()
-    if not torch.equal(behind, behind_another) or (behind - alone).abs().max() > tolerance:
+    if not torch.equal(behind, behind_another) or (behind - alone).abs().max() > _tolerance(model, alone):
         raise ModelError(f"{type(model).__name__} lets packed documents see each other: train it without --packing")
 
 

@@ -13,6 +13,7 @@ from fullft import loss as loss_module
 from fullft import output_dir
 from fullft.activation_checkpointing import apply_activation_checkpointing
 from fullft.adamw import AdamW
+from fullft.attention import apply_document_attention
 from fullft.config import Config
 from fullft.data import MicroBatch
 from fullft.memory import allocator
@@ -42,6 +43,7 @@ def autocast_of(config: Config, device: str = "cpu") -> torch.autocast:
 
 def model_of(family: str, config: Config, **options: object) -> PreTrainedModel:
     model = tiny_model(family, PRECISIONS[config.precision].weights, **options)
+    apply_document_attention(model)
     apply_activation_checkpointing(model, config.activation_checkpointing)
     return model
 

@@ -22,12 +22,13 @@ from transformers.initialization import no_init_weights
 
 from fullft import loss as loss_module
 from fullft.activation_checkpointing import apply_activation_checkpointing
+from fullft.attention import apply_document_attention
 from fullft.config import Config, parse_offload
 from fullft.layer_streaming import apply_layer_streaming, settle_layers
 from fullft.memory.step import take_worst_step
 from fullft.memory.tracker import COMPONENTS, Profile
 from fullft.micro_batch import MicroBatch
-from fullft.model import PRECISIONS, count_parameters
+from fullft.model import PRECISIONS, count_parameters, pick_device
 from fullft.offload import Storage
 from fullft.optimizer import build_optimizer
 
@@ -150,6 +151,8 @@ def trace(config: Config, model_config: PreTrainedConfig, batch: Batch, layers: 
     ):
         model = AutoModelForCausalLM.from_config(shortened(model_config, layers), dtype=precision.weights).train()
         model.tie_weights()  # left out together with the initial values
+        if pick_device().type == "cpu":
+            apply_document_attention(model)
         storage = Storage(torch.device("cpu"), Path())
         if tier := parse_offload(config.offload).get("parameters"):
             settle_layers(model, tier, storage)

@@ -1,0 +1,140 @@
+"""Attention within documents gives what torch's attention gives with a mask, to rounding."""
+
+import pytest
+import torch
+from models import VOCABULARY, summed_loss, tiny_model
+from transformers import PreTrainedModel
+
+from fullft import attention
+from fullft.attention import NAME, apply_document_attention, revert_document_attention
+
+FAMILIES = ["gpt2", "llama", "mistral", "qwen2", "phi"]  # fewer key heads, a sliding window of 8, biases
+DOCUMENTS = [[7, 1, 13, 3], [24]]  # of the two sequences
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_QUERIES", 5)
+
+
+def packed() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    positions = [torch.cat([torch.arange(length) for length in lengths]) for lengths in DOCUMENTS]
+    return {"input_ids": torch.randint(1, VOCABULARY, (2, 24)), "position_ids": torch.stack(positions)}
+
+
+def results(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Logits, and the gradients of some function of them."""
+    model.zero_grad()
+    logits = model(**inputs, use_cache=False).logits
+    logits.sin().sum().backward()
+    return [logits.detach(), *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)]
+
+
+def assert_close(ours: list[torch.Tensor], theirs: list[torch.Tensor], tolerance: float) -> None:
+    for mine, other in zip(ours, theirs, strict=True):
+        assert (mine - other).abs().max() <= tolerance * other.abs().max().clamp(min=1e-6)
+
+
+@pytest.mark.parametrize("inputs", ["packed", "one document each"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_equals_torchs_with_a_mask(family: str, inputs: str) -> None:
+    model, batch = tiny_model(family), packed()
+    if inputs != "packed":
+        del batch["position_ids"]
+    theirs = results(model, batch)
+    apply_document_attention(model)
+    assert model.config._attn_implementation == NAME
+    assert_close(results(model, batch), theirs, 1e-11)
+
+
+def test_the_negative_control_documents_that_see_each_other_would_be_noticed() -> None:
+    model, batch = tiny_model("llama"), packed()
+    apply_document_attention(model)
+    apart = results(model, batch)
+    batch["position_ids"] = torch.arange(24).expand(2, -1)
+    together = results(model, batch)
+    assert (apart[0] - together[0]).abs().max() > 1e-3
+    with pytest.raises(AssertionError):
+        assert_close(apart, together, 1e-11)
+
+
+def test_a_window_is_kept_in_long_documents() -> None:
+    """The negative control: a window of another size."""
+    model, batch = tiny_model("mistral"), packed()
+    apply_document_attention(model)
+    ours = results(model, batch)
+    model.config.sliding_window = 9
+    with pytest.raises(AssertionError):
+        assert_close(results(model, batch), ours, 1e-11)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_in_bf16_it_is_no_further_from_the_truth_than_eager_attention(autocast: bool) -> None:
+    batch, found = packed(), {}
+    exact = results(tiny_model("llama", torch.bfloat16).double(), batch)
+    for kind in ("eager", NAME):
+        model = tiny_model("llama", torch.bfloat16)
+        model = model.float() if autocast else model
+        model.set_attn_implementation(kind)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found[kind] = [(mine - other).norm() for mine, other in zip(results(model, batch), exact, strict=True)]
+    assert sum(found[NAME]) < 1.1 * sum(found["eager"])
+
+
+def test_with_dropout_a_mask_keeps_documents_apart() -> None:
+    model, batch = tiny_model("gpt2", dropout=0.5), packed()
+    model.eval()
+    theirs = model(**batch, use_cache=False).logits
+    apply_document_attention(model)
+    assert torch.allclose(model(**batch, use_cache=False).logits, theirs)
+    # In training some probabilities are dropped; another document's tokens still change nothing here.
+    model.train()
+    torch.manual_seed(3)
+    logits = model(**batch, use_cache=False).logits
+    batch["input_ids"][0, :7] += 1
+    torch.manual_seed(3)
+    changed = model(**batch, use_cache=False).logits
+    assert torch.equal(logits[0, 7:], changed[0, 7:]) and not torch.equal(logits[0, :7], changed[0, :7])
+    assert not torch.allclose(logits, theirs)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
+def test_generation_goes_on_as_before(family: str) -> None:
+    model = tiny_model(family, torch.float32).eval()
+    prompts = torch.tensor([[0, 0, 5, 6, 7], [8, 9, 10, 11, 12]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    theirs = model.generate(prompts, **options)
+    apply_document_attention(model)
+    assert torch.equal(model.generate(prompts, **options), theirs)
+    revert_document_attention(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_what_is_saved_names_no_attention(tmp_path) -> None:
+    model = tiny_model("llama", torch.float32)
+    apply_document_attention(model)
+    model.save_pretrained(tmp_path)
+    assert NAME not in (tmp_path / "config.json").read_text()
+
+
+def test_soft_capped_scores_stay_with_their_family() -> None:
+    model = tiny_model("gemma2")
+    apply_document_attention(model)
+    assert model.config._attn_implementation != NAME
+
+
+def test_checkpointed_layers_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fullft.activation_checkpointing import apply_activation_checkpointing
+
+    model = tiny_model("qwen2")
+    apply_document_attention(model)
+    ids = packed()["input_ids"]
+    plain = summed_loss(model, ids)
+    plain.backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    apply_activation_checkpointing(model, "full")
+    summed_loss(model, ids).backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))

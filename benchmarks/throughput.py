@@ -54,8 +54,8 @@ sys.path.insert(0, str(ROOT))  # the package need not be installed, as for train
 
 from fullft.config import parse_config
 from fullft.data import Batches, load_data
-from fullft.micro_batch import IGNORED
 from fullft.memory.allocator import peak_bytes
+from fullft.micro_batch import IGNORED
 from fullft.rows import load_rows
 
 ROWS_PER_STEP = 16

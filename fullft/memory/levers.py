@@ -168,8 +168,14 @@ def estimate_adapters(config: Config, plans: Plans, batch: Batch) -> tuple[dict[
         "gradients": 4 * adapters,
         "optimizer_states": 8 * adapters,
         # Without the gradient of the head, which is frozen.
-        "logits": max(0, own["logits"] - 2 * (facts.matrices - facts.layer_matrices)),
-        "temporaries": max(0, in_forward - own["activations"] - own["logits"] - own["other"]),
+        "temporaries": max(
+            0,
+            in_forward
+            - own["activations"]
+            - own["logits"]
+            - own["other"]
+            - 2 * (facts.matrices - facts.layer_matrices),
+        ),
     }
     four_bits = (0.5 + 1 / 64 + 4 / 16384) * facts.layer_matrices
     qlora = lora | {

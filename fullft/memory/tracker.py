@@ -241,8 +241,12 @@ class MemoryTracker(TorchDispatchMode):
     def _settle_activations(self) -> None:
         for reference in self._born:
             block = reference()
-            if block is not None and block.component == "temporaries" and id(block) in self._references:
+            if block is None or id(block) not in self._references:
+                continue
+            if block.component == "temporaries":
                 block.component = "activations"
+            elif block.component == "logits":  # they are gone: this is a gradient of the head's, on its way
+                block.component = "temporaries"
         self._born.clear()
 
     def _label_optimizer_states(self) -> None:

@@ -242,7 +242,7 @@ def plot(runs: list[Run], steps: int, file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 5.6), layout="constrained")
     titles = ("learning rate 2e-5 (LoRA: 2e-4)", f"learning rate {_LOW}")
     for axes, title, is_low in zip(panels, titles, (False, True), strict=True):
         for run in [run for run in runs if (run.rate == _LOW) == is_low]:
@@ -255,7 +255,9 @@ def plot(runs: list[Run], steps: int, file: Path) -> None:
         axes.grid(axis="y", linewidth=0.5, alpha=0.5)
         axes.spines[["top", "right"]].set_visible(False)
         if axes.lines:
-            axes.legend(title="loss at the end", frameon=False, fontsize=8, title_fontsize=8, alignment="left")
+            # Below the axes, where no line runs.
+            place = {"loc": "upper left", "bbox_to_anchor": (0, -0.12), "ncols": 2, "alignment": "left"}
+            axes.legend(title="loss at the end", frameon=False, fontsize=8, title_fontsize=8, **place)
     panels[0].set_ylabel("held-out loss, nats per token")
     figure.suptitle("SmolLM2-135M-Instruct on Alpaca rows: held-out loss", fontsize=11)
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -38,16 +38,16 @@ from fullft.checkpoint import open_checkpoint, restore, save_checkpoint
 from fullft.data import load_data
 from fullft.evaluation import Samples, evaluate
 from fullft.export import check_export, export_model
+from fullft.find import find_config, find_model, load_tokenizer
 from fullft.layer_streaming import apply_layer_streaming
 from fullft.loss import SummedCrossEntropy
-from fullft.memory.find import find_config
-from fullft.memory.plan import Batch
 from fullft.memory.run import measure_run, plan_run, record_memory
 from fullft.metrics import Metrics, describe_results
-from fullft.model import PRECISIONS, describe_model, find_model, load_tokenizer, pick_device, require_fit
+from fullft.model import PRECISIONS, decoder_of, describe_model, pick_device
 from fullft.offload import Storage
 from fullft.optimizer import build_optimizer, build_schedule, describe_optimizer
 from fullft.output_dir import prepare_output_dir
+from fullft.probe import require_fit
 from fullft.signals import StopRequest
 from fullft.weights import load_model
 
@@ -68,7 +68,7 @@ def main(config: Config) -> None:
     tokenizer = load_tokenizer(config, source)
     data = load_data(config, tokenizer)
     print(data.description)
-    plan = plan_run(config, model_config, Batch.of(*data.largest(accumulation=2)), device)
+    plan = plan_run(config, model_config, data, device)
     config = plan.config  # without any auto: the plan has chosen
     print(plan.description)
     storage = Storage(device, Path(str(config.output_dir)))  # of what --offload keeps elsewhere
@@ -77,7 +77,7 @@ def main(config: Config) -> None:
     require_fit(model, data.largest_token_id, data.longest, config.packing)
     apply_activation_checkpointing(model, config.activation_checkpointing)
     optimizer = build_optimizer(model, config, storage)
-    decoder, summed_cross_entropy = model.get_decoder(), SummedCrossEntropy(model)  # which has the head in it
+    decoder, summed_cross_entropy = decoder_of(model), SummedCrossEntropy(model)  # which has the head in it
     calendar = Calendar(config, data.train.steps_per_epoch)
     learning_rate_at = build_schedule(config, calendar.total_steps)
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=PRECISIONS[config.precision].autocast)

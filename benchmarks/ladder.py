@@ -42,7 +42,7 @@ from fullft.loss import SummedCrossEntropy
 from fullft.memory.plan import Batch, plan_step
 from fullft.memory.step import take_worst_step
 from fullft.micro_batch import MicroBatch
-from fullft.model import PRECISIONS
+from fullft.model import PRECISIONS, decoder_of
 from fullft.model_configs import bundled_config
 from fullft.offload import Storage, home_of, host_pieces
 from fullft.optimizer import build_optimizer
@@ -201,7 +201,7 @@ def take_step(model: PreTrainedModel, optimizer: AdamW, config: Config, length: 
     num_target_tokens = sum(micro_batch.num_target_tokens for micro_batch in batches)
     for micro_batch in batches:
         with autocast_of(config):
-            outputs = model.get_decoder()(**micro_batch.inputs, use_cache=False)
+            outputs = decoder_of(model)(**micro_batch.inputs, use_cache=False)
             loss = SummedCrossEntropy(model)(outputs, micro_batch) / num_target_tokens
         del outputs
         loss.backward()

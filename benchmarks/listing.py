@@ -42,6 +42,7 @@ from fullft.config import parse_config
 from fullft.data import load_data
 from fullft.loss import SummedCrossEntropy
 from fullft.micro_batch import IGNORED, MicroBatch
+from fullft.model import decoder_of
 from fullft.offload import Storage
 from fullft.optimizer import build_optimizer
 
@@ -145,7 +146,7 @@ def _load(source: Path, dtype: torch.dtype) -> PreTrainedModel:
 def _loss_of(model: PreTrainedModel, row: Row) -> torch.Tensor:
     """Sum the loss over a row's target tokens, as the loop does."""
     batch = MicroBatch.of(torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]]))
-    return SummedCrossEntropy(model)(model.get_decoder()(**batch.inputs, use_cache=False), batch)
+    return SummedCrossEntropy(model)(decoder_of(model)(**batch.inputs, use_cache=False), batch)
 
 
 def _count(row: Row) -> int:

@@ -86,14 +86,16 @@ from fullft.activation_checkpointing import apply_activation_checkpointing
 from fullft.adamw import AdamW, state_layout
 from fullft.attention import apply_document_attention
 from fullft.config import Config, parse_config, parse_offload
+from fullft.find import find_model
 from fullft.layer_streaming import apply_layer_streaming
 from fullft.loss import SummedCrossEntropy
 from fullft.master_weights import join
 from fullft.micro_batch import MicroBatch
-from fullft.model import decoder_layers, find_model, require_fit
+from fullft.model import decoder_layers, decoder_of
 from fullft.model_configs import bundled_config
 from fullft.offload import CHUNK, DiskArray, Storage, home_of, host_pieces
 from fullft.optimizer import build_optimizer, build_schedule, moments_of
+from fullft.probe import require_fit
 from fullft.weights import load_model
 
 WORK = ROOT / "benchmarks" / "work"
@@ -336,7 +338,7 @@ def take_step(
     loss = torch.zeros(())
     with measured("forward and backward") as phases["forward and backward"]:
         for micro_batch in micro_batches:
-            outputs = model.get_decoder()(**micro_batch.inputs, use_cache=False)
+            outputs = decoder_of(model)(**micro_batch.inputs, use_cache=False)
             micro_loss = SummedCrossEntropy(model)(outputs, micro_batch) / num_target_tokens
             del outputs
             micro_loss.backward()

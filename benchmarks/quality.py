@@ -135,9 +135,10 @@ def train_lora(flags: list[str], folder: Path) -> None:
     from fullft.config import parse_config
     from fullft.data import load_data
     from fullft.evaluation import evaluate
+    from fullft.find import load_tokenizer
     from fullft.loss import SummedCrossEntropy
     from fullft.memory.allocator import peak_bytes
-    from fullft.model import load_tokenizer
+    from fullft.model import decoder_of
     from fullft.offload import Storage
     from fullft.optimizer import build_schedule
     from fullft.weights import load_model
@@ -167,7 +168,7 @@ def train_lora(flags: list[str], folder: Path) -> None:
         num_target_tokens = sum(micro_batch.num_target_tokens for micro_batch in micro_batches)
         loss = torch.zeros(())
         for micro_batch in micro_batches:
-            outputs = model.get_decoder()(**micro_batch.inputs, use_cache=False)
+            outputs = decoder_of(model)(**micro_batch.inputs, use_cache=False)
             micro_loss = SummedCrossEntropy(model)(outputs, micro_batch) / num_target_tokens
             micro_loss.backward()
             loss += micro_loss.detach()

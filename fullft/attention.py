@@ -24,14 +24,20 @@ _QUERIES = 256  # that a block has: their probabilities stay in the cache, and k
 Block = tuple[int, slice, slice]
 
 
-def apply_document_attention(model: PreTrainedModel) -> None:
+def apply_document_attention(model: PreTrainedModel) -> bool:
     """Let a model attend document by document, as told by positions that restart at 0.
 
     Args:
         model: changed in place, if it attends by torch's kernel on a CPU.
+
+    Returns:
+        Whether it is changed.
     """
-    if model.config._attn_implementation == "sdpa" and model.device.type == "cpu" and model._supports_attention_backend:
-        model.set_attn_implementation(NAME)
+    is_sdpa, is_on_cpu = model.config._attn_implementation == "sdpa", model.device.type == "cpu"
+    if not (is_sdpa and is_on_cpu and model._supports_attention_backend):
+        return False
+    model.set_attn_implementation(NAME)
+    return True
 
 
 def revert_document_attention(model: PreTrainedModel) -> None:
@@ -53,7 +59,6 @@ def _attend(
     scaling: float | None = None,
     dropout: float = 0.0,
     position_ids: torch.Tensor | None = None,
-    sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend as transformers asks for it.
@@ -63,11 +68,10 @@ def _attend(
         query: [batch, heads, queries, width].
         key: [batch, key heads, keys, width].
         value: as the keys.
-        attention_mask: given where keys are cached; None for whole sequences.
+        attention_mask: given where keys are cached, or sequences are longer than a window; else None.
         scaling: of the scores; None for 1 / sqrt(width).
         dropout: of the probabilities.
         position_ids: [1 or batch, sequence].
-        sliding_window: how many tokens each one sees, itself included.
 
     Returns:
         [batch, queries, heads, width], and no probabilities.
@@ -78,10 +82,10 @@ def _attend(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if attention_mask is None and query.shape[2] == key.shape[2] and dropout == 0:
         documents = _documents(position_ids, query)
-        attended: torch.Tensor = _Attention.apply(query, key, value, scaling, documents, sliding_window)  # type: ignore[no-untyped-call]
+        attended: torch.Tensor = _Attention.apply(query, key, value, scaling, documents)  # type: ignore[no-untyped-call]
         return attended.transpose(1, 2), None
     if attention_mask is None and query.shape[2] == key.shape[2]:
-        attention_mask = _mask(position_ids, query, sliding_window)
+        attention_mask = _mask(position_ids, query)
     attended = scaled_dot_product_attention(
         query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True
     )
@@ -89,8 +93,10 @@ def _attend(
 
 
 def _whole_sequences_need_none(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    """Make the mask of a step of generation; positions tell the rest."""
-    if kwargs["q_length"] == kwargs["kv_length"] and kwargs.get("attention_mask") is None:
+    """Make the mask of a step of generation, or of what is longer than a window; positions tell the rest."""
+    # Some families (Qwen2-MoE, Phi-MoE, Llama-4's chunks) say what a token sees in the mask alone.
+    fits = kwargs["q_length"] <= (kwargs.get("local_size") or kwargs["q_length"])
+    if kwargs["q_length"] == kwargs["kv_length"] and kwargs.get("attention_mask") is None and fits:
         return None
     mask: torch.Tensor | None = sdpa_mask(*args, **kwargs)
     return mask
@@ -112,11 +118,10 @@ def _documents(position_ids: torch.Tensor | None, query: torch.Tensor) -> list[l
     return found
 
 
-def _mask(position_ids: torch.Tensor | None, query: torch.Tensor, window: int | None) -> torch.Tensor:
+def _mask(position_ids: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor:
     """Make [batch or 1, 1, queries, keys], True where a query sees a key."""
     places = torch.arange(query.shape[2])
-    distance = places[:, None] - places
-    seen = (distance >= 0) & (distance < (window or len(places)))
+    seen = places[:, None] >= places
     if position_ids is None:
         return seen[None, None]
     starts = places - position_ids
@@ -140,16 +145,15 @@ class _Attention(torch.autograd.Function):
         value: torch.Tensor,
         scaling: float,
         documents: list[list[int]],
-        window: int | None,
     ) -> torch.Tensor:
         ctx.save_for_backward(query, key, value)
-        ctx.scaling, ctx.documents, ctx.window = scaling, documents, window
+        ctx.scaling, ctx.documents = scaling, documents
         # As [batch, sequence, heads, width] it goes on without a copy.
         attended = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
         scratch = _Scratch(query, key, scores=2, queries=2, keys=0)
-        for row, queries, keys in _blocks(documents, window):
+        for row, queries, keys in _blocks(documents):
             ours = scratch.gather(0, query[row, :, queries])
-            probabilities = _probabilities(ours, key[row, :, keys], queries, keys, scaling, window, scratch)
+            probabilities = _probabilities(ours, key[row, :, keys], queries, keys, scaling, scratch)
             product = torch.bmm(probabilities, value[row, :, keys], out=scratch.queries(1, ours.shape))
             attended[row, :, queries] = product.view(attended[row, :, queries].shape)
         return attended
@@ -158,16 +162,16 @@ class _Attention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: D102
         query, key, value = ctx.saved_tensors
-        scaling, window = ctx.scaling, ctx.window
+        scaling = ctx.scaling
         of_query = torch.empty_like(query)
         # In fp32 at least: the blocks of a document add up.
         wide = torch.promote_types(key.dtype, torch.float32)
         of_key, of_value = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
         scratch = _Scratch(query, key, scores=4, queries=3, keys=1)
-        for row, queries, keys in _blocks(ctx.documents, window):
+        for row, queries, keys in _blocks(ctx.documents):
             ours, above = scratch.gather(0, query[row, :, queries]), scratch.gather(1, gradient[row, :, queries])
             its_keys, its_values = key[row, :, keys], value[row, :, keys]
-            probabilities = _probabilities(ours, its_keys, queries, keys, scaling, window, scratch)
+            probabilities = _probabilities(ours, its_keys, queries, keys, scaling, scratch)
             product = scratch.keys(0, its_values.shape)
             of_value[row, :, keys] += torch.bmm(probabilities.transpose(1, 2), above, out=product)
             of_probabilities = scratch.scores(2, probabilities.shape)
@@ -178,18 +182,17 @@ class _Attention(torch.autograd.Function):
             of_query[row, :, queries] = product.view(of_query[row, :, queries].shape)
             product = torch.bmm(of_scores.transpose(1, 2), ours, out=scratch.keys(0, its_keys.shape))
             of_key[row, :, keys] += product.mul_(scaling)
-        return of_query, of_key.to(key.dtype), of_value.to(value.dtype), None, None, None
+        return of_query, of_key.to(key.dtype), of_value.to(value.dtype), None, None
 
 
-def _blocks(documents: list[list[int]], window: int | None) -> Iterator[Block]:
+def _blocks(documents: list[list[int]]) -> Iterator[Block]:
     """Cut each sequence's documents into blocks of queries; on fake tensors one stands for all."""
     for row, lengths in enumerate(documents):
         start = 0
         for length in lengths:
             for first in range(start, start + length, _QUERIES):
                 end = min(first + _QUERIES, start + length)
-                seen = start if window is None else max(start, first - window + 1)
-                yield row, slice(first, end), slice(seen, end)
+                yield row, slice(first, end), slice(start, end)
                 if active_fake_mode() is not None:
                     return
             start += length
@@ -221,17 +224,12 @@ class _Scratch:
         """View a piece for vectors of a block's keys."""
         return self._keys[number, : math.prod(shape)].view(shape)
 
-    def hide(self, scores: torch.Tensor, queries: slice, keys: slice, window: int | None) -> None:
-        """Hide from each query the keys behind it, and those before its window."""
+    def hide(self, scores: torch.Tensor, queries: slice, keys: slice) -> None:
+        """Hide from each query the keys behind it."""
         count, seen = queries.stop - queries.start, keys.stop - keys.start
         scores = scores.view(-1, count, seen)
         hidden = torch.lt(self._distance[:count, :count], 0, out=self._is_hidden[:count, :count])
         scores[:, :, seen - count :].masked_fill_(hidden, float("-inf"))
-        if window is not None:
-            columns = min(count, seen)
-            too_far = window - (queries.start - keys.start)  # from the first key that any of them sees
-            hidden = torch.ge(self._distance[:count, :columns], too_far, out=self._is_hidden[:count, :columns])
-            scores[:, :, :columns].masked_fill_(hidden, float("-inf"))
 
     def gather(self, number: int, vectors: torch.Tensor) -> torch.Tensor:
         """Turn [heads, queries, width] into [heads of keys, queries that share it, width]."""
@@ -245,11 +243,10 @@ def _probabilities(
     queries: slice,
     keys: slice,
     scaling: float,
-    window: int | None,
     scratch: _Scratch,
 ) -> torch.Tensor:
     """Give [heads of keys, queries that share it, keys] of queries and keys at these positions."""
     scores = scratch.scores(0, (*ours.shape[:2], its_keys.shape[1]))
     torch.baddbmm(scores, ours, its_keys.transpose(1, 2), beta=0, alpha=scaling, out=scores)
-    scratch.hide(scores, queries, keys, window)
+    scratch.hide(scores, queries, keys)
     return torch.softmax(scores, -1, out=scratch.scores(1, scores.shape))

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from fullft.gradients import add_
 from fullft.micro_batch import IGNORED, MicroBatch
+from fullft.model import decoder_of
 
 # Target tokens whose logits are there at a time. Each chunk's gradient of the head's matrix is one more to add up.
 CHUNK_TOKENS = 1024
@@ -41,7 +42,7 @@ class SummedCrossEntropy:
         Args:
             model: a causal language model.
         """
-        self.decoder = model.get_decoder()
+        self.decoder = decoder_of(model)
         self._model = model
         head = model.get_output_embeddings()
         own = {id(parameter) for parameter in self.decoder.parameters()}
@@ -64,7 +65,7 @@ class SummedCrossEntropy:
         # Their number is known, so that nobody has to wait for the device to count them.
         places = torch.nonzero_static(labels != IGNORED, size=micro_batch.num_target_tokens)[:, 0]
         hidden = outputs.last_hidden_state.flatten(0, 1)[places]
-        head = _Head(self._model, self.decoder, type(outputs))
+        head = Head(self._model, self.decoder, type(outputs))
         if torch.is_grad_enabled():
             loss: torch.Tensor = _Fused.apply(head, hidden, labels[places], *self._parameters)  # type: ignore[no-untyped-call]
             return loss
@@ -74,10 +75,17 @@ class SummedCrossEntropy:
         return total
 
 
-class _Head:
+class Head:
     """The model without its decoder: the family's own code, scaled and soft-capped logits included."""
 
     def __init__(self, model: PreTrainedModel, decoder: nn.Module, output_type: type[ModelOutput]) -> None:
+        """Bind the head; nothing is changed.
+
+        Args:
+            model: that it is the head of.
+            decoder: what it is without.
+            output_type: of the decoder's outputs.
+        """
         self._model, self._decoder, self._output_type = model, decoder, output_type
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -104,7 +112,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: D102
-        ctx: Any, head: _Head, hidden: torch.Tensor, targets: torch.Tensor, *parameters: nn.Parameter
+        ctx: Any, head: Head, hidden: torch.Tensor, targets: torch.Tensor, *parameters: nn.Parameter
     ) -> torch.Tensor:
         total = torch.zeros((), device=hidden.device)
         ctx.hidden = torch.empty_like(hidden)
@@ -124,6 +132,7 @@ class _Fused(torch.autograd.Function):
                 _sum(sums, values, is_only=len(chunks) == 1) for sums, values in zip(ctx.gradients, found, strict=True)
             ]
             del found
+        # Rounded here, and once more when backward has scaled them: until then wide ones would take twice the memory.
         ctx.gradients = [
             None if total is None else total.to(parameter.dtype)
             for total, parameter in zip(ctx.gradients, parameters, strict=True)

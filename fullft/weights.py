@@ -1,7 +1,7 @@
 """Weights in and out: loaded in an explicit dtype to where they are to live, saved as `save_pretrained` lays them out.
 
 Owns reading and writing them, one at a time where the whole model would not fit. Which model it is, and whether it can
-be trained, is `model.py`'s business.
+be trained, is `find.py`'s business.
 """
 
 import json
@@ -21,9 +21,10 @@ from transformers.utils import logging as transformers_logging
 from fullft.config import Config, parse_offload
 from fullft.disk import write_tensors, write_text
 from fullft.errors import ModelError
+from fullft.find import DEMO_MODEL, loading
 from fullft.layer_streaming import settle_layers
 from fullft.master_weights import split
-from fullft.model import DEMO_MODEL, PRECISIONS, loading
+from fullft.model import PRECISIONS
 from fullft.offload import Array, Storage, fill, home_of
 from fullft.optimizer import placement_of
 

@@ -18,6 +18,7 @@ from fullft.adamw import AdamW
 from fullft.config import Config, resolve
 from fullft.loss import SummedCrossEntropy
 from fullft.micro_batch import MicroBatch
+from fullft.model import decoder_of
 from fullft.offload import Storage
 from fullft.optimizer import build_optimizer
 
@@ -80,7 +81,7 @@ def tiny_model(
 def summed_loss(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """Take the loop's loss of [batch, sequence] tokens that are all targets, not yet divided by their number."""
     micro_batch = MicroBatch.of(ids)
-    return SummedCrossEntropy(model)(model.get_decoder()(**micro_batch.inputs, use_cache=False), micro_batch)
+    return SummedCrossEntropy(model)(decoder_of(model)(**micro_batch.inputs, use_cache=False), micro_batch)
 
 
 def make_config(**options: object) -> Config:

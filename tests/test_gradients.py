@@ -19,6 +19,7 @@ from fullft.activation_checkpointing import apply_activation_checkpointing
 from fullft.data import Batches
 from fullft.loss import SummedCrossEntropy
 from fullft.micro_batch import IGNORED, MicroBatch
+from fullft.model import decoder_of
 
 Gradients = dict[str, torch.Tensor]
 
@@ -46,7 +47,7 @@ def our_gradients(model: PreTrainedModel, rows: Dataset, **options: object) -> t
     model.zero_grad()
     loss = 0.0
     for micro_batch in micro_batches:
-        outputs = model.get_decoder()(**micro_batch.inputs, use_cache=False)
+        outputs = decoder_of(model)(**micro_batch.inputs, use_cache=False)
         micro_loss = SummedCrossEntropy(model)(outputs, micro_batch) / num_target_tokens
         micro_loss.backward()
         loss += micro_loss.item()
@@ -103,7 +104,7 @@ def test_a_mean_of_micro_batch_means_is_another_gradient() -> None:
     model.zero_grad()
     for row in UNEVEN:
         micro_batch = MicroBatch.of(torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]]))
-        outputs = model.get_decoder()(**micro_batch.inputs, use_cache=False)
+        outputs = decoder_of(model)(**micro_batch.inputs, use_cache=False)
         loss = SummedCrossEntropy(model)(outputs, micro_batch) / row["num_target_tokens"] / len(UNEVEN)
         loss.backward()
     means = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -127,7 +128,7 @@ def test_packed_documents_without_their_positions_see_each_other(family: str) ->
     micro_batches = Batches(UNEVEN, config, pad_token_id=0).global_batch(1)
     packed, joined = 0.0, 0.0
     for micro_batch in micro_batches:
-        decoder, summed_cross_entropy = model.get_decoder(), SummedCrossEntropy(model)
+        decoder, summed_cross_entropy = decoder_of(model), SummedCrossEntropy(model)
         packed += summed_cross_entropy(decoder(**micro_batch.inputs, use_cache=False), micro_batch).item()
         ids = micro_batch.inputs["input_ids"]
         joined += summed_cross_entropy(decoder(input_ids=ids, use_cache=False), micro_batch).item()
@@ -248,7 +249,7 @@ def test_the_chunked_loss_and_its_gradients_equal_the_whole_ones(
     monkeypatch.setattr(loss_module, "CHUNK_TOKENS", chunk)
     monkeypatch.setattr(loss_module, "_CPU_TILE", 3 * VOCABULARY)
     model, micro_batch = HEADS[head](), make_micro_batch(2, 19)
-    decoder, summed_cross_entropy = model.get_decoder(), SummedCrossEntropy(model)
+    decoder, summed_cross_entropy = decoder_of(model), SummedCrossEntropy(model)
     expected = whole_loss(model, micro_batch)
     ours = summed_cross_entropy(decoder(**micro_batch.inputs, use_cache=False), micro_batch)
     assert ours.item() == pytest.approx(expected.item(), rel=tolerance(head))
@@ -277,7 +278,7 @@ def test_gradients_of_several_chunks_are_those_of_one(dtype: torch.dtype, monkey
     for chunk in (1024, 5):
         monkeypatch.setattr(loss_module, "CHUNK_TOKENS", chunk)
         model, micro_batch = tiny_model("llama", dtype), make_micro_batch(4, 31)
-        outputs = model.get_decoder()(**micro_batch.inputs, use_cache=False)
+        outputs = decoder_of(model)(**micro_batch.inputs, use_cache=False)
         found[chunk] = gradients_of(model, SummedCrossEntropy(model)(outputs, micro_batch) / 80)["lm_head.weight"]
     exact_model = tiny_model("llama", dtype).double()
     exact = gradients_of(exact_model, whole_loss(exact_model, micro_batch) / 80)["lm_head.weight"]
@@ -289,6 +290,6 @@ def test_bf16_logits_get_an_fp32_softmax() -> None:
     model, micro_batch = tiny_model("llama", torch.bfloat16), make_micro_batch(1, 40)
     logits = model(**micro_batch.inputs, use_cache=False).logits[0, :-1].float()
     expected = torch.nn.functional.cross_entropy(logits, micro_batch.labels[0, 1:], reduction="sum")
-    ours = SummedCrossEntropy(model)(model.get_decoder()(**micro_batch.inputs, use_cache=False), micro_batch)
+    ours = SummedCrossEntropy(model)(decoder_of(model)(**micro_batch.inputs, use_cache=False), micro_batch)
     assert ours.dtype == torch.float32
     assert ours.item() == pytest.approx(expected.item(), rel=1e-3)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,16 +15,16 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from models import make_config, tiny_model
 from transformers import AutoConfig, PreTrainedConfig
 
+from fullft import find as find_module
 from fullft import loss as loss_module
-from fullft import model as model_module
 from fullft.adamw import AdamW
 from fullft.config import DEMO_FOLDER, Config, parse_config, parse_size
 from fullft.errors import MemoryExhaustedError, ModelError, OptionsError
+from fullft.find import find_config, find_model
 from fullft.gradients import NORM_TILE
 from fullft.memory import plan as plan_module
 from fullft.memory import report
 from fullft.memory.facts import find_facts
-from fullft.memory.find import find_config
 from fullft.memory.fit import Plans, choices, choose
 from fullft.memory.levers import ALL, estimate_adapters, estimate_work, estimate_zero, find_levers
 from fullft.memory.plan import Batch, _figures, layer_period, num_layers, plan_step, trace
@@ -32,7 +33,7 @@ from fullft.memory.run import plan_run
 from fullft.memory.tracker import COMPONENTS, MemoryTracker
 from fullft.memory.traffic import resting_bytes
 from fullft.memory.units import GIB, MIB, unit_for
-from fullft.model import find_model
+from fullft.micro_batch import MicroBatch
 from train import main
 
 # As published with the models.
@@ -371,17 +372,18 @@ def test_what_rests_is_what_the_plan_counts(offload: str, accumulation: int) -> 
 
 def test_a_run_that_cannot_fit_stops_before_its_weights_are_loaded() -> None:
     model_config, cpu = deep("llama", 2), torch.device("cpu")
-    config, batch = make_config(precision="bf16-mixed", offload="none"), Batch(1, 32)
+    config, ids = make_config(precision="bf16-mixed", offload="none"), torch.ones(1, 32, dtype=torch.int64)
+    data = Mock(largest=lambda accumulation: ([MicroBatch.of(ids)] * accumulation, None))
     with pytest.raises(MemoryExhaustedError) as refusal:
-        plan_run(replace(config, device_memory="512.5MiB"), model_config, batch, cpu)
+        plan_run(replace(config, device_memory="512.5MiB"), model_config, data, cpu)
     assert refusal.value.exit_code == 8
     for part in ("512.5MiB card has 0.50 MiB", "MiB at its peak", "--precision bf16-true", "--fit off"):
         assert part in str(refusal.value)
-    plan = plan_run(replace(config, device_memory="1GiB"), model_config, batch, cpu)
+    plan = plan_run(replace(config, device_memory="1GiB"), model_config, data, cpu)
     assert plan.config.activation_checkpointing == "none"
-    assert plan.figures == plan_step(plan.config, model_config, batch)
+    assert plan.figures == plan_step(plan.config, model_config, Batch(1, 32))
     off = make_config(precision="bf16-mixed", device_memory="512.5MiB", fit="off")
-    assert plan_run(off, model_config, batch, cpu).figures == plan.figures
+    assert plan_run(off, model_config, data, cpu).figures == plan.figures
 
 
 def test_available_memory_is_less_than_there_is() -> None:
@@ -580,9 +582,9 @@ def test_weights_that_the_hubs_cache_lacks_are_missed_at_once(cached_model: Path
 
 
 def test_weights_that_the_hub_has_need_not_be_in_its_cache(cached_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_module, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(find_module, "is_offline_mode", lambda: False)
     for there in ("model.safetensors", "pytorch_model.bin.index.json", "nothing"):
-        monkeypatch.setattr(model_module, "has_file", lambda name, file, there=there: file == there)
+        monkeypatch.setattr(find_module, "has_file", lambda name, file, there=there: file == there)
         if there != "nothing":
             assert find_model(Config(model="somebody/tiny")) == "somebody/tiny"
     with pytest.raises(ModelError, match="somebody/tiny has no weights .* on the hub"):

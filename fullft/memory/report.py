@@ -13,8 +13,8 @@ from typing import Any
 
 from fullft.config import Config
 from fullft.errors import FullftError, ModelError, OptionsError
+from fullft.find import find_config
 from fullft.memory.facts import Facts
-from fullft.memory.find import find_config
 from fullft.memory.fit import Plans, choose, fits
 from fullft.memory.levers import (
     ALL,

@@ -47,13 +47,13 @@ class RunPlan:
     description: str
 
 
-def plan_run(config: Config, model_config: PreTrainedConfig, batch: Batch, device: torch.device) -> RunPlan:
+def plan_run(config: Config, model_config: PreTrainedConfig, data: Data, device: torch.device) -> RunPlan:
     """Plan a training run before its weights are loaded, and set what was left at auto.
 
     Args:
         config: resolved options.
         model_config: of the model to train.
-        batch: the largest micro-batches.
+        data: gives the largest micro-batches.
         device: where it will train.
 
     Raises:
@@ -61,6 +61,7 @@ def plan_run(config: Config, model_config: PreTrainedConfig, batch: Batch, devic
     """
     if "8bit" in config.optim:
         require_kernel(device)  # before weights are loaded
+    batch = Batch.of(*data.largest(accumulation=2))
     asked, plans, there = config, Plans(model_config), find_device(config, device)
     try:
         config, choice = choose(config, plans, batch, there, lambda: measure_speeds(asked, device))

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from fullft.adamw import AdamW
 from fullft.errors import ModelError
-from fullft.model import decoder_layers
+from fullft.model import decoder_layers, decoder_of
 from fullft.offload import home_of, is_on_host
 
 COMPONENTS = ("parameters", "gradients", "optimizer_states", "activations", "logits", "temporaries", "other")
@@ -270,7 +270,7 @@ class MemoryTracker(TorchDispatchMode):
                 layer.register_forward_pre_hook(lambda _, args, kw, i=index: self._enter(i, args, kw), with_kwargs=True)
             )
             self._keep(layer.register_forward_hook(lambda _, args, output, i=index: self._leave(i, output)))
-        self._keep(self.model.get_decoder().register_forward_hook(self._end_of_decoder))
+        self._keep(decoder_of(self.model).register_forward_hook(self._end_of_decoder))
         for parameter in self.model.parameters():
             self._keep(parameter.register_post_accumulate_grad_hook(self._gradient_arrived))
 

@@ -1,0 +1,149 @@
+"""What is asked of a loaded model before it is trained: families with surroundings, windows in masks, no positions."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from models import SHAPE, VOCABULARY, summed_loss, tiny_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from fullft import probe
+from fullft.attention import NAME
+from fullft.errors import ModelError, OptionsError
+from fullft.model import decoder_of
+from fullft.probe import require_fit
+
+
+def gemma3_that_sees() -> PreTrainedConfig:
+    seeing = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+    seeing |= {"image_size": 28, "patch_size": 14}
+    text = {**SHAPE, "head_dim": 8, "pad_token_id": 0, "sliding_window": 8}
+    return AutoConfig.for_model("gemma3", text_config=text, vision_config=seeing)
+
+
+def opt() -> PreTrainedConfig:
+    return AutoConfig.for_model("opt", **SHAPE, ffn_dim=64, word_embed_proj_dim=32, dropout=0.0)
+
+
+def llama4() -> PreTrainedConfig:
+    more = {"intermediate_size_mlp": 64, "head_dim": 8, "num_local_experts": 2, "attention_chunk_size": 16}
+    return AutoConfig.for_model("llama4_text", **{**SHAPE, **more})
+
+
+CONFIGS = {"gemma3 that sees": gemma3_that_sees, "opt": opt, "llama4": llama4}
+
+
+def model_of(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_families_whose_decoder_has_surroundings_give_their_own_loss(family: str) -> None:
+    model = model_of(CONFIGS[family](), torch.float64)
+    require_fit(model, VOCABULARY - 1, 64, packing=False)
+    ids = torch.randint(1, VOCABULARY, (2, 20))
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+    expected = nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum")
+    assert summed_loss(model, ids).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert model.training
+
+
+def test_the_decoder_is_what_forward_calls() -> None:
+    for family in ("gpt2", "llama", "gemma2"):
+        model = tiny_model(family)
+        assert decoder_of(model) is model.get_decoder()
+    seeing = model_of(gemma3_that_sees())
+    assert decoder_of(seeing) is not seeing.get_decoder()  # which does not see
+    assert not any(module._forward_pre_hooks for module in seeing.modules())
+
+
+def test_a_head_that_looks_past_its_decoder_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", torch.float32)
+    original = type(model).forward
+
+    def forward(self: PreTrainedModel, input_ids: torch.Tensor | None = None, **options: object) -> object:
+        outputs = original(self, input_ids, **options)
+        if input_ids is not None:
+            outputs.logits = outputs.logits + input_ids[..., None]
+        return outputs
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    with pytest.raises(ModelError, match="mixes its head with its decoder"):
+        require_fit(model, 1, 64, packing=False)
+
+
+def qwen2_moe(window: int) -> PreTrainedConfig:
+    experts = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 2}
+    experts |= {"num_experts_per_tok": 2, "use_sliding_window": True, "max_window_layers": 4}
+    return AutoConfig.for_model("qwen2_moe", **SHAPE, **experts, sliding_window=window)
+
+
+def llama4_of_chunks(chunk: int) -> PreTrainedConfig:
+    config = llama4()
+    config.attention_chunk_size = chunk
+    return config
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("make", [qwen2_moe, llama4_of_chunks])
+def test_a_window_that_stands_in_the_mask_alone_is_kept(make: Callable[[int], PreTrainedConfig], packing: bool) -> None:
+    """The negative control: a window that is as long as the sequence."""
+    ids = torch.randint(1, VOCABULARY, (1, 40))
+    inputs = {"input_ids": ids, "position_ids": torch.arange(40)[None] % (25 if packing else 40)}
+    model = model_of(make(8))
+    theirs = model(**inputs, use_cache=False).logits
+    require_fit(model, VOCABULARY - 1, 40, packing)
+    assert torch.allclose(model(**inputs, use_cache=False).logits, theirs, atol=1e-5)
+    without = model_of(make(40))
+    without.load_state_dict(model.state_dict())
+    assert not torch.allclose(without(**inputs, use_cache=False).logits, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_attention_is_ours_where_it_agrees(packing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", torch.float32)
+    require_fit(model, VOCABULARY - 1, 64, packing)
+    assert model.config._attn_implementation == NAME
+
+    def differ(logits: torch.Tensor, mistake: object) -> torch.Tensor:
+        if model.config._attn_implementation != NAME:
+            return logits
+        if isinstance(mistake, Exception):
+            raise mistake
+        return logits * mistake
+
+    original = probe._probe
+    for mistake in (1.01, float("nan"), ValueError("positions of three axes")):
+        model = tiny_model("llama", torch.float32)
+        monkeypatch.setattr(probe, "_probe", lambda *arguments, by=mistake: differ(original(*arguments), by))
+        require_fit(model, VOCABULARY - 1, 64, packing)
+        assert model.config._attn_implementation == "sdpa", mistake
+
+
+def test_a_model_without_positions_is_not_packed() -> None:
+    model = model_of(AutoConfig.for_model("bloom", vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4))
+    require_fit(model, VOCABULARY - 1, 64, packing=False)
+    with pytest.raises(ModelError, match="without --packing"):
+        require_fit(model, VOCABULARY - 1, 64, packing=True)
+
+
+def test_a_forward_that_takes_no_positions_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", torch.float32)
+    original = type(model).forward
+
+    def forward(self: PreTrainedModel, input_ids: torch.Tensor | None = None, use_cache: bool = False) -> object:
+        return original(self, input_ids, use_cache=use_cache)
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    with pytest.raises(ModelError, match="takes no position_ids: train it without --packing"):
+        require_fit(model, 1, 64, packing=True)
+
+
+def test_models_of_few_positions_are_asked_only_for_so_many() -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("gpt2", vocab_size=VOCABULARY, n_positions=40, n_embd=32, n_layer=2, n_head=4)
+    require_fit(AutoModelForCausalLM.from_config(config), VOCABULARY - 1, 40, packing=False)
+    with pytest.raises(OptionsError, match="--max_length 40"):
+        require_fit(AutoModelForCausalLM.from_config(config), VOCABULARY - 1, 41, packing=False)

@@ -138,7 +138,6 @@ def train_lora(flags: list[str], folder: Path) -> None:
     from fullft.find import load_tokenizer
     from fullft.loss import SummedCrossEntropy
     from fullft.memory.allocator import peak_bytes
-    from fullft.model import decoder_of
     from fullft.offload import Storage
     from fullft.optimizer import build_schedule
     from fullft.weights import load_model
@@ -146,8 +145,9 @@ def train_lora(flags: list[str], folder: Path) -> None:
     config, device = parse_config(flags), torch.device("cpu")
     data = load_data(config, load_tokenizer(config, str(config.model)))
     torch.manual_seed(config.seed)
-    base = load_model(config, str(config.model), Storage(device, folder))
-    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+    model = load_model(config, str(config.model), Storage(device, folder))
+    get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))  # puts them into it
+    summed_cross_entropy = SummedCrossEntropy(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0, fused=True)
     calendar = Calendar(config, data.train.steps_per_epoch)
@@ -168,8 +168,8 @@ def train_lora(flags: list[str], folder: Path) -> None:
         num_target_tokens = sum(micro_batch.num_target_tokens for micro_batch in micro_batches)
         loss = torch.zeros(())
         for micro_batch in micro_batches:
-            outputs = decoder_of(model)(**micro_batch.inputs, use_cache=False)
-            micro_loss = SummedCrossEntropy(model)(outputs, micro_batch) / num_target_tokens
+            outputs = summed_cross_entropy.decoder(**micro_batch.inputs, use_cache=False)
+            micro_loss = summed_cross_entropy(outputs, micro_batch) / num_target_tokens
             micro_loss.backward()
             loss += micro_loss.detach()
         torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)

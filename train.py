@@ -43,7 +43,7 @@ from fullft.layer_streaming import apply_layer_streaming
 from fullft.loss import SummedCrossEntropy
 from fullft.memory.run import measure_run, plan_run, record_memory
 from fullft.metrics import Metrics, describe_results
-from fullft.model import PRECISIONS, decoder_of, describe_model, pick_device
+from fullft.model import PRECISIONS, describe_model, pick_device
 from fullft.offload import Storage
 from fullft.optimizer import build_optimizer, build_schedule, describe_optimizer
 from fullft.output_dir import prepare_output_dir
@@ -77,7 +77,8 @@ def main(config: Config) -> None:
     require_fit(model, data.largest_token_id, data.longest, config.packing)
     apply_activation_checkpointing(model, config.activation_checkpointing)
     optimizer = build_optimizer(model, config, storage)
-    decoder, summed_cross_entropy = decoder_of(model), SummedCrossEntropy(model)  # which has the head in it
+    summed_cross_entropy = SummedCrossEntropy(model)  # which has the head in it
+    decoder = summed_cross_entropy.decoder
     calendar = Calendar(config, data.train.steps_per_epoch)
     learning_rate_at = build_schedule(config, calendar.total_steps)
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=PRECISIONS[config.precision].autocast)
@@ -98,9 +99,8 @@ def main(config: Config) -> None:
 
         for step in range(last_step + 1, calendar.total_steps + 1):
             # 1. Set the learning rate: before backward, so that an optimizer may step while gradients arrive.
-            learning_rate = learning_rate_at(step)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate
+                group["lr"] = learning_rate_at(step)
 
             # 2. Fetch one global batch. Its number of target tokens divides every micro-batch's loss: all weigh alike.
             micro_batches = data.train.global_batch(step)
@@ -126,7 +126,7 @@ def main(config: Config) -> None:
             optimizer.zero_grad()
 
             # 5. Log, evaluate, save, stop: whatever is due.
-            metrics.step(step, learning_rate, num_tokens, num_target_tokens)
+            metrics.step(step, learning_rate_at(step), num_tokens, num_target_tokens)
             if calendar.evaluation_due(step):
                 metrics.evaluation(step, evaluate(model, data.evaluation, autocast))
             if calendar.checkpoint_due(step) or stop.received:

@@ -42,7 +42,7 @@ from fullft.loss import SummedCrossEntropy
 from fullft.memory.plan import Batch, plan_step
 from fullft.memory.step import take_worst_step
 from fullft.micro_batch import MicroBatch
-from fullft.model import PRECISIONS, decoder_of
+from fullft.model import PRECISIONS
 from fullft.model_configs import bundled_config
 from fullft.offload import Storage, home_of, host_pieces
 from fullft.optimizer import build_optimizer
@@ -199,10 +199,11 @@ def take_step(model: PreTrainedModel, optimizer: AdamW, config: Config, length: 
     """Take a step: `train.py`'s loop, parts 3 and 4."""
     batches = micro_batches(config, length)
     num_target_tokens = sum(micro_batch.num_target_tokens for micro_batch in batches)
+    summed_cross_entropy = SummedCrossEntropy(model)
     for micro_batch in batches:
         with autocast_of(config):
-            outputs = decoder_of(model)(**micro_batch.inputs, use_cache=False)
-            loss = SummedCrossEntropy(model)(outputs, micro_batch) / num_target_tokens
+            outputs = summed_cross_entropy.decoder(**micro_batch.inputs, use_cache=False)
+            loss = summed_cross_entropy(outputs, micro_batch) / num_target_tokens
         del outputs
         loss.backward()
     optimizer.clip_gradients(max_norm=config.max_grad_norm)

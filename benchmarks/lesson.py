@@ -30,7 +30,6 @@ from fullft.loss import SummedCrossEntropy
 from fullft.memory.facts import find_facts
 from fullft.memory.plan import Batch, plan_step, shortened
 from fullft.memory.step import take_worst_step
-from fullft.model import decoder_of
 from fullft.model_configs import bundled_config
 from fullft.offload import Storage
 from fullft.optimizer import build_optimizer
@@ -91,7 +90,8 @@ def track(mode: str) -> dict:
 def loss_of(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """Sum the loss of tokens that are all targets, as the loop does."""
     batch = MicroBatch({"input_ids": ids}, ids, ids.numel(), ids[:, 1:].numel())
-    return SummedCrossEntropy(model)(decoder_of(model)(**batch.inputs, use_cache=False), batch)
+    summed_cross_entropy = SummedCrossEntropy(model)
+    return summed_cross_entropy(summed_cross_entropy.decoder(**batch.inputs, use_cache=False), batch)
 
 
 def count_flops(shape, mode: str) -> int:

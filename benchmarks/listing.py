@@ -42,7 +42,6 @@ from fullft.config import parse_config
 from fullft.data import load_data
 from fullft.loss import SummedCrossEntropy
 from fullft.micro_batch import IGNORED, MicroBatch
-from fullft.model import decoder_of
 from fullft.offload import Storage
 from fullft.optimizer import build_optimizer
 
@@ -146,7 +145,8 @@ def _load(source: Path, dtype: torch.dtype) -> PreTrainedModel:
 def _loss_of(model: PreTrainedModel, row: Row) -> torch.Tensor:
     """Sum the loss over a row's target tokens, as the loop does."""
     batch = MicroBatch.of(torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]]))
-    return SummedCrossEntropy(model)(decoder_of(model)(**batch.inputs, use_cache=False), batch)
+    summed_cross_entropy = SummedCrossEntropy(model)
+    return summed_cross_entropy(summed_cross_entropy.decoder(**batch.inputs, use_cache=False), batch)
 
 
 def _count(row: Row) -> int:

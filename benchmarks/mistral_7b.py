@@ -91,7 +91,7 @@ from fullft.layer_streaming import apply_layer_streaming
 from fullft.loss import SummedCrossEntropy
 from fullft.master_weights import join
 from fullft.micro_batch import MicroBatch
-from fullft.model import decoder_layers, decoder_of
+from fullft.model import decoder_layers
 from fullft.model_configs import bundled_config
 from fullft.offload import CHUNK, DiskArray, Storage, home_of, host_pieces
 from fullft.optimizer import build_optimizer, build_schedule, moments_of
@@ -335,11 +335,11 @@ def take_step(
     """
     num_target_tokens = sum(micro_batch.num_target_tokens for micro_batch in micro_batches)
     phases: dict[str, Phase] = {}
-    loss = torch.zeros(())
+    loss, summed_cross_entropy = torch.zeros(()), SummedCrossEntropy(model)
     with measured("forward and backward") as phases["forward and backward"]:
         for micro_batch in micro_batches:
-            outputs = decoder_of(model)(**micro_batch.inputs, use_cache=False)
-            micro_loss = SummedCrossEntropy(model)(outputs, micro_batch) / num_target_tokens
+            outputs = summed_cross_entropy.decoder(**micro_batch.inputs, use_cache=False)
+            micro_loss = summed_cross_entropy(outputs, micro_batch) / num_target_tokens
             del outputs
             micro_loss.backward()
             loss += micro_loss.detach()

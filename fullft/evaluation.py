@@ -14,7 +14,6 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from fullft.data import Batches, Data
 from fullft.loss import SummedCrossEntropy
 from fullft.micro_batch import IGNORED
-from fullft.model import decoder_of
 
 _TEXT_PROMPT_TOKENS = 16
 _MAX_NEW_TOKENS = 48
@@ -44,7 +43,8 @@ def evaluate(model: PreTrainedModel, batches: Batches | None, autocast: torch.au
     """
     if batches is None:
         return None
-    decoder, summed_cross_entropy = decoder_of(model), SummedCrossEntropy(model)
+    summed_cross_entropy = SummedCrossEntropy(model)
+    decoder = summed_cross_entropy.decoder
     losses, num_target_tokens = [], 0
     with _evaluating(model):
         for micro_batch in batches.in_order():

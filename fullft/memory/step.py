@@ -14,7 +14,6 @@ from fullft.adamw import AdamW
 from fullft.loss import SummedCrossEntropy
 from fullft.memory.tracker import MemoryTracker, Profile
 from fullft.micro_batch import MicroBatch
-from fullft.model import decoder_of
 
 
 def take_worst_step(
@@ -44,7 +43,8 @@ def take_worst_step(
     Returns:
         The live bytes, event by event.
     """
-    decoder, summed_cross_entropy = decoder_of(model), SummedCrossEntropy(model)
+    summed_cross_entropy = SummedCrossEntropy(model)
+    decoder = summed_cross_entropy.decoder
     with _without_consequences(model, optimizer):
         with MemoryTracker(model, optimizer) as tracker:
             if pretend_earlier:

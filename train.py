@@ -10,7 +10,6 @@ another optimizer, packing) is decided while building; the loop does not know of
 
 import gc
 import sys
-from pathlib import Path
 
 from fullft.config import Config, parse_config
 from fullft.errors import report_uncaught_errors
@@ -35,6 +34,7 @@ import torch
 from fullft.activation_checkpointing import apply_activation_checkpointing
 from fullft.calendar import Calendar
 from fullft.checkpoint import open_checkpoint, restore, save_checkpoint
+from fullft.compilation import apply_compilation
 from fullft.data import load_data
 from fullft.evaluation import Samples, evaluate
 from fullft.export import check_export, export_model
@@ -71,10 +71,11 @@ def main(config: Config) -> None:
     plan = plan_run(config, model_config, data, device)
     config = plan.config  # without any auto: the plan has chosen
     print(plan.description)
-    storage = Storage(device, Path(str(config.output_dir)))  # of what --offload keeps elsewhere
+    storage = Storage(device, str(config.output_dir))  # of what --offload keeps elsewhere
     model = load_model(config, source if checkpoint is None else str(checkpoint.folder), storage)
     apply_layer_streaming(model)
     require_fit(model, data.largest_token_id, data.longest, config.packing)
+    apply_compilation(model, config)
     apply_activation_checkpointing(model, config.activation_checkpointing)
     optimizer = build_optimizer(model, config, storage)
     summed_cross_entropy = SummedCrossEntropy(model)  # which has the head in it
@@ -132,8 +133,7 @@ def main(config: Config) -> None:
             if calendar.checkpoint_due(step) or stop.received:
                 saved = save_checkpoint(config, calendar, step, model, tokenizer, optimizer, data.fingerprint)
                 metrics.checkpoint(saved)
-            if stop.received:
-                stop.end_run(step)
+                stop.end_run_if_asked(step)
 
     # --- How good is it after? The final model goes to the root of output_dir, and is reloaded as a user would.
     samples.complete(model, autocast, after=True)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._guards import detect_fake_mode as active_fake_mode
+from torch.library import custom_op
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
@@ -81,8 +82,10 @@ def _attend(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if attention_mask is None and query.shape[2] == key.shape[2] and dropout == 0:
-        documents = _documents(position_ids, query)
-        attended: torch.Tensor = _Attention.apply(query, key, value, scaling, documents)  # type: ignore[no-untyped-call]
+        if torch.compiler.is_compiling():
+            attended: torch.Tensor = _opaque_attention(query, key, value, scaling, position_ids)
+        else:
+            attended = _Attention.apply(query, key, value, scaling, position_ids)  # type: ignore[no-untyped-call]
         return attended.transpose(1, 2), None
     if attention_mask is None and query.shape[2] == key.shape[2]:
         attention_mask = _mask(position_ids, query)
@@ -132,10 +135,7 @@ def _mask(position_ids: torch.Tensor | None, query: torch.Tensor) -> torch.Tenso
 
 
 class _Attention(torch.autograd.Function):
-    """Softmax attention, block by block.
-
-    Keys and values of fewer heads than the queries are not repeated: queries that share a head are rows of one product.
-    """
+    """Softmax attention, block by block."""
 
     @staticmethod
     def forward(  # noqa: D102
@@ -144,45 +144,86 @@ class _Attention(torch.autograd.Function):
         key: torch.Tensor,
         value: torch.Tensor,
         scaling: float,
-        documents: list[list[int]],
+        position_ids: torch.Tensor | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(query, key, value)
-        ctx.scaling, ctx.documents = scaling, documents
-        # As [batch, sequence, heads, width] it goes on without a copy.
-        attended = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-        scratch = _Scratch(query, key, scores=2, queries=2, keys=0)
-        for row, queries, keys in _blocks(documents):
-            ours = scratch.gather(0, query[row, :, queries])
-            probabilities = _probabilities(ours, key[row, :, keys], queries, keys, scaling, scratch)
-            product = torch.bmm(probabilities, value[row, :, keys], out=scratch.queries(1, ours.shape))
-            attended[row, :, queries] = product.view(attended[row, :, queries].shape)
-        return attended
+        _keep(ctx, (query, key, value, scaling, position_ids), None)
+        return _forward(query, key, value, scaling, position_ids)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: D102
-        query, key, value = ctx.saved_tensors
-        scaling = ctx.scaling
-        of_query = torch.empty_like(query)
-        # In fp32 at least: the blocks of a document add up.
-        wide = torch.promote_types(key.dtype, torch.float32)
-        of_key, of_value = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
-        scratch = _Scratch(query, key, scores=4, queries=3, keys=1)
-        for row, queries, keys in _blocks(ctx.documents):
-            ours, above = scratch.gather(0, query[row, :, queries]), scratch.gather(1, gradient[row, :, queries])
-            its_keys, its_values = key[row, :, keys], value[row, :, keys]
-            probabilities = _probabilities(ours, its_keys, queries, keys, scaling, scratch)
-            product = scratch.keys(0, its_values.shape)
-            of_value[row, :, keys] += torch.bmm(probabilities.transpose(1, 2), above, out=product)
-            of_probabilities = scratch.scores(2, probabilities.shape)
-            torch.bmm(above, its_values.transpose(1, 2), out=of_probabilities)
-            of_scores = scratch.scores(3, probabilities.shape)
-            torch._softmax_backward_data(of_probabilities, probabilities, -1, query.dtype, grad_input=of_scores)
-            product = torch.bmm(of_scores, its_keys, out=scratch.queries(2, ours.shape)).mul_(scaling)
-            of_query[row, :, queries] = product.view(of_query[row, :, queries].shape)
-            product = torch.bmm(of_scores.transpose(1, 2), ours, out=scratch.keys(0, its_keys.shape))
-            of_key[row, :, keys] += product.mul_(scaling)
-        return of_query, of_key.to(key.dtype), of_value.to(value.dtype), None, None
+        query, key, value, position_ids = ctx.saved_tensors
+        return *_backward(gradient, query, key, value, position_ids, ctx.scaling), None, None
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    query, key, value, ctx.scaling, position_ids = inputs
+    ctx.save_for_backward(query, key, value, position_ids)
+
+
+def _forward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, position_ids: torch.Tensor | None
+) -> torch.Tensor:
+    """Attend.
+
+    Keys and values of fewer heads than the queries are not repeated: queries that share a head are rows of one product.
+    """
+    attended = _like_output(query)
+    scratch = _Scratch(query, key, scores=2, queries=2, keys=0)
+    for row, queries, keys in _blocks(_documents(position_ids, query)):
+        ours = scratch.gather(0, query[row, :, queries])
+        probabilities = _probabilities(ours, key[row, :, keys], queries, keys, scaling, scratch)
+        product = torch.bmm(probabilities, value[row, :, keys], out=scratch.queries(1, ours.shape))
+        attended[row, :, queries] = product.view(attended[row, :, queries].shape)
+    return attended
+
+
+def _like_output(query: torch.Tensor) -> torch.Tensor:
+    """Take memory for what is attended to: as [batch, sequence, heads, width] it goes on without a copy."""
+    return torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+def _backward(
+    gradient: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Give the gradients of queries, keys and values."""
+    of_query = torch.empty_like(query)
+    # In fp32 at least: the blocks of a document add up.
+    wide = torch.promote_types(key.dtype, torch.float32)
+    of_key, of_value = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
+    scratch = _Scratch(query, key, scores=4, queries=3, keys=1)
+    for row, queries, keys in _blocks(_documents(position_ids, query)):
+        ours, above = scratch.gather(0, query[row, :, queries]), scratch.gather(1, gradient[row, :, queries])
+        its_keys, its_values = key[row, :, keys], value[row, :, keys]
+        probabilities = _probabilities(ours, its_keys, queries, keys, scaling, scratch)
+        product = scratch.keys(0, its_values.shape)
+        of_value[row, :, keys] += torch.bmm(probabilities.transpose(1, 2), above, out=product)
+        of_probabilities = scratch.scores(2, probabilities.shape)
+        torch.bmm(above, its_values.transpose(1, 2), out=of_probabilities)
+        of_scores = scratch.scores(3, probabilities.shape)
+        torch._softmax_backward_data(of_probabilities, probabilities, -1, query.dtype, grad_input=of_scores)
+        product = torch.bmm(of_scores, its_keys, out=scratch.queries(2, ours.shape)).mul_(scaling)
+        of_query[row, :, queries] = product.view(of_query[row, :, queries].shape)
+        product = torch.bmm(of_scores.transpose(1, 2), ours, out=scratch.keys(0, its_keys.shape))
+        of_key[row, :, keys] += product.mul_(scaling)
+    return of_query, of_key.to(key.dtype), of_value.to(value.dtype)
+
+
+# In a compiled graph it is one operation, with another for its backward: a compiler gains nothing within, and documents
+# of other lengths would be other graphs.
+_opaque_attention = custom_op("fullft::attention", _forward, mutates_args=())
+_opaque_backward = custom_op("fullft::attention_backward", _backward, mutates_args=())
+_opaque_attention.register_fake(lambda query, *_: _like_output(query))
+_opaque_backward.register_fake(lambda _, query, key, value, *__: tuple(map(torch.empty_like, (query, key, value))))
+_opaque_attention.register_autograd(
+    lambda ctx, gradient: (*_opaque_backward(gradient, *ctx.saved_tensors, ctx.scaling), None, None),
+    setup_context=_keep,
+)
 
 
 def _blocks(documents: list[list[int]]) -> Iterator[Block]:

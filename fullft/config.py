@@ -190,6 +190,14 @@ class Config:
         several=True,
         may_change=True,  # the trajectory is the same to the bit
     )
+    compile: str = option(
+        "auto",
+        "compile the decoder layers; auto: if sequences are packed and the run is long enough to gain by it",
+        choices=("auto", "true", "false"),
+        called=("torch_compile",),
+        spellings={"yes": "true", "on": "true", "1": "true", "no": "false", "off": "false", "0": "false"},
+        bare="true",
+    )
     fit: str = option(
         "auto",
         "let the plan set what is left at auto, as the fastest choice that fits; off: run what was asked",
@@ -526,17 +534,19 @@ def resolve(config: Config) -> Config:
         if config.model is not None and config.dataset_split is None:
             split = DEFAULT_DATASET_SPLIT
     # Who turns the fitting off leaves nothing to decide; and weights that leave take the activations with them.
-    checkpointing, offload = config.activation_checkpointing, config.offload
+    checkpointing, offload, compiles = config.activation_checkpointing, config.offload, config.compile
     if checkpointing == "auto" and "parameters" in parse_offload(offload):
         checkpointing = "full"
     if config.fit == "off":
         checkpointing = "none" if checkpointing == "auto" else checkpointing
         offload = "none" if offload == "auto" else offload
+        compiles = "false" if compiles == "auto" else compiles
     return replace(
         config,
         model=config.model and os.path.expanduser(config.model),
         activation_checkpointing=checkpointing,
         offload=offload,
+        compile=compiles,
         dataset=dataset,
         dataset_split=split,
         output_dir=_output_dir(config),

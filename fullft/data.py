@@ -62,6 +62,7 @@ class Batches:
         self.batch_size = config.per_device_train_batch_size
         self.sequences_per_step = int(config.global_batch_size or 0)
         self.steps_per_epoch = math.ceil(len(self.documents) / self.sequences_per_step)
+        self._longest = max(map(self._length, range(len(self.documents))))
         self._order: tuple[int, list[int]] = (-1, [])  # the epoch under way, and its order
 
     def global_batch(self, step: int) -> list[MicroBatch]:
@@ -76,7 +77,9 @@ class Batches:
             order = np.random.default_rng([self.seed, epoch]).permutation(len(self.documents))
             self._order = (epoch, order.tolist())
         start = position * self.sequences_per_step
-        return list(self._micro_batches(self._order[1][start : start + self.sequences_per_step]))
+        sequences = self._order[1][start : start + self.sequences_per_step]
+        # Packed sequences, nearly all full, are padded to one length, which one compiled graph serves.
+        return list(self._micro_batches(sequences, at_least=self._longest if self.packing else 0))
 
     def in_order(self) -> Iterator[MicroBatch]:
         """Make micro-batches of all sequences, in the order of the rows, for evaluation."""
@@ -98,14 +101,14 @@ class Batches:
         """Tokens of the average sequence."""
         return sum(self.lengths) / len(self.documents)
 
-    def _micro_batches(self, sequences: Sequence[int]) -> Iterator[MicroBatch]:
+    def _micro_batches(self, sequences: Sequence[int], at_least: int = 0) -> Iterator[MicroBatch]:
         for start in range(0, len(sequences), self.batch_size):
-            yield self._collate([self.documents[i] for i in sequences[start : start + self.batch_size]])
+            yield self._collate([self.documents[i] for i in sequences[start : start + self.batch_size]], at_least)
 
-    def _collate(self, batch: list[list[int]]) -> MicroBatch:
-        """Join each sequence's documents, and pad to the longest sequence of the micro-batch."""
+    def _collate(self, batch: list[list[int]], at_least: int) -> MicroBatch:
+        """Join each sequence's documents, and pad to the longest sequence of the micro-batch, or to so many tokens."""
         sequences = [self.rows[documents] for documents in batch]
-        shape = (len(batch), max(sum(sequence["num_tokens"]) for sequence in sequences))
+        shape = (len(batch), max(at_least, *(sum(sequence["num_tokens"]) for sequence in sequences)))
         input_ids = torch.full(shape, self.pad_token_id)
         labels = torch.full(shape, IGNORED)
         # Padding gets positions of its own from 0: to the model it is one more document, which nobody looks at.

@@ -71,6 +71,8 @@ class Metrics:
             dynamic_ncols=True,
             mininterval=0.1 if sys.stderr.isatty() else 10.0,  # a log file wants few lines
         )
+        if self.config.compile == "true":
+            self._bar.set_postfix_str("compiling")
         self._mark = time.perf_counter()
         return self
 

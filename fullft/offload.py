@@ -196,7 +196,7 @@ def paged(num_bytes: int) -> int:
 class Storage:
     """Makes arrays of zeros where they are to live."""
 
-    def __init__(self, device: torch.device, folder: Path) -> None:
+    def __init__(self, device: torch.device, folder: Path | str) -> None:
         """Make nothing yet.
 
         Args:
@@ -204,7 +204,7 @@ class Storage:
             folder: on the disk for what lives on disk.
         """
         self.device = device
-        self._folder = folder
+        self._folder = Path(folder)
         self._file: DiskFile | None = None
         self._slab: torch.Tensor | None = None
 

@@ -35,8 +35,8 @@ class StopRequest:
         name = signal.Signals(number).name
         os.write(2, f"\n{name}: finishing the step and saving a checkpoint; a second one ends at once\n".encode())
 
-    def end_run(self, step: int) -> None:
-        """End the run as the signal asked.
+    def end_run_if_asked(self, step: int) -> None:
+        """End the run if a signal has asked for it.
 
         Args:
             step: the last finished step, whose checkpoint has been saved.
@@ -44,8 +44,10 @@ class StopRequest:
         Raises:
             StoppedBySignal: with the exit code 128 + signal.
         """
-        name = signal.Signals(self.received or signal.SIGTERM).name
+        if self.received is None:
+            return
+        name = signal.Signals(self.received).name
         raise StoppedBySignal(
             f"stopped by {name} after step {step}; the same command with --resume_from_checkpoint continues",
-            self.received or signal.SIGTERM,
+            self.received,
         )

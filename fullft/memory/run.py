@@ -14,6 +14,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from fullft import errors
 from fullft.adamw import AdamW
 from fullft.blockwise import require_kernel
+from fullft.calendar import Calendar
+from fullft.compilation import choose_compilation
 from fullft.config import Config
 from fullft.data import Data
 from fullft.disk import write_text
@@ -38,7 +40,7 @@ class RunPlan:
         config: the options, without any auto.
         figures: those of `memory.json`, in bytes; None where the model cannot be run on fake tensors.
         device: what it has to fit on.
-        description: a line that says what was chosen, and why.
+        description: lines that say what was chosen, and why.
     """
 
     config: Config
@@ -64,6 +66,8 @@ def plan_run(config: Config, model_config: PreTrainedConfig, data: Data, device:
     batch = Batch.of(*data.largest(accumulation=2))
     asked, plans, there = config, Plans(model_config), find_device(config, device)
     try:
+        work = _num_tokens(config, data) * plans.facts(batch.length).flops_per_token
+        config, compilation = choose_compilation(config, work, device)
         config, choice = choose(config, plans, batch, there, lambda: measure_speeds(asked, device))
         figures = plans.of(config, batch)
     except FullftError:
@@ -89,7 +93,14 @@ def plan_run(config: Config, model_config: PreTrainedConfig, data: Data, device:
         )
 
     errors.out_of_memory_advice = advice
-    return RunPlan(config, figures, there, f"Plan: {unit.amount(peak)} at the peak; {choice}")
+    lines = (f"Plan: {unit.amount(peak)} at the peak; {choice}", compilation)
+    return RunPlan(config, figures, there, "\n".join(filter(None, lines)))
+
+
+def _num_tokens(config: Config, data: Data) -> float:
+    """Give the tokens of all steps."""
+    train = data.train
+    return Calendar(config, train.steps_per_epoch).total_steps * train.sequences_per_step * train.mean_length
 
 
 def _needs(figures: dict[str, Any]) -> str:

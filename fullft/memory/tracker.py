@@ -262,6 +262,7 @@ class MemoryTracker(TorchDispatchMode):
             self._layers = list(decoder_layers(self.model))
         except ModelError:
             self._layers = []  # a model without a stack of layers has no places in it to name
+        decoder = decoder_of(self.model)  # by a call that must not be tracked
         for name, module in self.model.named_modules():
             self._keep(module.register_forward_pre_hook(lambda *_, name=name: self._modules.append(name)))
             self._keep(module.register_forward_hook(self._leave_module, always_call=True))
@@ -270,7 +271,7 @@ class MemoryTracker(TorchDispatchMode):
                 layer.register_forward_pre_hook(lambda _, args, kw, i=index: self._enter(i, args, kw), with_kwargs=True)
             )
             self._keep(layer.register_forward_hook(lambda _, args, output, i=index: self._leave(i, output)))
-        self._keep(decoder_of(self.model).register_forward_hook(self._end_of_decoder))
+        self._keep(decoder.register_forward_hook(self._end_of_decoder))
         for parameter in self.model.parameters():
             self._keep(parameter.register_post_accumulate_grad_hook(self._gradient_arrived))
 

@@ -6,8 +6,6 @@ the next chunk's are made. Dividing by the number of target tokens of the global
 taken here would weigh micro-batches of unlike length alike.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from fullft.gradients import add_
+from fullft.head import Head, Product, find_linear
 from fullft.micro_batch import IGNORED, MicroBatch
 from fullft.model import decoder_of
 
@@ -48,7 +47,11 @@ class SummedCrossEntropy:
         own = {id(parameter) for parameter in self.decoder.parameters()}
         if head is not None:
             own -= {id(parameter) for parameter in head.parameters()}  # tied to the embeddings
-        self._parameters = [each for each in model.parameters() if id(each) not in own and each.requires_grad]
+        # With the head's matrix first, whose product is our own where it is a plain one.
+        self._linear = find_linear(model)
+        matrix = [] if self._linear is None else [self._linear.weight]
+        rest = [each for each in model.parameters() if id(each) not in own and each.requires_grad]
+        self._parameters = matrix + [each for each in rest if not any(each is one for one in matrix)]
 
     def __call__(self, outputs: ModelOutput, micro_batch: MicroBatch) -> torch.Tensor:
         """Sum the cross entropy of every target token.
@@ -67,7 +70,7 @@ class SummedCrossEntropy:
         hidden = outputs.last_hidden_state.flatten(0, 1)[places]
         head = Head(self._model, self.decoder, type(outputs))
         if torch.is_grad_enabled():
-            loss: torch.Tensor = _Fused.apply(head, hidden, labels[places], *self._parameters)  # type: ignore[no-untyped-call]
+            loss: torch.Tensor = _Fused.apply(head, self._linear, hidden, labels[places], *self._parameters)  # type: ignore[no-untyped-call]
             return loss
         total = torch.zeros((), device=hidden.device)
         for start, end in _chunks(len(places)):
@@ -75,67 +78,42 @@ class SummedCrossEntropy:
         return total
 
 
-class Head:
-    """The model without its decoder: the family's own code, scaled and soft-capped logits included."""
-
-    def __init__(self, model: PreTrainedModel, decoder: nn.Module, output_type: type[ModelOutput]) -> None:
-        """Bind the head; nothing is changed.
-
-        Args:
-            model: that it is the head of.
-            decoder: what it is without.
-            output_type: of the decoder's outputs.
-        """
-        self._model, self._decoder, self._output_type = model, decoder, output_type
-
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Turn hidden states [tokens, width] into logits [tokens, vocabulary]."""
-        with self._bypassed(hidden[None]):
-            logits: torch.Tensor = self._model(use_cache=False).logits[0]
-        return logits
-
-    @contextmanager
-    def _bypassed(self, hidden: torch.Tensor) -> Iterator[None]:
-        forward = self._decoder.__dict__.get("forward")
-        self._decoder.forward = lambda *_, **__: self._output_type(last_hidden_state=hidden)
-        try:
-            yield
-        finally:
-            if forward is None:
-                del self._decoder.forward
-            else:
-                self._decoder.forward = forward
-
-
 class _Fused(torch.autograd.Function):
     """Loss and gradients of the head in one pass over the chunks: nothing is recomputed, no logits are kept."""
 
     @staticmethod
     def forward(  # noqa: D102
-        ctx: Any, head: Head, hidden: torch.Tensor, targets: torch.Tensor, *parameters: nn.Parameter
+        ctx: Any,
+        head: Head,
+        linear: nn.Linear | None,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        *parameters: nn.Parameter,
     ) -> torch.Tensor:
         total = torch.zeros((), device=hidden.device)
         ctx.hidden = torch.empty_like(hidden)
-        ctx.gradients = [None] * len(parameters)
         chunks = _chunks(len(targets))
+        product = None if linear is None else Product(linear, len(chunks))
+        others = parameters if product is None else parameters[1:]
+        sums: list[torch.Tensor | None] = [None] * len(others)
         for start, end in chunks:
             with torch.enable_grad():
                 chunk = hidden[start:end].detach().requires_grad_()
-                logits = head(chunk)
+                logits = head(chunk, product)
+            if product is not None and not product.is_used:  # the family multiplies by itself
+                product, others, sums = None, parameters, [None] * len(parameters)
             gradient = logits.detach()
             total = total + _cross_entropy(gradient, targets[start:end], becomes_gradient=True)
-            ctx.hidden[start:end], *found = torch.autograd.grad(
-                logits, [chunk, *parameters], gradient, allow_unused=True
-            )
+            ctx.hidden[start:end], *found = torch.autograd.grad(logits, [chunk, *others], gradient, allow_unused=True)
             del logits, gradient
-            ctx.gradients = [
-                _sum(sums, values, is_only=len(chunks) == 1) for sums, values in zip(ctx.gradients, found, strict=True)
-            ]
+            sums = [_sum(*each, is_only=len(chunks) == 1) for each in zip(sums, found, strict=True)]
             del found
+        if product is not None:
+            sums = [product.gradient, *sums]
         # Rounded here, and once more when backward has scaled them: until then wide ones would take twice the memory.
         ctx.gradients = [
             None if total is None else total.to(parameter.dtype)
-            for total, parameter in zip(ctx.gradients, parameters, strict=True)
+            for total, parameter in zip(sums, parameters, strict=True)
         ]
         return total
 
@@ -145,7 +123,7 @@ class _Fused(torch.autograd.Function):
         found = [ctx.hidden, *ctx.gradients]
         del ctx.hidden, ctx.gradients  # whoever takes them need not copy them
         hidden, *gradients = [each if each is None else each.mul_(factor) for each in found]
-        return None, hidden, None, *gradients
+        return None, None, hidden, None, *gradients
 
 
 def _sum(total: torch.Tensor | None, values: torch.Tensor | None, *, is_only: bool) -> torch.Tensor | None:

@@ -1,7 +1,7 @@
 """Probes: what a loaded model does with a few tokens, before it is trained on any.
 
 Owns the checks that need its weights (that it belongs to the data, is causal, keeps packed documents apart, and has a
-head that can be told from its decoder), and the choice of how it attends.
+head that can be told from its decoder), and the choice of how a CPU attends and where it puts what is large.
 """
 
 import torch
@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 
 from fullft.attention import apply_document_attention, revert_document_attention
 from fullft.errors import ModelError, OptionsError
-from fullft.loss import Head
+from fullft.head import Head
 from fullft.model import decoder_of
+from fullft.recycling import recycle_gradient
 
 # Token ids that every vocabulary has, and with packing the positions of two documents of so many.
 _DOCUMENT = list(range(1, 33))
@@ -18,10 +19,10 @@ _TWO_DOCUMENTS = list(range(len(_DOCUMENT))) * 2
 
 
 def require_fit(model: PreTrainedModel, largest_token_id: int, longest: int, packing: bool) -> None:
-    """Check that the data and the model belong together, and settle how it attends.
+    """Check that the data and the model belong together, and settle what a CPU does in its own way.
 
     Args:
-        model: the loaded model; it may attend by `attention.py` from now on.
+        model: the loaded model; it may attend by `attention.py` from now on, and its embeddings' gradient be recycled.
         largest_token_id: over all rows.
         longest: tokens of the longest sequence.
         packing: whether sequences hold several documents.
@@ -54,6 +55,7 @@ def require_fit(model: PreTrainedModel, largest_token_id: int, longest: int, pac
                 _require_isolation(model)
     finally:
         model.train(training)
+    recycle_gradient(model.get_input_embeddings())
 
 
 def _inputs(model: PreTrainedModel, token_ids: list[int], positions: list[int] | None) -> dict[str, torch.Tensor]:

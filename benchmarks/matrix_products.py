@@ -1,0 +1,81 @@
+"""How fast this processor could train: the time of a model's own matrix products when nothing else is done.
+
+Owns the limit that the throughput benchmark's table stands beside. It needs a quiet machine: those of its products that
+take long cannot dodge another program.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from contenders import MAX_LENGTH, Task
+from torch import nn
+from torch.nn.functional import linear
+from transformers import AutoConfig, AutoModelForCausalLM
+
+
+def measure_limit(task: Task) -> dict[str, dict[str, float]]:
+    """Measure how fast the model's matrix products alone could train, in micro-batches of two sizes.
+
+    Logits are counted for target tokens alone: no more are needed.
+    """
+    config = AutoConfig.from_pretrained(task.source)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    head = model.get_output_embeddings()
+    # (inputs, outputs, whether it is the head) -> how many such layers there are
+    shapes = Counter(
+        (module.in_features, module.out_features, module is head)
+        for module in model.modules()
+        if isinstance(module, nn.Linear)
+    )
+    # Scores and weighted values, forward and twice in backward; a causal token sees half of its document on average.
+    width = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    attention = 12 * config.num_hidden_layers * width * task.mean_context / 2
+    return {
+        kind: _limit_of(shapes, attention, tokens, round(tokens * task.targets / task.tokens))
+        for kind, tokens in (("packed", MAX_LENGTH), ("row", task.mean_length))
+    }
+
+
+def _limit_of(shapes: Counter[tuple[int, int, bool]], attention: float, tokens: int, targets: int) -> dict[str, float]:
+    """Add up the products of one micro-batch.
+
+    Args:
+        shapes: how many layers have so many inputs and outputs; the head is marked.
+        attention: its operations per token.
+        tokens: of the micro-batch.
+        targets: tokens among them that the head works on.
+    """
+    seconds = operations = best = 0.0
+    for (inputs, outputs, is_head), count in shapes.items():
+        length = targets if is_head else tokens
+        x, weight, gradient = (
+            torch.randn(shape, dtype=torch.bfloat16)
+            for shape in ((length, inputs), (outputs, inputs), (length, outputs))
+        )
+        products: tuple[Callable[[], torch.Tensor], ...] = (
+            partial(linear, x, weight),  # forward
+            partial(torch.mm, gradient, weight),  # of the input
+            partial(torch.mm, gradient.t(), x),  # of the weight
+        )
+        for product in products:
+            elapsed, own = _seconds(product), 2 * length * inputs * outputs
+            seconds, operations, best = seconds + count * elapsed, operations + count * own, max(best, own / elapsed)
+    seconds, operations = seconds + attention * tokens / best, operations + attention * tokens
+    return {"tokens_per_second": tokens / seconds, "gflops": operations / seconds / 1e9, "best_gflops": best / 1e9}
+
+
+def _seconds(product: Callable[[], torch.Tensor]) -> float:
+    """Time a product: the fastest of some, for a limit is what nothing disturbs."""
+    product()
+    times: list[float] = []
+    while len(times) < 5 or sum(times) < 1.0:
+        start = time.perf_counter()
+        product()
+        times.append(time.perf_counter() - start)
+    return min(times)

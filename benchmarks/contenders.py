@@ -59,16 +59,17 @@ _MIXED, _SPLIT = "--precision bf16-mixed", "--precision bf16-true --master_weigh
 OURS = {
     "ours, bf16-mixed": _MIXED,
     "ours, bf16-mixed, packing": f"{_MIXED} --packing",
+    "ours, bf16-mixed, packing, compiled": f"{_MIXED} --packing --compile true",
     "ours, bf16-true": _SPLIT,
     "ours, bf16-true, packing": f"{_SPLIT} --packing",
+    "ours, bf16-true, packing, compiled": f"{_SPLIT} --packing --compile true",
     "ours, bf16-true, packing, checkpointing": f"{_SPLIT} --packing --activation_checkpointing full",
-    "ours, fp32, packing": "--precision fp32 --packing",
 }
 # Nothing is left to the memory that happens to be free, and nothing but training is done.
 COMMON = (
     "--val_size 0 --num_train_epochs 1 --per_device_train_batch_size 1 --learning_rate 2e-5 --max_grad_norm 1 "
-    "--activation_checkpointing none --offload none --eval_strategy no --save_strategy no --logging_steps 1 "
-    f"--max_length {MAX_LENGTH} --overwrite_output_dir"
+    "--activation_checkpointing none --offload none --compile false --eval_strategy no --save_strategy no "
+    f"--logging_steps 1 --max_length {MAX_LENGTH} --overwrite_output_dir"
 )
 
 

@@ -227,10 +227,11 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _changed_options(config: Config, saved: dict[str, Any]) -> list[str]:
     now = dataclasses.asdict(config)
+    # What is at auto will be chosen as it was, from the same options and rows.
     return [
         f"{name} was {saved.get(name)}, is {now[name]}"
         for name, option in by_name(Config).items()
-        if not option.metadata["may_change"] and saved.get(name) != now[name]
+        if not option.metadata["may_change"] and now[name] not in (saved.get(name), "auto")
     ]
 
 

@@ -373,7 +373,8 @@ def test_what_rests_is_what_the_plan_counts(offload: str, accumulation: int) -> 
 def test_a_run_that_cannot_fit_stops_before_its_weights_are_loaded() -> None:
     model_config, cpu = deep("llama", 2), torch.device("cpu")
     config, ids = make_config(precision="bf16-mixed", offload="none"), torch.ones(1, 32, dtype=torch.int64)
-    data = Mock(largest=lambda accumulation: ([MicroBatch.of(ids)] * accumulation, None))
+    train = Mock(steps_per_epoch=1, sequences_per_step=16, mean_length=32.0)
+    data = Mock(train=train, largest=lambda accumulation: ([MicroBatch.of(ids)] * accumulation, None))
     with pytest.raises(MemoryExhaustedError) as refusal:
         plan_run(replace(config, device_memory="512.5MiB"), model_config, data, cpu)
     assert refusal.value.exit_code == 8

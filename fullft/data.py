@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value
+from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from fullft.config import Config
@@ -282,12 +283,11 @@ def _tokenise_batch(
 
 def _encode(
     rendered: list[tuple[int, Rendered]], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[int, Rendered, tuple[list[int], list[tuple[int, int]], list[int]]]]:
+) -> Iterator[tuple[int, Rendered, Encoding]]:
     """Tokenise texts in few calls, prompt and response together.
 
     Yields:
-        For each row its index and text, and for each token: its id, its character span, and 1 where the tokenizer
-        added it by itself.
+        For each row its index, its text and its tokens.
     """
     ends = np.cumsum([len(text.text) for _, text in rendered])
     for group in np.split(np.arange(len(rendered)), np.flatnonzero(np.diff(ends // _CHARACTERS_PER_CALL)) + 1):
@@ -297,33 +297,33 @@ def _encode(
         encoded = tokenizer(
             [text.text for _, text in texts],
             add_special_tokens=not texts[0][1].has_special_tokens,
-            return_offsets_mapping=True,
-            return_special_tokens_mask=True,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
         )
-        columns = (encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"])
-        for (index, text), *encoding in zip(texts, *columns, strict=True):
-            yield index, text, tuple(encoding)
+        for (index, text), encoding in zip(texts, encoded.encodings, strict=True):
+            yield index, text, encoding
 
 
 def _with_labels(
-    text: Rendered,
-    encoding: tuple[list[int], list[tuple[int, int]], list[int]],
-    eos_token_id: int,
-    train_on_prompt: bool,
+    text: Rendered, encoding: Encoding, eos_token_id: int, train_on_prompt: bool
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Give the token ids of a row, closed by EOS, and its labels; masked by position, never by id."""
-    ids, spans, added = encoding
-    # Spans ascend, so that bisection finds a target's tokens; those of added tokens, in front and behind, do not.
-    first, last = [*added, 0].index(0), len(added) - [*reversed(added), 0].index(0)
+    ids = encoding.ids
+
+    def begin(token: int) -> int:
+        # Asked for few tokens: as Python objects, the spans of all would cost a quarter more time.
+        span = encoding.token_to_chars(token)
+        return -1 if span is None else span[0]  # none: the tokenizer added it
+
+    # Beginnings ascend, so that bisection finds a target's tokens, but for those that the tokenizer added behind.
+    end = next((token for token in range(len(ids), 0, -1) if begin(token - 1) >= 0), 0)
     # The tokenizer may have appended EOS, and rows may end with it.
     has_eos = text.ends_turn or (len(ids) > 1 and ids[-1] == eos_token_id)
     input_ids = np.array(ids if has_eos else [*ids, eos_token_id], dtype=np.int32)
     labels = np.full_like(input_ids, IGNORED)
-    for start, end in [(0, len(text.text))] if train_on_prompt else text.targets:
-        learned = slice(bisect_left(spans, (start,), first, last), bisect_left(spans, (end,), first, last))
+    for target in [(0, len(text.text))] if train_on_prompt else text.targets:
+        learned = slice(*(bisect_left(range(end), place, key=begin) for place in target))
         labels[learned] = input_ids[learned]
     if not text.ends_turn:
         labels[-1] = eos_token_id

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pyarrow
 import torch
 from datasets import Dataset, Features, List, Value
 from tokenizers import Encoding
@@ -253,7 +254,7 @@ def _tokenise_batch(
     row_format: RowFormat,
     tokenizer: PreTrainedTokenizerBase,
     config: Config,
-) -> dict[str, list[Any]]:
+) -> pyarrow.Table:
     rendered = []
     for index, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
         row = dict(zip(batch, values, strict=True))
@@ -266,8 +267,8 @@ def _tokenise_batch(
             rendered.append((index, text))
     pieces: dict[str, list[Any]] = {name: [] for name in _TOKENISED}
     length = config.max_length
-    for index, text, encoding in _encode(rendered, tokenizer):
-        input_ids, labels = _with_labels(text, encoding, tokenizer.eos_token_id, config.train_on_prompt)
+    for index, text, token_ids, encoding in _encode(rendered, tokenizer):
+        input_ids, labels = _with_labels(text, token_ids, encoding, tokenizer.eos_token_id, config.train_on_prompt)
         is_cut = len(input_ids) > length and row_format.name != "text"
         for start in range(0, len(input_ids) if row_format.name == "text" else 1, length):
             ids, own = input_ids[start : start + length], labels[start : start + length].copy()
@@ -278,16 +279,23 @@ def _tokenise_batch(
             values = (index, ids, own, len(ids), num_target_tokens, is_cut, ids.max())
             for name, value in zip(_TOKENISED, values, strict=True):
                 pieces[name].append(value)
-    return pieces
+    # All lists of a column at once: row by row, as the library would, takes another twentieth of the time.
+    columns = [
+        pyarrow.ListArray.from_arrays(np.cumsum([0, *map(len, values)], dtype=np.int32), np.concatenate(values))
+        if name in ("input_ids", "labels") and values
+        else values
+        for name, values in pieces.items()
+    ]
+    return pyarrow.table(columns, schema=_TOKENISED.arrow_schema)
 
 
 def _encode(
     rendered: list[tuple[int, Rendered]], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[int, Rendered, Encoding]]:
+) -> Iterator[tuple[int, Rendered, list[int], Encoding]]:
     """Tokenise texts in few calls, prompt and response together.
 
     Yields:
-        For each row its index, its text and its tokens.
+        For each row its index, its text, its token ids, and what is known of the tokens besides.
     """
     ends = np.cumsum([len(text.text) for _, text in rendered])
     for group in np.split(np.arange(len(rendered)), np.flatnonzero(np.diff(ends // _CHARACTERS_PER_CALL)) + 1):
@@ -301,15 +309,14 @@ def _encode(
             return_token_type_ids=False,
             verbose=False,
         )
-        for (index, text), encoding in zip(texts, encoded.encodings, strict=True):
-            yield index, text, encoding
+        for (index, text), ids, encoding in zip(texts, encoded["input_ids"], encoded.encodings, strict=True):
+            yield index, text, ids, encoding
 
 
 def _with_labels(
-    text: Rendered, encoding: Encoding, eos_token_id: int, train_on_prompt: bool
+    text: Rendered, ids: list[int], encoding: Encoding, eos_token_id: int, train_on_prompt: bool
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Give the token ids of a row, closed by EOS, and its labels; masked by position, never by id."""
-    ids = encoding.ids
 
     def begin(token: int) -> int:
         # Asked for few tokens: as Python objects, the spans of all would cost a quarter more time.

@@ -83,9 +83,17 @@ class Batches:
         # Packed sequences, nearly all full, are padded to one length, which one compiled graph serves.
         return list(self._micro_batches(sequences, at_least=self._longest if self.packing else 0))
 
-    def in_order(self) -> Iterator[MicroBatch]:
-        """Make micro-batches of all sequences, in the order of the rows, for evaluation."""
-        return self._micro_batches(range(len(self.documents)))
+    def by_length(self) -> Iterator[MicroBatch]:
+        """Make micro-batches of all sequences, the shortest first, for evaluation.
+
+        Of short ones more come together, but no more tokens, padding included, than `largest` has.
+        """
+        sequences = sorted(range(len(self.documents)), key=self._length)
+        room, start = self.batch_size * self._length(sequences[-1]), 0
+        for end in range(1, len(sequences) + 1):
+            if end == len(sequences) or (end + 1 - start) * self._length(sequences[end]) > room:
+                yield self._collate([self.documents[i] for i in sequences[start:end]])
+                start = end
 
     def largest(self) -> MicroBatch:
         """Make a micro-batch of the longest sequences: none of the run takes more memory."""

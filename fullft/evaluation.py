@@ -47,7 +47,7 @@ def evaluate(model: PreTrainedModel, batches: Batches | None, autocast: torch.au
     decoder = summed_cross_entropy.decoder
     losses, num_target_tokens = [], 0
     with _evaluating(model):
-        for micro_batch in batches.in_order():
+        for micro_batch in batches.by_length():
             inputs = micro_batch.to(model.device)
             with autocast:
                 losses.append(summed_cross_entropy(decoder(**inputs.inputs, use_cache=False), inputs))

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fullft.data import Batches, Data, load_data
 from fullft.errors import DataError
+from fullft.micro_batch import MicroBatch
 
 IGNORED = -100
 EOS = 0  # <|endoftext|> of the demo's tokenizer; bos and pad, too
@@ -131,7 +132,7 @@ def test_eos_is_learned_where_pad_is_eos_and_padding_never_is(
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == EOS
     rows = completions(("a", " b"), ("a", " b c d e f g h i j"))
     data = load(tmp_path, rows, tokenizer, per_device_train_batch_size=2)
-    (micro_batch,) = data.train.in_order()
+    (micro_batch,) = data.train.by_length()
     short, long = (len(ids) for ids, _ in pairs(data))
     assert micro_batch.inputs["input_ids"][0, short - 1 :].tolist() == [EOS] * (long - short + 1)
     assert micro_batch.labels[0, short - 1 :].tolist() == [EOS] + [IGNORED] * (long - short)
@@ -144,7 +145,9 @@ def test_a_missing_pad_token_changes_nothing(tmp_path: Path, tokenizer: PreTrain
     bare = copy.deepcopy(tokenizer)
     bare.pad_token = None
     rows = completions(("a", " b"), ("a", " b c d"))
-    batches = [load(tmp_path, rows, each, per_device_train_batch_size=2).train.in_order() for each in (tokenizer, bare)]
+    batches = [
+        load(tmp_path, rows, each, per_device_train_batch_size=2).train.by_length() for each in (tokenizer, bare)
+    ]
     for left, right in zip(*batches, strict=True):
         assert torch.equal(left.inputs["input_ids"], right.inputs["input_ids"])
         assert torch.equal(left.labels, right.labels)
@@ -460,13 +463,14 @@ def test_holding_out_nothing_or_everything(tmp_path: Path, tokenizer: PreTrained
 # ---------------------------------------------------------------------------------------------- the order
 
 
+def sequences_of(micro_batch: MicroBatch) -> list[list[int]]:
+    """Give the token ids without padding: every row ends with the one EOS that is learned."""
+    ends = [int((labels != IGNORED).nonzero().max()) + 1 for labels in micro_batch.labels]
+    return [ids[:end].tolist() for ids, end in zip(micro_batch.inputs["input_ids"], ends, strict=True)]
+
+
 def rows_of_step(batches: Batches, step: int) -> list[tuple[int, ...]]:
-    rows = []
-    for micro_batch in batches.global_batch(step):
-        for ids, labels in zip(micro_batch.inputs["input_ids"], micro_batch.labels, strict=True):
-            end = int((labels != IGNORED).nonzero().max()) + 1
-            rows.append(tuple(ids[:end].tolist()))
-    return rows
+    return [tuple(ids) for micro_batch in batches.global_batch(step) for ids in sequences_of(micro_batch)]
 
 
 def test_1000_rows_at_0_05_and_1_x_16_are_60_steps_an_epoch(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -538,8 +542,22 @@ def test_counts_exclude_padding(tmp_path: Path, tokenizer: PreTrainedTokenizerBa
 
 
 def test_the_shift_by_one_loses_no_target(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    for micro_batch in load(tmp_path, [{"text": "a b c d e f g h"}], tokenizer, max_length=4).train.in_order():
+    for micro_batch in load(tmp_path, [{"text": "a b c d e f g h"}], tokenizer, max_length=4).train.by_length():
         assert (micro_batch.labels[:, 1:] != IGNORED).sum() == micro_batch.num_target_tokens
+
+
+@pytest.mark.parametrize("options", [{}, {"per_device_train_batch_size": 3}, {"packing": True, "max_length": 32}])
+def test_evaluation_sees_every_row_once_and_needs_no_more_tokens_than_the_largest_micro_batch(
+    options: Row, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rows = completions(*[("p ", "r " * (1 + 7 * i % 19)) for i in range(40)])
+    batches = load(tmp_path, rows, tokenizer, **options).train
+    micro_batches, shape = list(batches.by_length()), batches.largest().labels.shape
+    assert all(each.labels.numel() <= shape.numel() and each.labels.shape[1] <= shape[1] for each in micro_batches)
+    assert batches.packing or len(micro_batches) < len(batches.documents) / batches.batch_size  # short ones together
+    seen = [ids for each in micro_batches for ids in sequences_of(each)]
+    whole = [sum((batches.rows[i]["input_ids"] for i in documents), []) for documents in batches.documents]
+    assert sorted(seen) == sorted(whole) and [*map(len, seen)] == sorted(map(len, whole))
 
 
 # ---------------------------------------------------------------------------------------------- packing
@@ -552,7 +570,7 @@ def test_packed_documents_are_whole_and_positions_restart_with_each(
     options = {"max_length": 32, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 1}
     packed, plain = (load(tmp_path, rows, tokenizer, packing=packing, **options) for packing in (True, False))
     found, padding = [], 0
-    for micro_batch in packed.train.in_order():
+    for micro_batch in packed.train.by_length():
         ids, positions = micro_batch.inputs["input_ids"], micro_batch.inputs["position_ids"]
         assert ids.shape == positions.shape == micro_batch.labels.shape
         assert ids.shape[1] <= 32
@@ -585,7 +603,7 @@ def test_a_packed_epoch_has_the_tokens_of_an_unpacked_one(tmp_path: Path, tokeni
 
 
 def test_unpacked_batches_have_no_position_ids(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    (micro_batch,) = load(tmp_path, numbered(1), tokenizer).train.in_order()
+    (micro_batch,) = load(tmp_path, numbered(1), tokenizer).train.by_length()
     assert set(micro_batch.inputs) == {"input_ids"}
 
 
@@ -710,7 +728,7 @@ def test_the_description_counts_and_shows_what_is_learned(tmp_path: Path, tokeni
 
 
 def test_micro_batches_move_with_all_their_parts(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    (micro_batch,) = load(tmp_path, numbered(1), tokenizer, packing=True).train.in_order()
+    (micro_batch,) = load(tmp_path, numbered(1), tokenizer, packing=True).train.by_length()
     moved = micro_batch.to(torch.device("meta"))
     assert {tensor.device.type for tensor in (*moved.inputs.values(), moved.labels)} == {"meta"}
     assert (moved.num_tokens, moved.num_target_tokens) == (micro_batch.num_tokens, micro_batch.num_target_tokens)

@@ -96,13 +96,12 @@ def save_checkpoint(
         "options": dataclasses.asdict(config),
     }
     with staged_folder(folder) as staging:
-        save_weights(model, staging)
+        hashes = save_weights(model, staging)
+        hashes[OPTIMIZER] = write_tensors(staging / OPTIMIZER, _optimizer_state(optimizer, model))
         tokenizer.save_pretrained(staging)
         (staging / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-        hashes = {
-            str(file.relative_to(staging)): _sha256(file) for file in sorted(staging.rglob("*")) if file.is_file()
-        }
-        hashes[OPTIMIZER] = write_tensors(staging / OPTIMIZER, _optimizer_state(optimizer, model))
+        files = {str(path.relative_to(staging)): path for path in sorted(staging.rglob("*")) if path.is_file()}
+        hashes |= {name: _sha256(file) for name, file in files.items() if name not in hashes}  # of small ones
         (staging / MANIFEST).write_text(json.dumps({"sha256": hashes}, indent=1), encoding="utf-8")
         sync_folder(staging)
         install_checkpoint(staging, folder)

@@ -3,18 +3,24 @@
 Owns single writes. Which files there are, and what becomes of them, is `output_dir.py`'s business.
 """
 
+import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fullft.offload import Array, host_pieces
+from fullft.offload import Array, aligned_bytes, host_pieces, set_direct
+
+_BLOCK = 1 << 24  # bytes written and hashed at a time
 
 
 def sync(path: Path) -> None:
@@ -112,14 +118,50 @@ def write_tensors(file: Path, tensors: Mapping[str, Array], shapes: Mapping[str,
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
+    head = torch.frombuffer(bytearray(len(text).to_bytes(8, "little") + text), dtype=torch.uint8)
+    pieces = (piece for name in names for piece in host_pieces(tensors[name]))
+    return _write(file, itertools.chain([head], pieces))
+
+
+def _write(file: Path, pieces: Iterable[torch.Tensor]) -> str:
+    """Write tensors' bytes one after the other, and give their sha256."""
     digest = hashlib.sha256()
-    with file.open("wb") as content:
-        for part in (len(text).to_bytes(8, "little"), text):
-            content.write(part)
-            digest.update(part)
-        for name in names:
-            for piece in host_pieces(tensors[name]):
-                data = piece.contiguous().flatten().view(torch.uint8).numpy().data
-                content.write(data)
-                digest.update(data)
+    # Hashing takes as long as writing does: a thread beside, and two blocks in turn, let neither wait for the other.
+    with file.open("wb", buffering=0) as content, ThreadPoolExecutor(1) as thread:
+        former: Future[None] = thread.submit(lambda: None)
+        for block in _blocks(pieces):
+            hashing = thread.submit(digest.update, block)
+            _write_block(content, block)
+            former.result()  # its memory is filled next
+            former = hashing
     return digest.hexdigest()
+
+
+def _write_block(content: FileIO, block: memoryview) -> None:
+    """Write a block past the page cache; what that does not take, such as a part of a page, goes through it."""
+    set_direct(content, True)
+    try:
+        block = block[content.write(block) :]
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    set_direct(content, False)
+    while block:
+        block = block[content.write(block) :]
+
+
+def _blocks(pieces: Iterable[torch.Tensor]) -> Iterator[memoryview]:
+    """Gather bytes in blocks that start at a page; two of them share the memory, by turns."""
+    block, other = (aligned_bytes(_BLOCK, torch.device("cpu")) for _ in range(2))
+    filled = 0
+    for piece in pieces:
+        data = piece.contiguous().flatten().view(torch.uint8)
+        while data.numel():
+            count = min(data.numel(), _BLOCK - filled)
+            block[filled : filled + count] = data[:count]
+            data, filled = data[count:], filled + count
+            if filled == _BLOCK:
+                yield block.numpy().data
+                block, other, filled = other, block, 0
+    if filled:
+        yield block[:filled].numpy().data

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch._guards import detect_fake_mode as active_fake_mode
@@ -110,13 +110,7 @@ class DiskFile:
         if active_fake_mode() is None:
             existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
             self._file = tempfile.TemporaryFile(dir=existing, prefix=".fullft-offload-")
-            # Past the page cache, which would copy every byte once more and slow writing down to a fifth. Some file
-            # systems cannot.
-            with suppress(ImportError, OSError):
-                import fcntl  # not on Windows
-
-                flags = fcntl.fcntl(self._file, fcntl.F_GETFL)
-                fcntl.fcntl(self._file, fcntl.F_SETFL, flags | getattr(os, "O_DIRECT", 0))
+            set_direct(self._file, True)
 
     def allocate(self, numel: int, dtype: torch.dtype) -> DiskArray:
         """Take the space of an array of zeros.
@@ -175,10 +169,24 @@ class DiskFile:
             done += count
 
 
+def set_direct(file: IO[bytes], is_direct: bool) -> None:
+    """Have a file read and written past the page cache, which slows writing down to a fifth, or through it.
+
+    Args:
+        file: unbuffered, or used by its descriptor alone. Some file systems have no way past.
+        is_direct: then addresses, offsets and lengths are to be whole pages.
+    """
+    with suppress(ImportError, OSError):
+        import fcntl  # not on Windows
+
+        flags, direct = fcntl.fcntl(file, fcntl.F_GETFL), getattr(os, "O_DIRECT", 0)
+        fcntl.fcntl(file, fcntl.F_SETFL, flags | direct if is_direct else flags & ~direct)
+
+
 Array = torch.Tensor | DiskArray
 
 
-def home_of(parameter: torch.nn.Parameter) -> Array:
+def home_of(parameter: torch.Tensor) -> Array:
     """Give the array that holds a weight between uses: the parameter itself, unless its layer is streamed.
 
     Args:

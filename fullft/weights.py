@@ -13,8 +13,9 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.dynamic_module_utils import custom_object_save
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.initialization import no_init_weights
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
@@ -25,7 +26,7 @@ from fullft.find import DEMO_MODEL, loading
 from fullft.layer_streaming import settle_layers
 from fullft.master_weights import split
 from fullft.model import PRECISIONS
-from fullft.offload import Array, Storage, fill, home_of
+from fullft.offload import Storage, fill, home_of
 from fullft.optimizer import placement_of
 
 MAX_SHARD_SIZE = "5GB"
@@ -209,38 +210,41 @@ def _is_wider(config: Config, source: str, stored: dict[str, _Stored]) -> bool:
 # ---------------------------------------------------------------------------------------------- out
 
 
-def save_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Write weights and configs as `save_pretrained` does, also where the layers are not on the device.
+def save_weights(model: PreTrainedModel, folder: Path) -> dict[str, str]:
+    """Write weights and configs as `save_pretrained` does, faster, and also where the layers are not on the device.
 
     Args:
         model: whose weights may have homes elsewhere.
         folder: exists.
 
+    Returns:
+        The sha256 of each file of weights, under its name.
+
     Raises:
         OSError: the disk is full or cannot be written.
     """
-    homes = {name: home_of(parameter) for name, parameter in model.named_parameters()}
-    if all(home is parameter for home, parameter in zip(homes.values(), model.parameters(), strict=True)):
-        model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
-        return
-    model.config.architectures = [type(model).__name__]
-    if model._auto_class is not None:
-        custom_object_save(model, folder, config=model.config)  # the code that came with it
-    model.config.save_pretrained(folder)
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
-    tensors = _without_tied(model, homes)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    meta = {name: torch.empty(shapes[name], dtype=array.dtype, device="meta") for name, array in tensors.items()}
-    plan = split_torch_state_dict_into_shards(meta, max_shard_size=MAX_SHARD_SIZE)
+    model.save_pretrained(folder, state_dict={})  # all but the weights: configs, and the code that came with the model
+    tensors = _saved_tensors(model)
+    away = {name: tensor for name, tensor in tensors.items() if home_of(tensor) is not tensor}
+    meta = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in away.items()}
+    plan = split_torch_state_dict_into_shards(tensors | meta, max_shard_size=MAX_SHARD_SIZE)
+    digests = {}
     for file, names in plan.filename_to_tensors.items():
-        write_tensors(folder / file, {name: tensors[name] for name in names}, shapes)
+        homes = {name: home_of(tensors[name]) for name in names}
+        digests[file] = write_tensors(folder / file, homes, {name: tensors[name].shape for name in names})
     if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1))
+        metadata = {"total_parameters": model.num_parameters(), **plan.metadata}
+        index = {"metadata": metadata, "weight_map": plan.tensor_to_filename}
+        write_text(folder / SAFE_WEIGHTS_INDEX_NAME, json.dumps(index, indent=2, sort_keys=True) + "\n")
+    return digests
 
 
-def _without_tied(model: PreTrainedModel, homes: dict[str, Array]) -> dict[str, Array]:
-    """Add persistent buffers to the parameters, among which tied ones stand under one name."""
-    saved = model.state_dict().keys()
-    return homes | {name: buffer for name, buffer in model.named_buffers() if name in saved}
+def _saved_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Give what `save_pretrained` writes: tied weights under one name, and what loading has converted as it was."""
+    state = model.state_dict()
+    if any(home_of(parameter) is not parameter for parameter in model.parameters()):  # loaded without conversions
+        buffers = {name: buffer for name, buffer in model.named_buffers() if name in state}
+        return dict(model.named_parameters()) | buffers
+    ignored = model._keys_to_ignore_on_save or ()
+    kept = {name: tensor for name, tensor in state.items() if name not in ignored}
+    return dict(revert_weight_conversion(model, remove_tied_weights_from_state_dict(kept, model)))

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import fullft.disk
 import fullft.export
 import fullft.metrics
 import fullft.output_dir
@@ -314,7 +315,32 @@ def test_another_batch_size_is_said_to_repeat_rows(
     assert "rows may repeat" not in capsys.readouterr().out
 
 
-def test_tensors_are_written_as_safetensors_writes_them(tmp_path: Path) -> None:
+def test_weights_and_states_are_not_read_back_to_be_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+    of_file = fullft.checkpoint._sha256
+    monkeypatch.setattr(fullft.checkpoint, "_sha256", lambda file: hashed.append(file.name) or of_file(file))
+    train_small()
+    assert "config.json" in hashed and not [name for name in hashed if name.endswith(".safetensors")]
+    (checkpoint,) = list_checkpoints(OUT)
+    verify(checkpoint)
+    assert [name for name in hashed if name.endswith(".safetensors")]
+    with (checkpoint / "model.safetensors").open("r+b") as file:  # the negative control
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    with pytest.raises(CheckpointError, match="model.safetensors is damaged"):
+        verify(checkpoint)
+
+
+@pytest.mark.parametrize("is_direct", [True, False])
+@pytest.mark.parametrize("block", [4096, 1 << 24])
+def test_tensors_are_written_as_safetensors_writes_them(
+    block: int, is_direct: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fullft.disk, "_BLOCK", block)
+    if not is_direct:  # as where the file system cannot
+        monkeypatch.setattr(fullft.disk, "set_direct", lambda *_: None)
     torch.manual_seed(0)
     shared = torch.arange(256, dtype=torch.float32)
     tensors = {
@@ -327,13 +353,14 @@ def test_tensors_are_written_as_safetensors_writes_them(tmp_path: Path) -> None:
         "d.empty": torch.empty(0, 4),
         "e.transposed": torch.randn(4, 6).t().contiguous(),
         "f.ünï": torch.randn(2).requires_grad_(),
+        "g.many": torch.randn(3 * 4096 + 1),
     }
     digest = write_tensors(tmp_path / "ours", tensors)
     save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
     assert digest == fullft.checkpoint._sha256(tmp_path / "ours")
     # Beyond what theirs accepts: shared memory and other strides.
-    tensors |= {"g.shared": shared, "h.shared": shared, "i": torch.randn(4, 6).t()}
+    tensors |= {"h.shared": shared, "h.again": shared, "i": torch.randn(4, 6).t()}
     write_tensors(tmp_path / "ours", tensors)
     found = load_file(tmp_path / "ours")
     assert found.keys() == tensors.keys()

@@ -126,15 +126,19 @@ def write_tensors(file: Path, tensors: Mapping[str, Array], shapes: Mapping[str,
 def _write(file: Path, pieces: Iterable[torch.Tensor]) -> str:
     """Write tensors' bytes one after the other, and give their sha256."""
     digest = hashlib.sha256()
-    # Hashing takes as long as writing does: a thread beside, and two blocks in turn, let neither wait for the other.
-    with file.open("wb", buffering=0) as content, ThreadPoolExecutor(1) as thread:
-        former: Future[None] = thread.submit(lambda: None)
+    # Hashing takes as long as writing: a block is hashed and written at once, while the next one is gathered.
+    with file.open("wb", buffering=0) as content, ThreadPoolExecutor(2) as threads:
+        under_way: list[Future[None]] = []
         for block in _blocks(pieces):
-            hashing = thread.submit(digest.update, block)
-            _write_block(content, block)
-            former.result()  # its memory is filled next
-            former = hashing
+            _finish(under_way)  # its memory is filled next
+            under_way = [threads.submit(digest.update, block), threads.submit(_write_block, content, block)]
+        _finish(under_way)
     return digest.hexdigest()
+
+
+def _finish(futures: Iterable[Future[None]]) -> None:
+    for future in futures:
+        future.result()
 
 
 def _write_block(content: FileIO, block: memoryview) -> None:

@@ -280,22 +280,24 @@ def host_pieces(array: Array) -> Iterator[torch.Tensor]:
         yield buffer[: count * array.element_size()].view(array.dtype)
 
 
-def fill(array: Array, values: torch.Tensor) -> None:
-    """Set an array's content.
+def fill(array: Array, values: torch.Tensor, first: int = 0) -> None:
+    """Set an array's content, or a stretch of it.
 
     Args:
         array: of any shape.
-        values: as many, on the CPU, of the same dtype.
+        values: on the CPU, of the same dtype.
+        first: the element to begin with; on disk at a page boundary, and a stretch ends at one or with the array.
     """
+    values = values.reshape(-1)
     if isinstance(array, torch.Tensor):
-        array.detach().view(-1).copy_(values.reshape(-1))
+        array.detach().view(-1)[first : first + values.numel()].copy_(values)
         return
-    if array.numel() == 0:
+    if values.numel() == 0:
         return
-    buffer = aligned_bytes(paged(min(CHUNK, array.numel()) * array.element_size()), torch.device("cpu"))
-    for start, piece in zip(range(0, array.numel(), CHUNK), values.reshape(-1).split(CHUNK), strict=True):
+    buffer = aligned_bytes(paged(min(CHUNK, values.numel()) * array.element_size()), torch.device("cpu"))
+    for start, piece in zip(range(0, values.numel(), CHUNK), values.split(CHUNK), strict=True):
         buffer[: piece.numel() * array.element_size()].view(array.dtype).copy_(piece)
-        array.write(start, piece.numel(), buffer)
+        array.write(first + start, piece.numel(), buffer)
 
 
 def aligned_bytes(num_bytes: int, device: torch.device) -> torch.Tensor:

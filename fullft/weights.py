@@ -7,6 +7,7 @@ be trained, is `find.py`'s business.
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -25,11 +26,14 @@ from fullft.errors import ModelError
 from fullft.find import DEMO_MODEL, loading
 from fullft.layer_streaming import settle_layers
 from fullft.master_weights import split
+from fullft.memory.room import available_host_bytes
 from fullft.model import PRECISIONS
 from fullft.offload import Storage, fill, home_of
 from fullft.optimizer import placement_of
 
 MAX_SHARD_SIZE = "5GB"
+_PIECE = 1 << 20  # elements split at a time
+_READ = 1 << 24  # bytes read at a time
 
 # ---------------------------------------------------------------------------------------------- in
 
@@ -47,20 +51,19 @@ def load_model(config: Config, source: str, storage: Storage) -> PreTrainedModel
         ModelError: weights are missing, damaged, or do not fit the config.
     """
     dtype, tier = PRECISIONS[config.precision].weights, parse_offload(config.offload).get("parameters")
+    is_split = config.precision == "bf16-true" and config.master_weights == "split"
     with loading(source):
         if source == str(DEMO_MODEL):
             torch.manual_seed(config.seed)
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=dtype)
+            if tier:
+                settle_layers(model, tier, storage)
+        elif (one_by_one := _one_by_one(config, source, dtype, tier, is_split, storage)) is not None:
+            model = one_by_one
         else:
-            model = (
-                _layer_by_layer(config, source, dtype, tier, storage)
-                if tier
-                else _from_pretrained(config, source, dtype)
-            )
-        if tier and source == str(DEMO_MODEL):
-            settle_layers(model, tier, storage)
-        if config.precision == "bf16-true" and config.master_weights == "split" and source != str(DEMO_MODEL):
-            _keep_what_bf16_rounds_away(config, model, source, storage)
+            model = _from_pretrained(config, source, dtype)
+            if is_split:
+                _keep_what_bf16_rounds_away(config, model, source, storage)
     transformers_logging.disable_progress_bar()  # loading may show one; saving would tear ours
     model.to(storage.device)
     model.requires_grad_(True)
@@ -71,6 +74,7 @@ def load_model(config: Config, source: str, storage: Storage) -> PreTrainedModel
 def _from_pretrained(config: Config, source: str, dtype: torch.dtype) -> PreTrainedModel:
     # dtype is always explicit: transformers 5 defaults to whatever the file holds. Attention is left to its default:
     # torch's scaled_dot_product_attention, or eager for the few families whose scores that cannot express (Gemma-2).
+    _read_through(_weight_files(source))
     model, loaded = AutoModelForCausalLM.from_pretrained(
         source,
         dtype=dtype,
@@ -92,28 +96,49 @@ def _from_pretrained(config: Config, source: str, dtype: torch.dtype) -> PreTrai
     return model
 
 
-def _layer_by_layer(config: Config, source: str, dtype: torch.dtype, tier: str, storage: Storage) -> PreTrainedModel:
-    """Load a model whose layers are never in memory all at once.
+def _one_by_one(
+    config: Config, source: str, dtype: torch.dtype, tier: str | None, is_split: bool, storage: Storage
+) -> PreTrainedModel | None:
+    """Load a model whose layers are never in memory all at once, or one whose wide weights are split as they come.
+
+    Returns:
+        None where `from_pretrained` is as good, since nothing is to be split, or needed, since files and model differ.
 
     Raises:
         ModelError: the files' tensors are not the model's parameters one by one: transformers must convert them.
     """
+    tensors = _tensors(source) if tier or is_split else {}
+    if not tier and not any(each.dtype in _WIDER for each in tensors.values()):
+        return None
     model_config = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
     with no_init_weights():  # memory that nobody writes to takes none
         model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=config.trust_remote_code)
     model.tie_weights()
-    stored = _stored(source, model)
-    for name, parameter in model.named_parameters():
-        if name not in stored or stored[name].shape != list(parameter.shape):
-            raise ModelError(
-                f"the files of {source} have no tensor for {name} as it is: they must be converted while loading, "
-                f"which takes all of the model at once: leave out parameters={tier}"
-            )
-    settle_layers(model, tier, storage, with_values=False)
-    targets = {**dict(model.named_buffers()), **{name: home_of(p) for name, p in model.named_parameters()}}
-    for name, target in targets.items():
-        if name in stored:
-            fill(target, stored[name].read().to(target.dtype))
+    stored = _stored(tensors, model)
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if name in stored and stored[name].shape == list(parameter.shape):
+            continue
+        if not tier:
+            return None
+        raise ModelError(
+            f"the files of {source} have no tensor for {name} as it is: they must be converted while loading, "
+            f"which takes all of the model at once: leave out parameters={tier}"
+        )
+    if tier:
+        settle_layers(model, tier, storage, with_values=False)
+    elif (
+        stored.keys() != _saved_tensors(model).keys()
+        or len(stored) < len(tensors)
+        or model._keep_in_fp32_modules_strict  # which from_pretrained knows of
+    ):
+        return None
+    targets = dict(model.named_buffers()) | parameters
+    for name, each in sorted(stored.items(), key=lambda item: (item[1].file, item[1].name)):  # as the disk has them
+        if is_split and each.dtype in _WIDER and name in parameters and parameters[name].dtype == torch.bfloat16:
+            _keep(parameters[name], each.read(), placement_of(config).optimizer, storage)
+        else:
+            fill(home_of(targets[name]), each.read().to(targets[name].dtype))
     folder = next(iter(stored.values())).file.parent
     if model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -123,7 +148,7 @@ def _layer_by_layer(config: Config, source: str, dtype: torch.dtype, tier: str, 
 def _keep_what_bf16_rounds_away(config: Config, model: PreTrainedModel, source: str, storage: Storage) -> None:
     """Where files hold wider weights, let the optimizer's masters start from these, not from their bf16 copies."""
     tier = placement_of(config).optimizer
-    stored = _stored(source, model)
+    stored = _stored(_tensors(source), model)
     unknown: dict[str, nn.Parameter] = {}
     for name, parameter in model.named_parameters():
         if parameter.dtype != torch.bfloat16:
@@ -139,13 +164,14 @@ def _keep_what_bf16_rounds_away(config: Config, model: PreTrainedModel, source: 
 
 
 def _keep(parameter: nn.Parameter, values: torch.Tensor, tier: str, storage: Storage) -> None:
-    master = values.flatten().to(torch.float32, copy=True)
-    weights = torch.empty_like(master, dtype=torch.bfloat16)
-    remainder = torch.empty_like(master, dtype=torch.int16)
-    split(master, weights, remainder)
-    fill(home_of(parameter), weights)
-    rounded_off = storage.zeros(tier, remainder.numel(), torch.int16)
-    fill(rounded_off, remainder)
+    rounded_off = storage.zeros(tier, values.numel(), torch.int16)
+    # In pieces, whose copies stay in the processor's cache: new memory for whole tensors would cost more than reading.
+    for number, piece in enumerate(values.flatten().split(_PIECE)):
+        master = piece.to(torch.float32, copy=True)
+        weights, remainder = torch.empty_like(piece, dtype=torch.bfloat16), torch.empty_like(piece, dtype=torch.int16)
+        split(master, weights, remainder)
+        fill(home_of(parameter), weights, number * _PIECE)
+        fill(rounded_off, remainder, number * _PIECE)
     parameter.rounded_off = rounded_off  # type: ignore[attr-defined]
 
 
@@ -162,21 +188,26 @@ class _Stored:
     name: str
     dtype: str
     shape: list[int]
+    tensors: Any  # the file, open
 
     def read(self) -> torch.Tensor:
-        with safe_open(self.file, framework="pt", device="cpu") as tensors:
-            tensor: torch.Tensor = tensors.get_tensor(self.name)
-            return tensor
+        tensor: torch.Tensor = self.tensors.get_tensor(self.name)  # mapped: nothing is read until somebody looks
+        return tensor
 
 
-def _stored(source: str, model: PreTrainedModel) -> dict[str, _Stored]:
-    """Find the tensors of the files under the model's names; files of a base model lack its prefix."""
+def _tensors(source: str) -> dict[str, _Stored]:
+    """List the tensors of the safetensors files under the names that they have there."""
     found = {}
     for file in _weight_files(source):
-        with safe_open(file, framework="pt", device="cpu") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (no mapping)
-                part = tensors.get_slice(name)
-                found[name] = _Stored(file, name, str(part.get_dtype()), list(part.get_shape()))
+        tensors: Any = safe_open(file, framework="pt", device="cpu")
+        for name in tensors.keys():  # noqa: SIM118 (no mapping)
+            part = tensors.get_slice(name)
+            found[name] = _Stored(file, name, str(part.get_dtype()), list(part.get_shape()), tensors)
+    return found
+
+
+def _stored(found: dict[str, _Stored], model: PreTrainedModel) -> dict[str, _Stored]:
+    """Give tensors of files under the model's names; files of a base model lack its prefix."""
     prefix = f"{model.base_model_prefix}."
     names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
     known = {name: name if name in found else name.removeprefix(prefix) for name in names}
@@ -205,6 +236,17 @@ def _is_wider(config: Config, source: str, stored: dict[str, _Stored]) -> bool:
         return any(each.dtype in _WIDER for each in stored.values())
     model_config = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
     return model_config.dtype in (torch.float32, torch.float16)
+
+
+def _read_through(files: list[Path]) -> None:
+    """Bring files into the page cache, in order: mapped, they would come page by page, at half the disk's speed."""
+    if sum(file.stat().st_size for file in files) > available_host_bytes():
+        return  # the last ones would push the first ones out again
+    memory = bytearray(_READ)
+    for file in files:
+        with file.open("rb", buffering=0) as content:
+            while content.readinto(memory):
+                pass
 
 
 # ---------------------------------------------------------------------------------------------- out

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import SHAPE, tiny_model
+from models import SHAPE, make_config, tiny_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
 
 import fullft.weights
-from fullft.weights import save_weights
+from fullft.offload import Array, Storage, home_of, host_pieces
+from fullft.weights import load_model, save_weights
 
 
 def made(family: str) -> PreTrainedModel:
@@ -22,6 +24,85 @@ def made(family: str) -> PreTrainedModel:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+# ---------------------------------------------------------------------------------------------- in
+
+
+def loaded(folder: Path, offload: str = "none", **options: object) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+    """Load, and give copies of all tensors beside the model, those that bf16 rounds away too."""
+    config = make_config(offload=offload, activation_checkpointing="full", **options)
+    model = load_model(config, str(folder), Storage(torch.device("cpu"), folder))
+    arrays: dict[str, Array] = dict(model.named_buffers())
+    for name, parameter in model.named_parameters():
+        arrays[name] = home_of(parameter)
+        if hasattr(parameter, "rounded_off"):
+            arrays[f"{name}, rounded off"] = parameter.rounded_off
+    return model, {
+        name: torch.cat([piece.flatten().clone() for piece in host_pieces(array)]) for name, array in arrays.items()
+    }
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(
+        values.dtype == other[name].dtype and torch.equal(values, other[name]) for name, values in one.items()
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "gemma2"])
+def test_weights_split_as_they_come_are_those_split_afterwards(
+    family: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fullft.weights, "_PIECE", 4096)  # so that tensors have several, the last one shorter
+    original = made(family).to(dtype)
+    with torch.no_grad():
+        for parameter in original.parameters():
+            parameter.mul_(1 + torch.rand_like(parameter) / 1024)  # beyond what bf16 holds
+    original.save_pretrained(tmp_path)
+    whole, at_once = loaded(tmp_path)
+    assert not hasattr(whole, "_weight_conversions")  # from_pretrained has not been asked
+    for offload in ("optimizer=host", "optimizer=disk", "parameters=disk,optimizer=disk"):
+        assert same(at_once, loaded(tmp_path, offload)[1]), offload
+    monkeypatch.setattr(fullft.weights, "_one_by_one", lambda *_: None)
+    theirs, afterwards = loaded(tmp_path)
+    assert same(at_once, afterwards)
+    assert whole.config.to_dict() == theirs.config.to_dict()
+    assert whole.generation_config.to_dict() == theirs.generation_config.to_dict()
+    assert not same(at_once, loaded(tmp_path, master_weights="none")[1])  # the negative control
+
+
+@pytest.mark.parametrize("what", ["too many", "converted"])
+def test_files_that_are_not_just_the_model_are_left_to_from_pretrained(
+    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made("llama" if what == "too many" else "mixtral").float().save_pretrained(tmp_path)
+    if what == "too many":
+        tensors = load_file(tmp_path / "model.safetensors")
+        save_file(tensors | {"extra": torch.ones(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model, tensors = loaded(tmp_path)
+    assert hasattr(model, "_weight_conversions")
+    assert ("1 tensors that its config.json has no place for, such as extra" in capsys.readouterr().out) == (
+        what == "too many"
+    )
+    assert all(f"{name}, rounded off" in tensors for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("free", [0, 1 << 40])
+def test_files_are_read_through_only_where_memory_holds_them(
+    free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fullft.weights, "available_host_bytes", lambda: free)
+    original = made("llama")
+    original.save_pretrained(tmp_path)
+    read: list[str] = []
+    path_open = Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda file, *more, **named: read.append(file.name) or path_open(file, *more, **named)
+    )
+    _, tensors = loaded(tmp_path)
+    assert ("model.safetensors" in read) == (free > 0)
+    assert all(torch.equal(tensors[name], values.detach().flatten()) for name, values in original.named_parameters())
 
 
 # ---------------------------------------------------------------------------------------------- out

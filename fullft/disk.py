@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from io import FileIO
@@ -92,7 +92,12 @@ _DTYPES = {
 }
 
 
-def write_tensors(file: Path, tensors: Mapping[str, Array], shapes: Mapping[str, Sequence[int]] | None = None) -> str:
+def write_tensors(
+    file: Path,
+    tensors: Mapping[str, Array],
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    is_hashed: bool = True,
+) -> str:
     """Write a safetensors file, holding one tensor at a time in host memory.
 
     `safetensors.torch.save_file` first copies all tensors to the host: for the optimizer states of 7B parameters 56 GB.
@@ -101,9 +106,10 @@ def write_tensors(file: Path, tensors: Mapping[str, Array], shapes: Mapping[str,
         file: to write.
         tensors: any shapes, on any device or on disk; memory may be shared between them.
         shapes: under the tensors' names, where they are not their own.
+        is_hashed: whether anybody wants the sha256, which takes as long as writing.
 
     Returns:
-        The sha256 of what was written, in hexadecimal digits.
+        The sha256 of what was written, in hexadecimal digits; that of nothing if it is not hashed.
 
     Raises:
         OSError: the disk is full or cannot be written.
@@ -120,20 +126,19 @@ def write_tensors(file: Path, tensors: Mapping[str, Array], shapes: Mapping[str,
     text += b" " * (-len(text) % 8)
     head = torch.frombuffer(bytearray(len(text).to_bytes(8, "little") + text), dtype=torch.uint8)
     pieces = (piece for name in names for piece in host_pieces(tensors[name]))
-    return _write(file, itertools.chain([head], pieces))
-
-
-def _write(file: Path, pieces: Iterable[torch.Tensor]) -> str:
-    """Write tensors' bytes one after the other, and give their sha256."""
     digest = hashlib.sha256()
-    # Hashing takes as long as writing: a block is hashed and written at once, while the next one is gathered.
+    _write(file, itertools.chain([head], pieces), digest.update if is_hashed else lambda _: None)
+    return digest.hexdigest()
+
+
+def _write(file: Path, pieces: Iterable[torch.Tensor], look: Callable[[memoryview], None]) -> None:
+    """Write tensors' bytes one after the other; each block is written and looked at while the next one is gathered."""
     with file.open("wb", buffering=0) as content, ThreadPoolExecutor(2) as threads:
         under_way: list[Future[None]] = []
         for block in _blocks(pieces):
             _finish(under_way)  # its memory is filled next
-            under_way = [threads.submit(digest.update, block), threads.submit(_write_block, content, block)]
+            under_way = [threads.submit(look, block), threads.submit(_write_block, content, block)]
         _finish(under_way)
-    return digest.hexdigest()
 
 
 def _finish(futures: Iterable[Future[None]]) -> None:

@@ -37,7 +37,7 @@ def export_model(
     """
     output_dir = Path(str(config.output_dir))
     with staged_folder(output_dir / "export") as staging:
-        save_weights(model, staging)
+        save_weights(model, staging, is_hashed=False)
         tokenizer.save_pretrained(staging)
         (staging / "README.md").write_text(_card(config, results), encoding="utf-8")
         sync_folder(staging)

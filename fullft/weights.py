@@ -252,12 +252,13 @@ def _read_through(files: list[Path]) -> None:
 # ---------------------------------------------------------------------------------------------- out
 
 
-def save_weights(model: PreTrainedModel, folder: Path) -> dict[str, str]:
+def save_weights(model: PreTrainedModel, folder: Path, is_hashed: bool = True) -> dict[str, str]:
     """Write weights and configs as `save_pretrained` does, faster, and also where the layers are not on the device.
 
     Args:
         model: whose weights may have homes elsewhere.
         folder: exists.
+        is_hashed: whether the files' sha256 are wanted.
 
     Returns:
         The sha256 of each file of weights, under its name.
@@ -273,7 +274,8 @@ def save_weights(model: PreTrainedModel, folder: Path) -> dict[str, str]:
     digests = {}
     for file, names in plan.filename_to_tensors.items():
         homes = {name: home_of(tensors[name]) for name in names}
-        digests[file] = write_tensors(folder / file, homes, {name: tensors[name].shape for name in names})
+        shapes = {name: tensors[name].shape for name in names}
+        digests[file] = write_tensors(folder / file, homes, shapes, is_hashed)
     if plan.is_sharded:
         metadata = {"total_parameters": model.num_parameters(), **plan.metadata}
         index = {"metadata": metadata, "weight_map": plan.tensor_to_filename}

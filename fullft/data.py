@@ -115,7 +115,7 @@ class Batches:
         for start in range(0, len(sequences), self.batch_size):
             yield self._collate([self.documents[i] for i in sequences[start : start + self.batch_size]], at_least)
 
-    def _collate(self, batch: list[list[int]], at_least: int) -> MicroBatch:
+    def _collate(self, batch: list[list[int]], at_least: int = 0) -> MicroBatch:
         """Join each sequence's documents, and pad to the longest sequence of the micro-batch, or to so many tokens."""
         sequences = [self.rows[documents] for documents in batch]
         shape = (len(batch), max(at_least, *(sum(sequence["num_tokens"]) for sequence in sequences)))

@@ -1,8 +1,9 @@
 """Compilation: a decoder layer's forward and backward become graphs in which everything but its products is fused.
 
 Owns which runs gain by it, and what is compiled: the layers, whose one graph serves all that are alike. It must be
-applied before activation checkpointing, which then recomputes by the graph. Only training uses it: evaluation and
-generation have too many shapes, and the worst step is watched operation by operation.
+applied first: streamed layers come before their graph computes, and activation checkpointing recomputes by the graph.
+Only training uses it: evaluation and generation have too many shapes, and the worst step is watched operation by
+operation.
 """
 
 import functools

@@ -159,11 +159,15 @@ def test_without_a_compiler_auto_says_so_and_true_is_refused(monkeypatch: pytest
         choose_compilation(replace(config, compile="true"), 0, CPU)
 
 
-def test_a_resumed_compiled_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
+def test_a_resumed_compiled_run_with_streamed_layers_is_the_uninterrupted_one(tmp_path: Path) -> None:
     def run(folder: Path, *words: str) -> list[float]:
         torch._dynamo.reset()  # as another process begins
         words = (*words, f"--output_dir={folder}", "--logging_steps=1", "--max_steps=4", "--save_strategy=steps")
-        train.main(parse_config([*words, "--save_steps=2", "--compile", "--packing", "--max_length=64"]))
+        train.main(
+            parse_config(
+                [*words, "--save_steps=2", "--compile", "--packing", "--max_length=64", "--offload=parameters=host"]
+            )
+        )
         log = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
         return [record["loss"] for record in log if "loss" in record]
 

@@ -159,7 +159,7 @@ def record_memory(plan: RunPlan, measured: Profile, device: torch.device) -> str
     record = {"planned": planned, "measured": figures, "process": process}
     is_again = (folder / "memory.json").exists()
     write_text(folder / "memory.json", json.dumps(record, indent=1))
-    if is_again:  # to load matplotlib and draw takes most of a second, for which the first step need not wait
+    if is_again:  # to load matplotlib and draw takes half a second, for which the first step need not wait
         plot_memory(measured, folder / "memory.png", folder.name, plan.device.memory_bytes)
     peaks = ", ".join(
         f"{name.removesuffix('_bytes').replace('_', ' ')} {GIB.number(size)}" for name, size in process.items()

@@ -142,7 +142,7 @@ def measure_run(
 
 
 def record_memory(plan: RunPlan, measured: Profile, device: torch.device) -> str:
-    """Write `memory.json`; called before the first step, and again at the end, when `memory.png` is drawn too.
+    """Write `memory.json` and `memory.png`; called before the first step, and again at the end.
 
     Args:
         plan: of this run.
@@ -157,10 +157,8 @@ def record_memory(plan: RunPlan, measured: Profile, device: torch.device) -> str
     figures, process = measured.to_dict(), process_figures(device)
     planned = plan.figures and {name: value for name, value in plan.figures.items() if name in figures}
     record = {"planned": planned, "measured": figures, "process": process}
-    is_again = (folder / "memory.json").exists()
     write_text(folder / "memory.json", json.dumps(record, indent=1))
-    if is_again:  # to load matplotlib and draw takes half a second, for which the first step need not wait
-        plot_memory(measured, folder / "memory.png", folder.name, plan.device.memory_bytes)
+    plot_memory(measured, folder / "memory.png", folder.name, plan.device.memory_bytes)
     peaks = ", ".join(
         f"{name.removesuffix('_bytes').replace('_', ' ')} {GIB.number(size)}" for name, size in process.items()
     )

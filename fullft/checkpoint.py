@@ -170,12 +170,16 @@ def open_checkpoint(config: Config) -> Checkpoint | None:
         checkpoint = verify(Path(config.resume_from_checkpoint))
     else:
         checkpoint = _newest_good(Path(str(config.output_dir)))
+    _require_same_options(config, checkpoint)
+    return checkpoint
+
+
+def _require_same_options(config: Config, checkpoint: Checkpoint) -> None:
     if not config.allow_changes and (changed := _changed_options(config, checkpoint.state["options"])):
         raise OptionsError(
             f"{checkpoint.folder} was made with other options: {'; '.join(changed)}\n"
             "restore them, or pass --allow_changes"
         )
-    return checkpoint
 
 
 def _newest_good(output_dir: Path) -> Checkpoint:
@@ -226,11 +230,11 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _changed_options(config: Config, saved: dict[str, Any]) -> list[str]:
     now = dataclasses.asdict(config)
-    # What is at auto will be chosen as it was, from the same options and rows.
+    # What is still at auto is compared when it has been chosen; older checkpoints lack newer options.
     return [
         f"{name} was {saved.get(name)}, is {now[name]}"
         for name, option in by_name(Config).items()
-        if not option.metadata["may_change"] and now[name] not in (saved.get(name), "auto")
+        if not option.metadata["may_change"] and name in saved and now[name] not in (saved[name], "auto")
     ]
 
 
@@ -261,9 +265,11 @@ def restore(
 
     Raises:
         CheckpointError: the data or the optimizer is not the one that the checkpoint was made with.
+        OptionsError: what was left at auto has been chosen otherwise.
     """
     if checkpoint is None:
         return 0
+    _require_same_options(config, checkpoint)
     state = checkpoint.state
     if state["data"]["fingerprint"] != data_fingerprint and not config.allow_changes:
         raise CheckpointError(

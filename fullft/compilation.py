@@ -91,27 +91,31 @@ def apply_compilation(model: PreTrainedModel, config: Config) -> None:
 
 
 class _Attempt:
-    """To compile all layers, or none from the first failure on."""
+    """To compile all layers, or none if the first one fails."""
 
     def __init__(self, *, dynamic: bool) -> None:
-        self._dynamic, self._has_failed = dynamic, False
+        self._dynamic = dynamic
+        self._has_failed = self._has_succeeded = False
 
     def compiled(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         # Dropout draws the numbers that it draws without a compiler.
         graph = torch.compile(forward, dynamic=self._dynamic, options={"fallback_random": True})
+        is_left_out = False
 
         @functools.wraps(forward)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            if self._has_failed or not torch.is_grad_enabled() or is_in_torch_dispatch_mode():
+            nonlocal is_left_out
+            if self._has_failed or is_left_out or not torch.is_grad_enabled() or is_in_torch_dispatch_mode():
                 return forward(*args, **kwargs)
             try:
-                return graph(*args, **kwargs)
+                outputs = graph(*args, **kwargs)
             except (TorchDynamoException, InductorError) as error:
-                self._has_failed = True
+                # Layers that have run by their graphs keep them: backward may recompute them in the same step.
+                is_left_out, self._has_failed = True, not self._has_succeeded
                 cause = str(error).strip().split("\n")[0][:200]
-                tqdm.write(
-                    f"warning: the compiler failed ({cause}); training goes on without: --compile false is the same"
-                )
+                tqdm.write(f"warning: the compiler failed ({cause}); training goes on without it")
                 return forward(*args, **kwargs)
+            self._has_succeeded = True
+            return outputs
 
         return wrapped

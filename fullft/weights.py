@@ -5,6 +5,7 @@ be trained, is `find.py`'s business.
 """
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,9 +140,9 @@ def _one_by_one(
             _keep(parameters[name], each.read(), placement_of(config).optimizer, storage)
         else:
             fill(home_of(targets[name]), each.read().to(targets[name].dtype))
-    folder = next(iter(stored.values())).file.parent
-    if model.can_generate() and (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    if model.can_generate():
+        with suppress(OSError):  # there need not be one
+            model.generation_config = GenerationConfig.from_pretrained(source)
     return model
 
 

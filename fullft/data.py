@@ -89,7 +89,7 @@ class Batches:
         Of short ones more come together, but no more tokens, padding included, than `largest` has.
         """
         sequences = sorted(range(len(self.documents)), key=self._length)
-        room, start = self.batch_size * self._length(sequences[-1]), 0
+        room, start = self.batch_size * self._longest, 0
         for end in range(1, len(sequences) + 1):
             if end == len(sequences) or (end + 1 - start) * self._length(sequences[end]) > room:
                 yield self._collate([self.documents[i] for i in sequences[start:end]])

@@ -81,8 +81,7 @@ class Product:
 
     Attributes:
         linear: that it takes the place of.
-        is_used: whether the family's code has called it.
-        gradient: [vocabulary, width] of the chunks so far, in fp32 where there are several; None before the first.
+        gradient: [vocabulary, width] of the chunks so far, in fp32 where there are several; None without any.
     """
 
     def __init__(self, linear: nn.Linear, num_chunks: int) -> None:
@@ -92,7 +91,7 @@ class Product:
             linear: from `find_linear`.
             num_chunks: that will come.
         """
-        self.linear, self.is_used = linear, False
+        self.linear = linear
         self.gradient: torch.Tensor | None = None
         weight = self._matrix = linear.weight.detach()
         if torch.is_autocast_enabled(weight.device.type):
@@ -102,7 +101,6 @@ class Product:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Multiply hidden states [..., width] into logits [..., vocabulary], in autocast's dtype if it is on."""
-        self.is_used = True
         logits: torch.Tensor = _Product.apply(hidden.flatten(0, -2), self)  # type: ignore[no-untyped-call]
         return logits.view(*hidden.shape[:-1], -1)
 

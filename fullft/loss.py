@@ -47,11 +47,10 @@ class SummedCrossEntropy:
         own = {id(parameter) for parameter in self.decoder.parameters()}
         if head is not None:
             own -= {id(parameter) for parameter in head.parameters()}  # tied to the embeddings
-        # With the head's matrix first, whose product is our own where it is a plain one.
         self._linear = find_linear(model)
-        matrix = [] if self._linear is None else [self._linear.weight]
-        rest = [each for each in model.parameters() if id(each) not in own and each.requires_grad]
-        self._parameters = matrix + [each for each in rest if not any(each is one for one in matrix)]
+        matrix = None if self._linear is None else self._linear.weight
+        found = [each for each in model.parameters() if id(each) not in own and each.requires_grad]
+        self._parameters = sorted(found, key=lambda each: each is not matrix)  # the head's matrix comes first
 
     def __call__(self, outputs: ModelOutput, micro_batch: MicroBatch) -> torch.Tensor:
         """Sum the cross entropy of every target token.
@@ -94,22 +93,21 @@ class _Fused(torch.autograd.Function):
         ctx.hidden = torch.empty_like(hidden)
         chunks = _chunks(len(targets))
         product = None if linear is None else Product(linear, len(chunks))
-        others = parameters if product is None else parameters[1:]
-        sums: list[torch.Tensor | None] = [None] * len(others)
+        sums: list[torch.Tensor | None] = [None] * len(parameters)
         for start, end in chunks:
             with torch.enable_grad():
                 chunk = hidden[start:end].detach().requires_grad_()
                 logits = head(chunk, product)
-            if product is not None and not product.is_used:  # the family multiplies by itself
-                product, others, sums = None, parameters, [None] * len(parameters)
             gradient = logits.detach()
             total = total + _cross_entropy(gradient, targets[start:end], becomes_gradient=True)
-            ctx.hidden[start:end], *found = torch.autograd.grad(logits, [chunk, *others], gradient, allow_unused=True)
+            ctx.hidden[start:end], *found = torch.autograd.grad(
+                logits, [chunk, *parameters], gradient, allow_unused=True
+            )
             del logits, gradient
             sums = [_sum(*each, is_only=len(chunks) == 1) for each in zip(sums, found, strict=True)]
             del found
-        if product is not None:
-            sums = [product.gradient, *sums]
+        if product is not None and product.gradient is not None:  # else the family multiplies by itself
+            sums[0] = product.gradient if sums[0] is None else product.gradient.add_(sums[0])
         # Rounded here, and once more when backward has scaled them: until then wide ones would take twice the memory.
         ctx.gradients = [
             None if total is None else total.to(parameter.dtype)

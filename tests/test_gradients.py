@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from models import SHAPE, VOCABULARY, make_config, tiny_model
+from models import SHAPE, VOCABULARY, make_config, summed_loss, tiny_model
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -13,6 +13,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fullft import loss as loss_module
 from fullft.activation_checkpointing import apply_activation_checkpointing
@@ -262,6 +263,28 @@ def test_the_chunked_loss_and_its_gradients_equal_the_whole_ones(
     assert largest_difference(found, theirs) < 100 * tolerance(head)
     # The model is whole again.
     assert whole_loss(model, micro_batch).item() == expected.item()
+
+
+@pytest.mark.parametrize("uses_product", [False, True])
+def test_a_head_that_reads_its_matrix_loses_no_gradient(uses_product: bool) -> None:
+    model = tiny_model("llama")
+    ids = torch.arange(1, 20)[None]
+
+    def own(hidden: torch.Tensor) -> torch.Tensor:
+        matrix = model.lm_head.weight
+        return (model.lm_head(hidden) if uses_product else hidden @ matrix.t()) + matrix.square().mean(1)
+
+    class Owner(type(model)):  # type: ignore[misc]
+        def forward(self, input_ids: torch.Tensor | None = None, **options: object) -> CausalLMOutputWithPast:
+            return CausalLMOutputWithPast(logits=own(self.model(input_ids=input_ids, **options).last_hidden_state))
+
+    model.__class__ = Owner
+    logits = model(ids, use_cache=False).logits[0, :-1]
+    torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").backward()
+    expected = model.lm_head.weight.grad
+    model.zero_grad()
+    summed_loss(model, ids).backward()
+    torch.testing.assert_close(model.lm_head.weight.grad, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_the_negative_control_a_head_without_its_scale_would_be_noticed() -> None:

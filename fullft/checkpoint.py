@@ -230,11 +230,11 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _changed_options(config: Config, saved: dict[str, Any]) -> list[str]:
     now = dataclasses.asdict(config)
-    # What is still at auto is compared when it has been chosen; older checkpoints lack newer options.
+    # What is still at auto is compared when it has been chosen.
     return [
         f"{name} was {saved.get(name)}, is {now[name]}"
         for name, option in by_name(Config).items()
-        if not option.metadata["may_change"] and name in saved and now[name] not in (saved[name], "auto")
+        if not option.metadata["may_change"] and now[name] not in (saved.get(name), "auto")
     ]
 
 

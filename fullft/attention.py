@@ -19,10 +19,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 
 NAME = "documents"
-_QUERIES = 256  # that a block has: their probabilities stay in the cache, and keys behind them are left out
+_QUERIES = 192  # that a block has: their probabilities stay in the cache, and keys behind them are left out
 
-# A row of the batch, a stretch of its queries, and the keys that some of them see, in positions of the sequence.
-Block = tuple[int, slice, slice]
+# A row of the batch, a stretch of its queries, the keys that some of them see, and the document that they are of, in
+# positions of the sequence.
+Block = tuple[int, slice, slice, slice]
 
 
 def apply_document_attention(model: PreTrainedModel) -> bool:
@@ -169,8 +170,8 @@ def _forward(
     Keys and values of fewer heads than the queries are not repeated: queries that share a head are rows of one product.
     """
     attended = _like_output(query)
-    scratch = _Scratch(query, key, scores=2, queries=2, keys=0)
-    for row, queries, keys in _blocks(_documents(position_ids, query)):
+    scratch = _Scratch(query, key, scores=2, queries=2)
+    for row, queries, keys, _ in _blocks(_documents(position_ids, query)):
         ours = scratch.gather(0, query[row, :, queries])
         probabilities = _probabilities(ours, key[row, :, keys], queries, keys, scaling, scratch)
         product = torch.bmm(probabilities, value[row, :, keys], out=scratch.queries(1, ours.shape))
@@ -192,26 +193,24 @@ def _backward(
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Give the gradients of queries, keys and values."""
-    of_query = torch.empty_like(query)
-    # In fp32 at least: the blocks of a document add up.
-    wide = torch.promote_types(key.dtype, torch.float32)
-    of_key, of_value = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
-    scratch = _Scratch(query, key, scores=4, queries=3, keys=1)
-    for row, queries, keys in _blocks(_documents(position_ids, query)):
+    of_query, of_key, of_value = (torch.empty_like(each) for each in (query, key, value))
+    scratch = _Scratch(query, key, scores=4, queries=3, keys=1, sums=2)
+    # The last block of a document sees all its keys: their sums begin with it, and are complete with the first.
+    for row, queries, keys, document in _blocks(_documents(position_ids, query)):
         ours, above = scratch.gather(0, query[row, :, queries]), scratch.gather(1, gradient[row, :, queries])
         its_keys, its_values = key[row, :, keys], value[row, :, keys]
         probabilities = _probabilities(ours, its_keys, queries, keys, scaling, scratch)
-        product = scratch.keys(0, its_values.shape)
-        of_value[row, :, keys] += torch.bmm(probabilities.transpose(1, 2), above, out=product)
+        product = torch.bmm(probabilities.transpose(1, 2), above, out=scratch.keys(0, its_values.shape))
+        scratch.add(0, product, of_value[row, :, document], queries, document)
         of_probabilities = scratch.scores(2, probabilities.shape)
         torch.bmm(above, its_values.transpose(1, 2), out=of_probabilities)
         of_scores = scratch.scores(3, probabilities.shape)
         torch._softmax_backward_data(of_probabilities, probabilities, -1, query.dtype, grad_input=of_scores)
         product = torch.bmm(of_scores, its_keys, out=scratch.queries(2, ours.shape)).mul_(scaling)
         of_query[row, :, queries] = product.view(of_query[row, :, queries].shape)
-        product = torch.bmm(of_scores.transpose(1, 2), ours, out=scratch.keys(0, its_keys.shape))
-        of_key[row, :, keys] += product.mul_(scaling)
-    return of_query, of_key.to(key.dtype), of_value.to(value.dtype)
+        product = torch.bmm(of_scores.transpose(1, 2), ours, out=scratch.keys(0, its_keys.shape)).mul_(scaling)
+        scratch.add(1, product, of_key[row, :, document], queries, document)
+    return of_query, of_key, of_value
 
 
 # In a compiled graph it is one operation, with another for its backward: a compiler gains nothing within, and documents
@@ -227,13 +226,14 @@ _opaque_attention.register_autograd(
 
 
 def _blocks(documents: list[list[int]]) -> Iterator[Block]:
-    """Cut each sequence's documents into blocks of queries; on fake tensors one stands for all."""
+    """Cut each sequence's documents into blocks of queries, last ones first; on fake tensors one stands for all."""
     for row, lengths in enumerate(documents):
         start = 0
         for length in lengths:
-            for first in range(start, start + length, _QUERIES):
-                end = min(first + _QUERIES, start + length)
-                yield row, slice(first, end), slice(start, end)
+            document = slice(start, start + length)
+            for first in reversed(range(start, document.stop, _QUERIES)):
+                end = min(first + _QUERIES, document.stop)
+                yield row, slice(first, end), slice(start, end), document
                 if active_fake_mode() is not None:
                     return
             start += length
@@ -242,16 +242,19 @@ def _blocks(documents: list[list[int]]) -> Iterator[Block]:
 class _Scratch:
     """Memory that the blocks use one after the other: as much as the largest that there could be would take."""
 
-    def __init__(self, query: torch.Tensor, key: torch.Tensor, *, scores: int, queries: int, keys: int) -> None:
+    def __init__(
+        self, query: torch.Tensor, key: torch.Tensor, *, scores: int, queries: int, keys: int = 0, sums: int = 0
+    ) -> None:
         self._heads = key.shape[1]
         _, heads, length, width = query.shape
-        block = heads * min(_QUERIES, length)
-        self._scores = query.new_empty(scores, block * length)
-        self._queries = query.new_empty(queries, block * width)
+        count = min(_QUERIES, length)
+        self._scores = query.new_empty(scores, heads * count * length)
+        self._queries = query.new_empty(queries, heads * count * width)
         self._keys = query.new_empty(keys, self._heads * length * width)
-        places = torch.arange(min(_QUERIES, length), device=query.device)
-        self._distance = places[:, None] - places
-        self._is_hidden = torch.empty_like(self._distance, dtype=torch.bool)
+        # In fp32 at least: the blocks of a document add up.
+        wide = torch.promote_types(key.dtype, torch.float32)
+        self._sums = query.new_empty(sums, self._heads * length * width, dtype=wide)
+        self._bias = query.new_full((count, count), float("-inf")).triu_(1)
 
     def scores(self, number: int, shape: Sequence[int]) -> torch.Tensor:
         """View a piece for numbers of a block's queries and keys."""
@@ -268,9 +271,27 @@ class _Scratch:
     def hide(self, scores: torch.Tensor, queries: slice, keys: slice) -> None:
         """Hide from each query the keys behind it."""
         count, seen = queries.stop - queries.start, keys.stop - keys.start
-        scores = scores.view(-1, count, seen)
-        hidden = torch.lt(self._distance[:count, :count], 0, out=self._is_hidden[:count, :count])
-        scores[:, :, seen - count :].masked_fill_(hidden, float("-inf"))
+        scores.view(-1, count, seen)[:, :, seen - count :].add_(self._bias[:count, :count])
+
+    def add(self, number: int, product: torch.Tensor, total: torch.Tensor, queries: slice, document: slice) -> None:
+        """Add what a block of a document brings [heads, keys, width] to the sums of all, then turn them into the total.
+
+        Args:
+            number: of the sums.
+            product: for the keys that the block sees.
+            total: [heads, keys of the document, width], written when the last of its blocks has come: that of its
+                first queries.
+            queries: of the block.
+            document: that it belongs to.
+        """
+        is_first, is_last = queries.stop == document.stop, queries.start == document.start
+        if is_first and is_last:
+            total.copy_(product)
+            return
+        sums = self._sums[number, : total.numel()].view(total.shape)
+        sums.copy_(product) if is_first else sums[:, : product.shape[1]].add_(product)
+        if is_last:
+            total.copy_(sums)
 
     def gather(self, number: int, vectors: torch.Tensor) -> torch.Tensor:
         """Turn [heads, queries, width] into [heads of keys, queries that share it, width]."""

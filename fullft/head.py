@@ -37,18 +37,18 @@ class Head:
         """Turn hidden states into logits.
 
         Args:
-            hidden: [tokens, width].
+            hidden: [1, tokens, width].
             product: in place of the matrix product that the model would take.
 
         Returns:
-            [tokens, vocabulary].
+            [1, tokens, vocabulary].
         """
-        outputs = self._output_type(last_hidden_state=hidden[None])
+        outputs = self._output_type(last_hidden_state=hidden)
         with ExitStack() as bypasses:
             bypasses.enter_context(_bypassed(self._decoder, lambda *_, **__: outputs))
             if product is not None:
                 bypasses.enter_context(_bypassed(product.linear, product))
-            logits: torch.Tensor = self._model(use_cache=False).logits[0]
+            logits: torch.Tensor = self._model(use_cache=False).logits
         return logits
 
 
@@ -101,22 +101,25 @@ class Product:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Multiply hidden states [..., width] into logits [..., vocabulary], in autocast's dtype if it is on."""
-        logits: torch.Tensor = _Product.apply(hidden.flatten(0, -2), self)  # type: ignore[no-untyped-call]
-        return logits.view(*hidden.shape[:-1], -1)
+        logits: torch.Tensor = _Product.apply(hidden, self)  # type: ignore[no-untyped-call]
+        return logits
 
     def multiply(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Take the product for [tokens, width]."""
-        logits = recycling.empty((len(hidden), len(self._matrix)), self._matrix.dtype, hidden.device)
-        return torch.mm(hidden.to(logits.dtype), self._matrix.t(), out=logits)
+        """Take the product for [..., width]."""
+        # No view of anything: who overwrites a view has autograd copy its gradient.
+        logits = recycling.empty((*hidden.shape[:-1], len(self._matrix)), self._matrix.dtype, hidden.device)
+        torch.mm(hidden.flatten(0, -2).to(logits.dtype), self._matrix.t(), out=logits.flatten(0, -2))
+        return logits
 
     def multiply_back(self, gradient: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """Add to the matrix's gradient, and give that of the hidden states.
 
         Args:
-            gradient: [tokens, vocabulary].
-            hidden: [tokens, width].
+            gradient: [..., vocabulary].
+            hidden: [..., width].
         """
-        gradient, narrow = gradient.to(self._matrix.dtype), hidden.to(self._matrix.dtype)
+        gradient = gradient.flatten(0, -2).to(self._matrix.dtype)
+        narrow = hidden.flatten(0, -2).to(self._matrix.dtype)
         is_first = self.gradient is None
         if self.gradient is None:
             self.gradient = recycling.empty(self._matrix.shape, self._sums, hidden.device)
@@ -126,7 +129,7 @@ class Product:
             sums = self.gradient[start : start + _ROWS]
             ours = torch.mm(gradient[:, start : start + _ROWS].t(), narrow, out=buffer[: len(sums)])
             sums.copy_(ours) if is_first else add_(sums.view(-1), ours.view(-1))
-        return torch.mm(gradient, self._matrix).to(hidden.dtype)
+        return torch.mm(gradient, self._matrix).to(hidden.dtype).view(hidden.shape)
 
 
 class _Product(torch.autograd.Function):

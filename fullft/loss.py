@@ -73,7 +73,7 @@ class SummedCrossEntropy:
             return loss
         total = torch.zeros((), device=hidden.device)
         for start, end in _chunks(len(places)):
-            total = total + _cross_entropy(head(hidden[start:end]), labels[places[start:end]])
+            total = total + _cross_entropy(head(hidden[None, start:end])[0], labels[places[start:end]])
         return total
 
 
@@ -96,10 +96,10 @@ class _Fused(torch.autograd.Function):
         sums: list[torch.Tensor | None] = [None] * len(parameters)
         for start, end in chunks:
             with torch.enable_grad():
-                chunk = hidden[start:end].detach().requires_grad_()
+                chunk = hidden[None, start:end].detach().requires_grad_()
                 logits = head(chunk, product)
             gradient = logits.detach()
-            total = total + _cross_entropy(gradient, targets[start:end], becomes_gradient=True)
+            total = total + _cross_entropy(gradient[0], targets[start:end], becomes_gradient=True)
             ctx.hidden[start:end], *found = torch.autograd.grad(
                 logits, [chunk, *parameters], gradient, allow_unused=True
             )

@@ -103,7 +103,7 @@ def _require_head(model: PreTrainedModel) -> None:
     outputs = decoder(**_inputs(model, _DOCUMENT, None), use_cache=False)
     hidden = getattr(outputs, "last_hidden_state", None)
     if hidden is None or not _are_close(
-        model, Head(model, decoder, type(outputs))(hidden[0]).float(), _probe(model, _DOCUMENT)
+        model, Head(model, decoder, type(outputs))(hidden)[0].float(), _probe(model, _DOCUMENT)
     ):
         raise ModelError(f"{type(model).__name__} mixes its head with its decoder: such models cannot be trained yet")
 

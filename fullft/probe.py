@@ -11,7 +11,7 @@ from fullft.attention import apply_document_attention, revert_document_attention
 from fullft.errors import ModelError, OptionsError
 from fullft.head import Head
 from fullft.model import decoder_of
-from fullft.recycling import recycle_gradient
+from fullft.recycling import apply_recycling
 
 # Token ids that every vocabulary has, and with packing the positions of two documents of so many.
 _DOCUMENT = list(range(1, 33))
@@ -22,7 +22,7 @@ def require_fit(model: PreTrainedModel, largest_token_id: int, longest: int, pac
     """Check that the data and the model belong together, and settle what a CPU does in its own way.
 
     Args:
-        model: the loaded model; it may attend by `attention.py` from now on, and its embeddings' gradient be recycled.
+        model: the loaded model; it may attend by `attention.py` from now on, and its memory be recycled.
         largest_token_id: over all rows.
         longest: tokens of the longest sequence.
         packing: whether sequences hold several documents.
@@ -55,7 +55,7 @@ def require_fit(model: PreTrainedModel, largest_token_id: int, longest: int, pac
                 _require_isolation(model)
     finally:
         model.train(training)
-    recycle_gradient(model.get_input_embeddings())
+    apply_recycling(model)
 
 
 def _inputs(model: PreTrainedModel, token_ids: list[int], positions: list[int] | None) -> dict[str, torch.Tensor]:

@@ -1,12 +1,14 @@
-"""Recycling: large tensors on a CPU, whose memory is used again when they are gone.
+"""Recycling: memory on a CPU that is used again when its tensors are gone.
 
-Owns that memory. The system's allocator gives large blocks back at once, and the system clears every page anew when it
-is next touched: a tenth of a step of a model of 135M parameters, for its head alone. Accelerators keep theirs by
-themselves.
+Owns the memory of large tensors. The system's allocator gives large blocks back at once, and the system clears every
+page anew when it is next touched: a tenth of a step of a model of 135M parameters, for its head alone. Smaller ones it
+is told to keep. Accelerators keep theirs by themselves.
 """
 
+import ctypes
 import functools
 import math
+import sys
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -15,8 +17,11 @@ import numpy as np
 import torch
 from torch import nn
 from torch._guards import detect_fake_mode as active_fake_mode
+from transformers import PreTrainedModel
 
-_LARGE = 1 << 25  # bytes: what glibc never keeps
+_LARGE = 1 << 25  # bytes: what glibc never keeps; the most that it can be told to
+# Names of glibc's settings, from malloc.h: up to which size memory is kept, and how much of it lies free at the end.
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
 _ALIGNMENT = 64  # bytes: a cache line, as torch's own
 _free: list[np.ndarray[Any, Any]] = []
 
@@ -52,6 +57,24 @@ def _take(size: int) -> "np.ndarray[Any, Any]":
     memory = np.empty(size + _ALIGNMENT, dtype=np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
     return memory[start : start + size]
+
+
+def apply_recycling(model: PreTrainedModel) -> None:
+    """Let a model's activations and gradients go where those of earlier micro-batches were.
+
+    Args:
+        model: changed in place, if it is on a CPU.
+    """
+    if model.device.type == "cpu":
+        _keep_freed_memory()
+        recycle_gradient(model.get_input_embeddings())
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep for the next micro-batch what the last one's backward has freed, as far as it can."""
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):  # musl has none
+        library.mallopt(_MMAP_THRESHOLD, _LARGE)
+        library.mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def recycle_gradient(embeddings: nn.Module) -> None:

@@ -1,5 +1,8 @@
 """Recycled memory holds what any other would; what is alive is never handed out again."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from models import tiny_model
@@ -61,7 +64,7 @@ def test_gradients_in_recycled_memory_are_the_same_to_the_bit(
     def gradients() -> list[torch.Tensor]:
         model = tiny_model(family, torch.float32, tied=True)
         if recycling._LARGE == 1:
-            recycling.recycle_gradient(model.get_input_embeddings())
+            recycling.apply_recycling(model)
         summed_cross_entropy = SummedCrossEntropy(model)
         losses = []
         for length in (24, 17, 30):
@@ -99,3 +102,27 @@ def gradient_of_embeddings(dtype: torch.dtype, padding: int | None, *, recycles:
     found.backward(torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(dtype))
     assert embeddings.weight.grad is not None
     return embeddings.weight.grad
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+def test_what_is_freed_stays() -> None:
+    source = """
+import resource, sys
+import torch
+from fullft import recycling
+
+if sys.argv[1] == "kept":
+    recycling._keep_freed_memory()
+for round in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    activations = [torch.ones(1 << 20) for _ in range(100)]
+    del activations
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+    def pages(kept: str) -> int:
+        done = subprocess.run([sys.executable, "-c", source, kept], capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    assert pages("kept") < 5000
+    assert pages("as it comes") > 50_000  # nearly all of 102,400

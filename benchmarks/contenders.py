@@ -30,7 +30,6 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the package need not be installed, as for train.py
@@ -45,9 +44,11 @@ from fullft.metrics import Metrics
 from fullft.micro_batch import IGNORED
 
 ROWS_PER_STEP = 16
+ROWS_ALIKE = 8  # rows that the benchmark takes together, of like length: as many as grouping by length pads together
 MAX_LENGTH = 1024  # of a row, and of a packed sequence
 LISTING_LENGTH = 512  # that the listing pads every row to
-TRAINERS, TRL = ("Trainer, dynamic padding", "Trainer, grouped by length"), "TRL SFTTrainer, packing"
+TRAINERS = ("Trainer, dynamic padding", *(f"Trainer, grouped by length, {size} rows at a time" for size in (2, 4, 8)))
+TRL = "TRL SFTTrainer, packing"
 
 Row = dict[str, Any]
 Result = dict[str, Any]
@@ -64,6 +65,7 @@ OURS = {
     "ours, bf16-true, packing": f"{_SPLIT} --packing",
     "ours, bf16-true, packing, compiled": f"{_SPLIT} --packing --compile true",
     "ours, bf16-true, packing, checkpointing": f"{_SPLIT} --packing --activation_checkpointing full",
+    "ours, fp32, packing, compiled": "--precision fp32 --packing --compile true",
 }
 # Nothing is left to the memory that happens to be free, and nothing but training is done.
 COMMON = (
@@ -273,13 +275,11 @@ def dynamic_padding(task: Task, batch_size: int, grouped: bool) -> Trainer:
     """
     rows = _rows_in_order(task)
     if grouped:
-        # As train_sampling_strategy="group_by_length" does, by its own function, which sorts the rows of 50 steps at
-        # once; in so short a run it would sort a quarter of the rows at once, and pad more than in a long one. The
-        # micro-batches are shuffled: sorted steps would leave the longest or the shortest rows to the warm-up.
-        lengths, starts = [len(row["input_ids"]) for row in rows], range(0, len(rows), batch_size)
-        order = get_length_grouped_indices(lengths, ROWS_PER_STEP, mega_batch_mult=min(len(rows) // ROWS_PER_STEP, 50))
-        shuffled = random.Random(0).sample(starts, len(starts))
-        rows = [rows[i] for start in shuffled for i in order[start : start + batch_size]]
+        # As train_sampling_strategy="group_by_length" does over a whole data set; in so short a run it would find few
+        # rows alike. The micro-batches are shuffled: sorted ones would leave the longest to the warm-up.
+        rows.sort(key=lambda row: len(row["input_ids"]))
+        starts = range(0, len(rows), batch_size)
+        rows = [row for start in random.Random(0).sample(starts, len(starts)) for row in rows[start:][:batch_size]]
     return Trainer(
         _load(task),
         TrainingArguments(
@@ -312,8 +312,10 @@ def trl_packing(task: Task) -> Trainer:
 PEERS: dict[str, Callable[[Task], Trainer]] = {
     "listing": listing,
     TRAINERS[0]: partial(dynamic_padding, batch_size=1, grouped=False),
-    # Pairs: of 48 rows they are 2% padding, which micro-batches of 8 (16% here) would be in a run of 800 rows.
-    TRAINERS[1]: partial(dynamic_padding, batch_size=2, grouped=True),
+    **{
+        name: partial(dynamic_padding, batch_size=size, grouped=True)
+        for name, size in zip(TRAINERS[1:], (2, 4, 8), strict=True)
+    },
     TRL: trl_packing,
 }
 

@@ -15,9 +15,11 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForCausalLM
 
+PACKED, ROW, FP32 = "packed", "row", "packed, fp32"  # the kinds of limit: bf16 but for the last
+
 
 def measure_limit(task: Task) -> dict[str, dict[str, float]]:
-    """Measure how fast the model's matrix products alone could train, in micro-batches of two sizes.
+    """Measure how fast the model's matrix products alone could train: packed, row by row, and packed in fp32.
 
     Logits are counted for target tokens alone: no more are needed.
     """
@@ -37,12 +39,18 @@ def measure_limit(task: Task) -> dict[str, dict[str, float]]:
     )
     attention = 12 * config.num_hidden_layers * width * task.mean_context / 2
     return {
-        kind: _limit_of(shapes, attention, tokens, round(tokens * task.targets / task.tokens))
-        for kind, tokens in (("packed", MAX_LENGTH), ("row", task.mean_length))
+        kind: _limit_of(shapes, attention, tokens, round(tokens * task.targets / task.tokens), dtype)
+        for kind, tokens, dtype in (
+            (PACKED, MAX_LENGTH, torch.bfloat16),
+            (ROW, task.mean_length, torch.bfloat16),
+            (FP32, MAX_LENGTH, torch.float32),
+        )
     }
 
 
-def _limit_of(shapes: Counter[tuple[int, int, bool]], attention: float, tokens: int, targets: int) -> dict[str, float]:
+def _limit_of(
+    shapes: Counter[tuple[int, int, bool]], attention: float, tokens: int, targets: int, dtype: torch.dtype
+) -> dict[str, float]:
     """Add up the products of one micro-batch.
 
     Args:
@@ -50,13 +58,13 @@ def _limit_of(shapes: Counter[tuple[int, int, bool]], attention: float, tokens: 
         attention: its operations per token.
         tokens: of the micro-batch.
         targets: tokens among them that the head works on.
+        dtype: of the products.
     """
     seconds = operations = best = 0.0
     for (inputs, outputs, is_head), count in shapes.items():
         length = targets if is_head else tokens
         x, weight, gradient = (
-            torch.randn(shape, dtype=torch.bfloat16)
-            for shape in ((length, inputs), (outputs, inputs), (length, outputs))
+            torch.randn(shape, dtype=dtype) for shape in ((length, inputs), (outputs, inputs), (length, outputs))
         )
         products: tuple[Callable[[], torch.Tensor], ...] = (
             partial(linear, x, weight),  # forward

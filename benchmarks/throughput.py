@@ -37,6 +37,7 @@ from contenders import (
     OURS,
     PEERS,
     ROOT,
+    ROWS_ALIKE,
     ROWS_PER_STEP,
     TRAINERS,
     TRL,
@@ -47,7 +48,7 @@ from contenders import (
     train_ours,
     train_peer,
 )
-from matrix_products import measure_limit
+from matrix_products import FP32, PACKED, ROW, measure_limit
 from smollm2_model import WORK, add_dataset_option, build_smollm2
 from stopwatch import PARTS
 from transformers import AutoTokenizer
@@ -80,7 +81,7 @@ def prepare(dataset: str, steps: int) -> Task:
     count = steps * ROWS_PER_STEP
     if len(tokenised) < count:
         sys.exit(f"--steps {len(tokenised) // ROWS_PER_STEP} is the most here: {dataset} has {len(tokenised)} rows")
-    chosen = tokenised.select(sorted(random.Random(0).sample(range(len(tokenised)), count)))
+    chosen = tokenised.select(sorted(_evenly(tokenised["num_tokens"][:], count // ROWS_ALIKE)))
     lines = "".join(json.dumps(row) + "\n" for row in load_rows(config).select(chosen["row"][:]))
     lengths, targets = chosen["num_tokens"][:], sum(chosen["num_target_tokens"][:])
     mean_context = sum(length**2 for length in lengths) / sum(lengths)
@@ -89,6 +90,15 @@ def prepare(dataset: str, steps: int) -> Task:
     task = Task(source, folder, count, sum(lengths), targets, mean_context)
     task.file.write_text(lines, encoding="utf-8")
     return task
+
+
+def _evenly(lengths: list[int], groups: int) -> list[int]:
+    """Choose rows in groups of like length, one group from each of so many stretches of all rows sorted by length."""
+    by_length, chance = sorted(range(len(lengths)), key=lengths.__getitem__), random.Random(0)
+    starts = range(0, len(lengths) - ROWS_ALIKE + 1, ROWS_ALIKE)
+    bounds = [len(starts) * number // groups for number in range(groups + 1)]
+    picked = [starts[chance.randrange(first, end)] for first, end in zip(bounds, bounds[1:], strict=False)]
+    return [number for start in picked for number in by_length[start : start + ROWS_ALIKE]]
 
 
 def _fingerprint(lines: str) -> str:
@@ -177,7 +187,7 @@ def limit_of(results: Results, kind: str, figure: str = "tokens_per_second") -> 
 
     Args:
         results: of all systems.
-        kind: "packed" or "row".
+        kind: `PACKED`, `ROW` or `FP32`.
         figure: of `measure_limit`.
     """
     values = [result[kind][figure] for result in results.get(LIMIT, [])]
@@ -200,10 +210,10 @@ def speed_table(results: Results) -> list[tuple[str, ...]]:
         ("---", *["---:"] * 7),
     ]
     trainers = [statistics.median(map(speed, results[name])) for name in TRAINERS if name in results]
-    limit = limit_of(results, "packed")
     for name, own in results.items():
         if name == LIMIT:
             continue
+        limit = limit_of(results, FP32 if "fp32" in name else PACKED)
         speeds = [speed(result) for result in own]
         median = statistics.median(speeds)
         rows.append(
@@ -242,12 +252,12 @@ def step_table(results: Results) -> list[tuple[str, ...]]:
 def describe_limit(results: Results, task: Task) -> list[str]:
     """Say what the limit is, for micro-batches of two sizes."""
     lines = []
-    for kind, tokens in (("packed", MAX_LENGTH), ("row", task.mean_length)):
+    for kind, tokens in ((PACKED, MAX_LENGTH), (ROW, task.mean_length), (FP32, MAX_LENGTH)):
         limit = limit_of(results, kind)
         if limit is not None:
             speeds = [result[kind]["tokens_per_second"] for result in results[LIMIT]]
             lines.append(
-                f"Limit, matrix products of {tokens} tokens alone: {limit:,.0f} tokens/s ({min(speeds):,.0f}-"
+                f"Limit, matrix products of {tokens} tokens alone{' in fp32' * (kind == FP32)}: {limit:,.0f} tokens/s ({min(speeds):,.0f}-"
                 f"{max(speeds):,.0f}), {limit_of(results, kind, 'gflops'):,.0f} GFLOP/s on average, "
                 f"{limit_of(results, kind, 'best_gflops'):,.0f} at best"
             )
@@ -285,7 +295,7 @@ def plot(results: Results, file: Path) -> None:
 
     names = [name for name in results if name != LIMIT]
     medians = [statistics.median(map(speed, results[name])) for name in names]
-    limit = limit_of(results, "packed")
+    limit = limit_of(results, PACKED)
     figure, axes = pyplot.subplots(figsize=(9, 1.4 + 0.42 * len(names)), layout="constrained")
     colours = ["#1f5a99" if name.startswith("ours") else "#a8a8a8" for name in names]
     bars = axes.barh(names, medians, color=colours, height=0.68)
@@ -293,7 +303,7 @@ def plot(results: Results, file: Path) -> None:
     axes.invert_yaxis()
     if limit is not None:
         axes.axvline(limit, color="#d9602b", linestyle="--", linewidth=1.3)
-        label = f"limit: matrix products alone, {limit:,.0f}"
+        label = f"limit in bf16: matrix products alone, {limit:,.0f}"
         axes.annotate(label, (limit, 1), xycoords=("data", "axes fraction"), xytext=(-5, 4),
                       textcoords="offset points", ha="right", color="#d9602b", fontsize=9)  # fmt: skip
     axes.set_xlim(0, 1.1 * max(*medians, limit or 0))

@@ -256,8 +256,9 @@ def describe_limit(results: Results, task: Task) -> list[str]:
         limit = limit_of(results, kind)
         if limit is not None:
             speeds = [result[kind]["tokens_per_second"] for result in results[LIMIT]]
+            dtype = "fp32" if kind == FP32 else "bf16"
             lines.append(
-                f"Limit, matrix products of {tokens} tokens alone{' in fp32' * (kind == FP32)}: {limit:,.0f} tokens/s ({min(speeds):,.0f}-"
+                f"Limit, {dtype} products of {tokens} tokens alone: {limit:,.0f} tokens/s ({min(speeds):,.0f}-"
                 f"{max(speeds):,.0f}), {limit_of(results, kind, 'gflops'):,.0f} GFLOP/s on average, "
                 f"{limit_of(results, kind, 'best_gflops'):,.0f} at best"
             )

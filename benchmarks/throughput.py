@@ -139,7 +139,8 @@ def result_file(task: Task, name: str, repeat: int) -> Path:
 
 def _in_own_process(task: Task, name: str, *more: str) -> Result:
     out = task.folder / "child.json"
-    command = [__file__, "--child", name, "--task", json.dumps(asdict(task), default=str), "--out", str(out), *more]
+    given = ("--dataset", str(task.file), "--task", json.dumps(asdict(task), default=str), "--out", str(out))
+    command = [__file__, "--child", name, *given, *more]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{name} ended with {done.returncode}:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")

@@ -6,7 +6,6 @@ a step's seconds went to is told from outside, for ours as for its peers: `train
 
 # ruff: noqa: E402
 import json
-import random
 import re
 import shutil
 import sys
@@ -44,10 +43,11 @@ from fullft.metrics import Metrics
 from fullft.micro_batch import IGNORED
 
 ROWS_PER_STEP = 16
-ROWS_ALIKE = 8  # rows that the benchmark takes together, of like length: as many as grouping by length pads together
+GROUPED = (2, 4, 8)  # rows of like length that Trainer pads together
+ROWS_ALIKE = max(GROUPED)  # rows of like length that the benchmark takes together
 MAX_LENGTH = 1024  # of a row, and of a packed sequence
 LISTING_LENGTH = 512  # that the listing pads every row to
-TRAINERS = ("Trainer, dynamic padding", *(f"Trainer, grouped by length, {size} rows at a time" for size in (2, 4, 8)))
+TRAINERS = ("Trainer, dynamic padding", *(f"Trainer, grouped by length, {size} rows at a time" for size in GROUPED))
 TRL = "TRL SFTTrainer, packing"
 
 Row = dict[str, Any]
@@ -273,18 +273,18 @@ def dynamic_padding(task: Task, batch_size: int, grouped: bool) -> Trainer:
         batch_size: rows of a micro-batch.
         grouped: rows of like length share a micro-batch, else they come in the order of ours.
     """
-    rows = _rows_in_order(task)
+    rows, accumulation = _rows_in_order(task), ROWS_PER_STEP // batch_size
     if grouped:
         # As train_sampling_strategy="group_by_length" does over a whole data set; in so short a run it would find few
-        # rows alike. The micro-batches are shuffled: sorted ones would leave the longest to the warm-up.
+        # rows alike. Dealt out there and back, so that every step, the warm-up too, holds long rows and short ones.
         rows.sort(key=lambda row: len(row["input_ids"]))
-        starts = range(0, len(rows), batch_size)
-        rows = [row for start in random.Random(0).sample(starts, len(starts)) for row in rows[start:][:batch_size]]
+        steps = len(rows) // ROWS_PER_STEP
+        deals = [range(deal * steps, (deal + 1) * steps)[:: -1 if deal % 2 else 1] for deal in range(accumulation)]
+        dealt = [group * batch_size for hand in zip(*deals, strict=True) for group in hand]
+        rows = [row for start in dealt for row in rows[start : start + batch_size]]
     return Trainer(
         _load(task),
-        TrainingArguments(
-            **_arguments(task, batch_size, ROWS_PER_STEP // batch_size), train_sampling_strategy="sequential"
-        ),
+        TrainingArguments(**_arguments(task, batch_size, accumulation), train_sampling_strategy="sequential"),
         train_dataset=datasets.Dataset.from_list(rows),
         data_collator=DataCollatorForSeq2Seq(_tokenizer(task), label_pad_token_id=IGNORED),
     )
@@ -314,7 +314,7 @@ PEERS: dict[str, Callable[[Task], Trainer]] = {
     TRAINERS[0]: partial(dynamic_padding, batch_size=1, grouped=False),
     **{
         name: partial(dynamic_padding, batch_size=size, grouped=True)
-        for name, size in zip(TRAINERS[1:], (2, 4, 8), strict=True)
+        for name, size in zip(TRAINERS[1:], GROUPED, strict=True)
     },
     TRL: trl_packing,
 }

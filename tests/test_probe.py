@@ -1,6 +1,7 @@
 """What is asked of a loaded model before it is trained: families with surroundings, windows in masks, no positions."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from models import SHAPE, VOCABULARY, summed_loss, tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from fullft import probe
+from fullft import attention
 from fullft.attention import NAME
 from fullft.errors import ModelError, OptionsError
 from fullft.model import decoder_of
@@ -101,25 +102,36 @@ def test_a_window_that_stands_in_the_mask_alone_is_kept(make: Callable[[int], Pr
     assert not torch.allclose(without(**inputs, use_cache=False).logits, theirs, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("packing", [False, True])
-def test_attention_is_ours_where_it_agrees(packing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("llama", torch.float32)
-    require_fit(model, VOCABULARY - 1, 64, packing)
-    assert model.config._attn_implementation == NAME
+def test_attention_is_ours_where_it_agrees(packing: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    def implementation() -> str:
+        model = tiny_model("llama", dtype)
+        require_fit(model, VOCABULARY - 1, 64, packing)
+        return str(model.config._attn_implementation)
 
-    def differ(logits: torch.Tensor, mistake: object) -> torch.Tensor:
-        if model.config._attn_implementation != NAME:
-            return logits
+    assert implementation() == NAME
+    original = attention._forward
+
+    def differ(*arguments: Any) -> torch.Tensor:
         if isinstance(mistake, Exception):
             raise mistake
-        return logits * mistake
+        return original(*arguments) * mistake
 
-    original = probe._probe
-    for mistake in (1.01, float("nan"), ValueError("positions of three axes")):
-        model = tiny_model("llama", torch.float32)
-        monkeypatch.setattr(probe, "_probe", lambda *arguments, by=mistake: differ(original(*arguments), by))
-        require_fit(model, VOCABULARY - 1, 64, packing)
-        assert model.config._attn_implementation == "sdpa", mistake
+    monkeypatch.setattr(attention, "_forward", differ)
+    for mistake in (1.01 if dtype == torch.float32 else 1.5, float("nan"), ValueError("positions of three axes")):
+        assert implementation() == "sdpa", mistake
+
+
+def test_attention_is_ours_where_rounding_grows_through_many_layers() -> None:
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 40}
+    model = model_of(AutoConfig.for_model("llama", vocab_size=VOCABULARY, initializer_range=0.5, **shape)).bfloat16()
+    ids = torch.arange(1, 33)[None]
+    theirs = model(ids, use_cache=False).logits.float()
+    require_fit(model, VOCABULARY - 1, 64, packing=True)
+    assert model.config._attn_implementation == NAME
+    ours = model(ids, use_cache=False).logits.float()
+    assert (ours - theirs).abs().max() > 5e-2 * theirs.abs().max()  # else the logits could be compared
 
 
 def test_a_model_without_positions_is_not_packed() -> None:

@@ -15,7 +15,16 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForCausalLM
 
-PACKED, ROW, FP32 = "packed", "row", "packed, fp32"  # the kinds of limit: bf16 but for the last
+PACKED, ROW, FP32 = "packed", "row", "packed, fp32"
+
+
+def kinds_of_limit(task: Task) -> dict[str, tuple[int, torch.dtype]]:
+    """Give the tokens of a micro-batch and the products' dtype, for each kind of limit."""
+    return {
+        PACKED: (MAX_LENGTH, torch.bfloat16),
+        ROW: (task.mean_length, torch.bfloat16),
+        FP32: (MAX_LENGTH, torch.float32),
+    }
 
 
 def measure_limit(task: Task) -> dict[str, dict[str, float]]:
@@ -40,11 +49,7 @@ def measure_limit(task: Task) -> dict[str, dict[str, float]]:
     attention = 12 * config.num_hidden_layers * width * task.mean_context / 2
     return {
         kind: _limit_of(shapes, attention, tokens, round(tokens * task.targets / task.tokens), dtype)
-        for kind, tokens, dtype in (
-            (PACKED, MAX_LENGTH, torch.bfloat16),
-            (ROW, task.mean_length, torch.bfloat16),
-            (FP32, MAX_LENGTH, torch.float32),
-        )
+        for kind, (tokens, dtype) in kinds_of_limit(task).items()
     }
 
 

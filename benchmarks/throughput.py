@@ -48,7 +48,7 @@ from contenders import (
     train_ours,
     train_peer,
 )
-from matrix_products import FP32, PACKED, ROW, measure_limit
+from matrix_products import FP32, PACKED, kinds_of_limit, measure_limit
 from smollm2_model import WORK, add_dataset_option, build_smollm2
 from stopwatch import PARTS
 from transformers import AutoTokenizer
@@ -188,7 +188,7 @@ def limit_of(results: Results, kind: str, figure: str = "tokens_per_second") -> 
 
     Args:
         results: of all systems.
-        kind: `PACKED`, `ROW` or `FP32`.
+        kind: one of `kinds_of_limit`.
         figure: of `measure_limit`.
     """
     values = [result[kind][figure] for result in results.get(LIMIT, [])]
@@ -214,7 +214,8 @@ def speed_table(results: Results) -> list[tuple[str, ...]]:
     for name, own in results.items():
         if name == LIMIT:
             continue
-        limit = limit_of(results, FP32 if "fp32" in name else PACKED)
+        is_fp32 = name in OURS and "--precision fp32" in OURS[name]  # Trainer is not measured in it
+        limit = limit_of(results, FP32 if is_fp32 else PACKED)
         speeds = [speed(result) for result in own]
         median = statistics.median(speeds)
         rows.append(
@@ -222,7 +223,7 @@ def speed_table(results: Results) -> list[tuple[str, ...]]:
                 name,
                 f"{median:,.0f}",
                 f"{min(speeds):,.0f}-{max(speeds):,.0f}",
-                f"{median / max(trainers):.2f}" if trainers else "?",
+                "" if is_fp32 else f"{median / max(trainers):.2f}" if trainers else "?",
                 f"{median / limit:.0%}" if limit else "?",
                 f"{1 - sum(own[0]['tokens']) / sum(own[0]['positions']):.1%}",
                 f"{statistics.median(result['peak_bytes'] for result in own) / 2**30:.2f}",
@@ -251,17 +252,16 @@ def step_table(results: Results) -> list[tuple[str, ...]]:
 
 
 def describe_limit(results: Results, task: Task) -> list[str]:
-    """Say what the limit is, for micro-batches of two sizes."""
+    """Say what the limit is, of each kind."""
     lines = []
-    for kind, tokens in ((PACKED, MAX_LENGTH), (ROW, task.mean_length), (FP32, MAX_LENGTH)):
+    for kind, (tokens, dtype) in kinds_of_limit(task).items():
         limit = limit_of(results, kind)
         if limit is not None:
             speeds = [result[kind]["tokens_per_second"] for result in results[LIMIT]]
-            dtype = "fp32" if kind == FP32 else "bf16"
             lines.append(
-                f"Limit, {dtype} products of {tokens} tokens alone: {limit:,.0f} tokens/s ({min(speeds):,.0f}-"
-                f"{max(speeds):,.0f}), {limit_of(results, kind, 'gflops'):,.0f} GFLOP/s on average, "
-                f"{limit_of(results, kind, 'best_gflops'):,.0f} at best"
+                f"Limit, products of {tokens} tokens in {str(dtype).removeprefix('torch.')} alone: {limit:,.0f} "
+                f"tokens/s ({min(speeds):,.0f}-{max(speeds):,.0f}), {limit_of(results, kind, 'gflops'):,.0f} GFLOP/s "
+                f"on average, {limit_of(results, kind, 'best_gflops'):,.0f} at best"
             )
     return lines
 

@@ -109,7 +109,7 @@ def write_tensors(
         is_hashed: whether anybody wants the sha256, which takes as long as writing.
 
     Returns:
-        The sha256 of what was written, in hexadecimal digits; that of nothing if it is not hashed.
+        The sha256 of what was written, in hexadecimal digits; empty if nobody wants it.
 
     Raises:
         OSError: the disk is full or cannot be written.
@@ -128,7 +128,7 @@ def write_tensors(
     pieces = (piece for name in names for piece in host_pieces(tensors[name]))
     digest = hashlib.sha256()
     _write(file, itertools.chain([head], pieces), digest.update if is_hashed else lambda _: None)
-    return digest.hexdigest()
+    return digest.hexdigest() if is_hashed else ""
 
 
 def _write(file: Path, pieces: Iterable[torch.Tensor], look: Callable[[memoryview], None]) -> None:

@@ -123,13 +123,21 @@ class Product:
         is_first = self.gradient is None
         if self.gradient is None:
             self.gradient = recycling.empty(self._matrix.shape, self._sums, hidden.device)
-        buffer = narrow.new_empty(min(_ROWS, len(self._matrix)), narrow.shape[1])
-        starts = range(0, len(self._matrix), _ROWS)
-        for start in starts if active_fake_mode() is None else starts[:1]:  # a plan needs one of them
-            sums = self.gradient[start : start + _ROWS]
-            ours = torch.mm(gradient[:, start : start + _ROWS].t(), narrow, out=buffer[: len(sums)])
-            sums.copy_(ours) if is_first else add_(sums.view(-1), ours.view(-1))
+        if is_first and self._sums == narrow.dtype:
+            torch.mm(gradient.t(), narrow, out=self.gradient)
+        else:
+            self._add(self.gradient, gradient, narrow, is_first)
         return torch.mm(gradient, self._matrix).to(hidden.dtype).view(hidden.shape)
+
+    @staticmethod
+    def _add(total: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tensor, is_first: bool) -> None:
+        """Add a chunk's gradient to a wider total, some rows of the matrix at a time."""
+        buffer = hidden.new_empty(min(_ROWS, len(total)), hidden.shape[1])
+        starts = range(0, len(total), _ROWS)
+        for start in starts if active_fake_mode() is None else starts[:1]:  # a plan needs one of them
+            sums = total[start : start + _ROWS]
+            ours = torch.mm(gradient[:, start : start + _ROWS].t(), hidden, out=buffer[: len(sums)])
+            sums.copy_(ours) if is_first else add_(sums.view(-1), ours.view(-1))
 
 
 class _Product(torch.autograd.Function):

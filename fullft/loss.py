@@ -100,7 +100,7 @@ class _Fused(torch.autograd.Function):
                 logits = head(chunk, product)
             gradient = logits.detach()
             total = total + _cross_entropy(gradient[0], targets[start:end], becomes_gradient=True)
-            ctx.hidden[start:end], *found = torch.autograd.grad(
+            ctx.hidden[None, start:end], *found = torch.autograd.grad(
                 logits, [chunk, *parameters], gradient, allow_unused=True
             )
             del logits, gradient

@@ -1,13 +1,14 @@
 """Recycling: memory on a CPU that is used again when its tensors are gone.
 
 Owns the memory of large tensors. The system's allocator gives large blocks back at once, and the system clears every
-page anew when it is next touched: a tenth of a step of a model of 135M parameters, for its head alone. Smaller ones it
-is told to keep. Accelerators keep theirs by themselves.
+page anew when it is next touched: a tenth of a step of a model of 135M parameters, for its head alone. What is smaller
+the allocator is told to keep. Accelerators keep theirs by themselves.
 """
 
 import ctypes
 import functools
 import math
+import os
 import sys
 import weakref
 from collections.abc import Sequence
@@ -19,9 +20,10 @@ from torch import nn
 from torch._guards import detect_fake_mode as active_fake_mode
 from transformers import PreTrainedModel
 
-_LARGE = 1 << 25  # bytes: what glibc never keeps; the most that it can be told to
-# Names of glibc's settings, from malloc.h: up to which size memory is kept, and how much of it lies free at the end.
+_LARGE = 1 << 25  # bytes: what glibc never keeps
+# Of glibc's malloc.h: from which size on memory is given back at once, and from how much of the rest on.
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
+_OWN_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 _ALIGNMENT = 64  # bytes: a cache line, as torch's own
 _free: list[np.ndarray[Any, Any]] = []
 
@@ -62,6 +64,8 @@ def _take(size: int) -> "np.ndarray[Any, Any]":
 def apply_recycling(model: PreTrainedModel) -> None:
     """Let a model's activations and gradients go where those of earlier micro-batches were.
 
+    On a CPU this changes the whole process's allocator, for good.
+
     Args:
         model: changed in place, if it is on a CPU.
     """
@@ -71,9 +75,11 @@ def apply_recycling(model: PreTrainedModel) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc keep for the next micro-batch what the last one's backward has freed, as far as it can."""
-    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):  # musl has none
-        library.mallopt(_MMAP_THRESHOLD, _LARGE)
+    """Have glibc keep for the next micro-batch what the last one's backward has freed, unless it was told otherwise."""
+    if sys.platform != "linux" or any(map(os.environ.get, _OWN_SETTINGS)):
+        return
+    if hasattr(library := ctypes.CDLL(None), "mallopt"):  # musl has none
+        library.mallopt(_MMAP_THRESHOLD, 1 << 25)  # glibc's own largest: more would fragment its heap
         library.mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
 
 

@@ -262,7 +262,7 @@ def save_weights(model: PreTrainedModel, folder: Path, is_hashed: bool = True) -
         is_hashed: whether the files' sha256 are wanted.
 
     Returns:
-        The sha256 of each file of weights, under its name.
+        The sha256 of each file of weights, under its name; empty ones if nobody wants them.
 
     Raises:
         OSError: the disk is full or cannot be written.

@@ -1,5 +1,7 @@
 """The gradient of a global batch is that of one mean over all its target tokens, however it is cut up."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from fullft import loss as loss_module
 from fullft.activation_checkpointing import apply_activation_checkpointing
 from fullft.data import Batches
+from fullft.head import Product
 from fullft.loss import SummedCrossEntropy
 from fullft.micro_batch import IGNORED, MicroBatch
 from fullft.model import decoder_of
@@ -268,15 +271,53 @@ def test_the_chunked_loss_and_its_gradients_equal_the_whole_ones(
 @pytest.mark.parametrize("uses_product", [False, True])
 def test_a_head_that_reads_its_matrix_loses_no_gradient(uses_product: bool) -> None:
     model = tiny_model("llama")
-    ids = torch.arange(1, 20)[None]
 
-    def own(hidden: torch.Tensor) -> torch.Tensor:
+    def head(hidden: torch.Tensor) -> torch.Tensor:
         matrix = model.lm_head.weight
         return (model.lm_head(hidden) if uses_product else hidden @ matrix.t()) + matrix.square().mean(1)
 
+    expected, found = gradients_of_head(model, head)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+ENDINGS = {
+    "product": lambda logits: logits,
+    "slice": lambda logits: logits[..., :-5],
+    "in place": lambda logits: logits.mul_(0.5),
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_logits_become_their_own_gradient_without_a_copy(ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, places = tiny_model("llama"), []
+
+    def multiply(self: Product, hidden: torch.Tensor, original: Callable = Product.multiply) -> torch.Tensor:
+        places.append((logits := original(self, hidden)).data_ptr())
+        return logits
+
+    def multiply_back(
+        self: Product, gradient: torch.Tensor, hidden: torch.Tensor, original: Callable = Product.multiply_back
+    ) -> torch.Tensor:
+        places.append(gradient.data_ptr())
+        return original(self, gradient, hidden)
+
+    monkeypatch.setattr(Product, "multiply", multiply)
+    monkeypatch.setattr(Product, "multiply_back", multiply_back)
+    expected, found = gradients_of_head(model, lambda hidden: ENDINGS[ending](model.lm_head(hidden)))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    logits, gradient = places
+    assert (logits == gradient) == (ending == "product")  # what comes after the product costs a copy
+
+
+def gradients_of_head(
+    model: PreTrainedModel, head: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give the gradients of the matrix of a head of one's own: torch's, and ours."""
+    ids = torch.arange(1, 20)[None]
+
     class Owner(type(model)):  # type: ignore[misc]
         def forward(self, input_ids: torch.Tensor | None = None, **options: object) -> CausalLMOutputWithPast:
-            return CausalLMOutputWithPast(logits=own(self.model(input_ids=input_ids, **options).last_hidden_state))
+            return CausalLMOutputWithPast(logits=head(self.model(input_ids=input_ids, **options).last_hidden_state))
 
     model.__class__ = Owner
     logits = model(ids, use_cache=False).logits[0, :-1]
@@ -284,7 +325,7 @@ def test_a_head_that_reads_its_matrix_loses_no_gradient(uses_product: bool) -> N
     expected = model.lm_head.weight.grad
     model.zero_grad()
     summed_loss(model, ids).backward()
-    torch.testing.assert_close(model.lm_head.weight.grad, expected, rtol=1e-10, atol=1e-10)
+    return expected, model.lm_head.weight.grad
 
 
 def test_the_negative_control_a_head_without_its_scale_would_be_noticed() -> None:

@@ -18,6 +18,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from fullft import find as find_module
 from fullft import loss as loss_module
 from fullft.adamw import AdamW
+from fullft.compilation import WORTH_IT
 from fullft.config import DEMO_FOLDER, Config, parse_config, parse_size
 from fullft.errors import MemoryExhaustedError, ModelError, OptionsError
 from fullft.find import find_config, find_model
@@ -249,11 +250,12 @@ def test_lora_zero_and_time_follow_their_formulas() -> None:
         estimate_zero(config, plans, BATCH, 1, 1) == estimate_zero(config, plans, BATCH, 3, 1) == planned["peak_bytes"]
     )
     assert planned["peak_bytes"] - estimate_zero(config, plans, BATCH, 1, 4) == states - states // 4
-    work = estimate_work(config, facts, BATCH, 32)
+    work = estimate_work(config, facts, BATCH)
     assert (work.rows, work.tokens) == (2850, 2850 * 512)
-    assert work.flops == pytest.approx(work.tokens * facts.flops_per_token * 4 / 3)
+    assert work.training_flops == work.tokens * facts.flops_per_token
+    assert work.flops == pytest.approx(work.training_flops * 4 / 3)
     assert facts.flops_per_token == 6 * (count - 32000 * 4096) + 12 * 32 * 4096 * 512
-    assert estimate_work(replace(config, max_steps=10), facts, BATCH, 32).rows == 160
+    assert estimate_work(replace(config, max_steps=10), facts, BATCH).rows == 160
 
 
 # ---------------------------------------------------------------------------------------------- levers
@@ -451,6 +453,31 @@ def test_what_gpus_and_their_price_ask_for_reaches_the_json(
     report.show_plan(parse_config([*words, "--precision", "fp32"]))
     shown = json.loads(capsys.readouterr().out)
     assert shown["gpu_hours"] is shown["cost"] is None
+
+
+def test_whether_it_compiles_is_planned(
+    in_empty_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "pick_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("fullft.compilation._lack", lambda device: "")
+    words = ["--plan", "--packing", "--activation_checkpointing", "full"]
+    config = parse_config(words)
+    flops = estimate_work(config, Plans(find_config(config)).facts(config.max_length), Batch(1, config.max_length, 0))
+
+    def shown(*more: str) -> str:
+        report.show_plan(parse_config([*words, *more]))
+        return capsys.readouterr().out
+
+    monkeypatch.setitem(
+        WORTH_IT, "cpu", 1.01 * flops.training_flops
+    )  # recomputing, which is a third more, gains nothing
+    assert json.loads(shown("--json"))["options"]["compile"] == "false" and "Compile" not in shown()
+    monkeypatch.setitem(WORTH_IT, "cpu", 0.99 * flops.training_flops)
+    assert json.loads(shown("--json"))["options"]["compile"] == "true"
+    assert "Compile: the decoder layers" in shown() and "Compile" not in shown("--device_memory", "24GiB")
+    monkeypatch.setattr("fullft.compilation._lack", lambda device: "a compiler")
+    with pytest.raises(OptionsError, match="needs a compiler"):
+        shown("--compile", "true")
 
 
 def test_a_small_model_is_shown_in_a_small_unit(in_empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -228,11 +228,13 @@ class Work:
     Attributes:
         rows: sequences, over all epochs.
         tokens: at most, were every row as long as allowed.
+        training_flops: of forward and backward.
         flops: of forward, backward and recomputation.
     """
 
     rows: int
     tokens: int
+    training_flops: float
     flops: float
 
     def hours(self, peak_flops: float) -> float:
@@ -240,18 +242,18 @@ class Work:
         return self.flops / (MFU * peak_flops) / 3600
 
 
-def estimate_work(config: Config, facts: Facts, batch: Batch, layers: int) -> Work:
+def estimate_work(config: Config, facts: Facts, batch: Batch) -> Work:
     """Estimate a run's operations: tokens x (those of `flops_per_token` + a third of them for recomputed layers).
 
     Args:
         config: without any auto; the length of the run counts.
         facts: of the model.
         batch: the largest micro-batches.
-        layers: of the model.
     """
     rows = config.num_train_epochs * (ROWS - -(-ROWS * config.val_size // 1))
     if config.max_steps > 0:
         rows = config.max_steps * int(config.global_batch_size or 1)
     recomputed = recomputed_share(config.activation_checkpointing)
     tokens = round(rows) * batch.length
-    return Work(round(rows), tokens, tokens * facts.flops_per_token * (1 + recomputed / 3))
+    flops = tokens * facts.flops_per_token
+    return Work(round(rows), tokens, flops, flops * (1 + recomputed / 3))

@@ -7,10 +7,11 @@ import atexit
 import gc
 import json
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from fullft.compilation import choose_compilation
 from fullft.config import Config
 from fullft.errors import FullftError, ModelError, OptionsError
 from fullft.find import find_config
@@ -27,7 +28,7 @@ from fullft.memory.levers import (
     estimate_zero,
     find_levers,
 )
-from fullft.memory.plan import Batch, num_layers
+from fullft.memory.plan import Batch
 from fullft.memory.room import Device, cards, find_device, measure_speeds
 from fullft.memory.tracker import COMPONENTS
 from fullft.memory.traffic import Traffic, estimate_traffic
@@ -54,16 +55,15 @@ def show_plan(config: Config) -> None:
     device = find_device(config, here)
     try:
         config, chosen = choose(config, plans, batch, device, lambda: measure_speeds(config, here))
+        facts, compilation = plans.facts(batch.length), ""
+        if config.device_memory is None:  # else nobody knows what compiler there is beside that memory
+            config, compilation = choose_compilation(config, estimate_work(config, facts, batch).training_flops, here)
+            compilation += " (with the rows assumed below)" if compilation and config.max_steps <= 0 else ""
         planned = plans.of(config, batch)
         if config.json:
-            print(
-                json.dumps(
-                    plan_object(config, planned, plans.facts(batch.length), device) | _asked_for(config, plans, batch),
-                    indent=1,
-                )
-            )
+            print(json.dumps(plan_object(config, planned, facts, device) | _asked_for(config, plans, batch), indent=1))
         else:
-            print("\n\n".join(describe_plan(config, plans, batch, device, chosen)))
+            print("\n\n".join(describe_plan(config, plans, batch, device, (f"Chosen: {chosen}.", compilation))))
     except FullftError:
         raise
     except Exception as error:
@@ -93,7 +93,7 @@ def plan_object(config: Config, planned: Mapping[str, Any], facts: Facts, device
     """Make what `--plan --json` prints: the figures of `memory.json`, and what they belong to.
 
     Args:
-        config: without any auto.
+        config: without any auto, but `compile` where the memory is elsewhere.
         planned: from `plan_step`.
         facts: of the model.
         device: the one at hand; the usual cards follow it.
@@ -125,14 +125,14 @@ def _gpu_hours(config: Config, plans: Plans, batch: Batch) -> dict[str, float] |
     """Estimate the run's GPU-hours; None in fp32, where GPUs differ too much."""
     if config.precision == "fp32":
         return None
-    work = estimate_work(config, plans.facts(batch.length), batch, num_layers(plans.model_config))
+    work = estimate_work(config, plans.facts(batch.length), batch)
     return {name: work.hours(peak) for name, peak in GPUS.items()}
 
 
 # ---------------------------------------------------------------------------------------------- the screen
 
 
-def describe_plan(config: Config, plans: Plans, batch: Batch, device: Device, chosen: str) -> list[str]:
+def describe_plan(config: Config, plans: Plans, batch: Batch, device: Device, chosen: Iterable[str]) -> list[str]:
     """Write the screen that `--plan` shows, part by part.
 
     Args:
@@ -140,7 +140,7 @@ def describe_plan(config: Config, plans: Plans, batch: Batch, device: Device, ch
         plans: of the model.
         batch: the largest micro-batches.
         device: the one at hand.
-        chosen: what was chosen, and why.
+        chosen: lines that say what was chosen, and why; empty ones say nothing.
     """
     planned = plans.of(config, batch)
     unit = unit_for(planned["peak_bytes"])
@@ -157,16 +157,16 @@ def describe_plan(config: Config, plans: Plans, batch: Batch, device: Device, ch
     ]
 
 
-def _assumptions(config: Config, planned: Mapping[str, Any], batch: Batch, chosen: str, unit: Unit) -> str:
+def _assumptions(config: Config, planned: Mapping[str, Any], batch: Batch, chosen: Iterable[str], unit: Unit) -> str:
     accumulated = f"{config.gradient_accumulation_steps} per step" + ("; packed" if config.packing else "")
     masters = f" with master weights {config.master_weights}" if config.precision == "bf16-true" else ""
     paragraphs = (
         f"Full fine-tuning of {config.model or 'the built-in demo'}: all {planned['num_parameters']:,} parameters",
         f"Assumed: micro-batches of {batch.sequences} x {batch.length} tokens, {accumulated}; "
         f"{config.precision}{masters}, {config.optim}. Kernels' workspaces come on top. {unit.legend()}.",
-        f"Chosen: {chosen}.",
+        *chosen,
     )
-    return "\n".join(textwrap.fill(each, _WIDTH, subsequent_indent="  ") for each in paragraphs)
+    return "\n".join(textwrap.fill(each, _WIDTH, subsequent_indent="  ") for each in paragraphs if each)
 
 
 def _components(config: Config, plans: Plans, batch: Batch, unit: Unit) -> str:
@@ -252,7 +252,7 @@ def _several_gpus(config: Config, plans: Plans, batch: Batch, unit: Unit) -> str
 
 
 def _time(config: Config, plans: Plans, batch: Batch) -> str:
-    work = estimate_work(config, plans.facts(batch.length), batch, num_layers(plans.model_config))
+    work = estimate_work(config, plans.facts(batch.length), batch)
     of_all = "" if config.max_steps > 0 else f" ({config.num_train_epochs:g} epochs of {ROWS} assumed)"
     line = f"Time, estimated: {work.rows:,} rows{of_all} of at most {batch.length} tokens, {work.flops:.1e} FLOP"
     if (hours := _gpu_hours(config, plans, batch)) is None:

@@ -1,6 +1,6 @@
 """How fast it trains beside the usual listing, Hugging Face Trainer and TRL, and how fast this processor could.
 
-    python benchmarks/throughput.py --dataset alpaca.json --plot docs/throughput.png   # 45 minutes on two cores
+    python benchmarks/throughput.py --dataset alpaca.json --plot docs/throughput.png   # an hour on two cores
     python benchmarks/throughput.py --dataset alpaca.json --only ours                  # those with this in their names
     python benchmarks/throughput.py --dataset alpaca.json --only ours --profile        # what a step of theirs goes to
 

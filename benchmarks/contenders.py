@@ -43,11 +43,14 @@ from fullft.metrics import Metrics
 from fullft.micro_batch import IGNORED
 
 ROWS_PER_STEP = 16
-GROUPED = (2, 4, 8)  # rows of like length that Trainer pads together
-ROWS_ALIKE = max(GROUPED)  # rows of like length that the benchmark takes together
 MAX_LENGTH = 1024  # of a row, and of a packed sequence
 LISTING_LENGTH = 512  # that the listing pads every row to
-TRAINERS = ("Trainer, dynamic padding", *(f"Trainer, grouped by length, {size} rows at a time" for size in GROUPED))
+# How many rows each pads together.
+TRAINERS = {
+    "Trainer, dynamic padding": 1,
+    **{f"Trainer, grouped by length, {size} rows at a time": size for size in (2, 4, 8)},
+}
+ROWS_ALIKE = max(TRAINERS.values())  # rows of like length that the benchmark takes together
 TRL = "TRL SFTTrainer, packing"
 
 Row = dict[str, Any]
@@ -265,16 +268,15 @@ def listing(task: Task) -> Trainer:
     return Trainer(_load(task), arguments, train_dataset=datasets.Dataset.from_list([tokenise(row) for row in rows]))
 
 
-def dynamic_padding(task: Task, batch_size: int, grouped: bool) -> Trainer:
+def dynamic_padding(task: Task, batch_size: int) -> Trainer:
     """Trainer on our tokens and targets, each micro-batch padded to its longest row.
 
     Args:
         task: what to train on.
-        batch_size: rows of a micro-batch.
-        grouped: rows of like length share a micro-batch, else they come in the order of ours.
+        batch_size: rows of a micro-batch, which are of like length; single ones come in the order of ours.
     """
     rows, accumulation = _rows_in_order(task), ROWS_PER_STEP // batch_size
-    if grouped:
+    if batch_size > 1:
         # As train_sampling_strategy="group_by_length" does over a whole data set; in so short a run it would find few
         # rows alike. Dealt out there and back, so that every step, the warm-up too, holds long rows and short ones.
         rows.sort(key=lambda row: len(row["input_ids"]))
@@ -311,11 +313,7 @@ def trl_packing(task: Task) -> Trainer:
 
 PEERS: dict[str, Callable[[Task], Trainer]] = {
     "listing": listing,
-    TRAINERS[0]: partial(dynamic_padding, batch_size=1, grouped=False),
-    **{
-        name: partial(dynamic_padding, batch_size=size, grouped=True)
-        for name, size in zip(TRAINERS[1:], GROUPED, strict=True)
-    },
+    **{name: partial(dynamic_padding, batch_size=size) for name, size in TRAINERS.items()},
     TRL: trl_packing,
 }
 

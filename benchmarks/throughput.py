@@ -274,7 +274,7 @@ def compare_losses(results: Results) -> tuple[list[str], bool]:
     """
     lines, agree = [], True
     same_work = (
-        [TRAINERS[0], *(name for name in OURS if not is_packed(name))],
+        [next(iter(TRAINERS)), *(name for name in OURS if not is_packed(name))],
         [name for name in OURS if is_packed(name)],
     )
     for names in same_work:

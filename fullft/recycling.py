@@ -20,7 +20,7 @@ from torch import nn
 from torch._guards import detect_fake_mode as active_fake_mode
 from transformers import PreTrainedModel
 
-_LARGE = 1 << 25  # bytes: what glibc never keeps
+_LARGE = 1 << 25  # bytes: what glibc does not keep; its own largest, as more would fragment its heap
 # Of glibc's malloc.h: from which size on memory is given back at once, and from how much of the rest on.
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
 _OWN_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
@@ -79,7 +79,7 @@ def _keep_freed_memory() -> None:
     if sys.platform != "linux" or any(map(os.environ.get, _OWN_SETTINGS)):
         return
     if hasattr(library := ctypes.CDLL(None), "mallopt"):  # musl has none
-        library.mallopt(_MMAP_THRESHOLD, 1 << 25)  # glibc's own largest: more would fragment its heap
+        library.mallopt(_MMAP_THRESHOLD, _LARGE)
         library.mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
 
 

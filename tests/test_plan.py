@@ -462,17 +462,16 @@ def test_whether_it_compiles_is_planned(
     monkeypatch.setattr("fullft.compilation._lack", lambda device: "")
     words = ["--plan", "--packing", "--activation_checkpointing", "full"]
     config = parse_config(words)
-    flops = estimate_work(config, Plans(find_config(config)).facts(config.max_length), Batch(1, config.max_length, 0))
+    work = estimate_work(config, Plans(find_config(config)).facts(config.max_length), Batch(1, config.max_length, 0))
 
     def shown(*more: str) -> str:
         report.show_plan(parse_config([*words, *more]))
         return capsys.readouterr().out
 
-    monkeypatch.setitem(
-        WORTH_IT, "cpu", 1.01 * flops.training_flops
-    )  # recomputing, which is a third more, gains nothing
+    # Recomputing, a third more, is no reason.
+    monkeypatch.setitem(WORTH_IT, "cpu", 1.01 * work.training_flops)
     assert json.loads(shown("--json"))["options"]["compile"] == "false" and "Compile" not in shown()
-    monkeypatch.setitem(WORTH_IT, "cpu", 0.99 * flops.training_flops)
+    monkeypatch.setitem(WORTH_IT, "cpu", 0.99 * work.training_flops)
     assert json.loads(shown("--json"))["options"]["compile"] == "true"
     assert "Compile: the decoder layers" in shown() and "Compile" not in shown("--device_memory", "24GiB")
     monkeypatch.setattr("fullft.compilation._lack", lambda device: "a compiler")

@@ -8,6 +8,8 @@ what torch's gives, models keep what they have.
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,12 +20,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-NAME = "documents"
-_QUERIES = 192  # that a block has: their probabilities stay in the cache, and keys behind them are left out
+from fullft.attention_layout import Gathered, Layout, Stretch
 
-# A row of the batch, a stretch of its queries, the keys that some of them see, and the document that they are of, in
-# positions of the sequence.
-Block = tuple[int, slice, slice, slice]
+NAME = "documents"
+_QUERIES = 192  # of a document in a block: their probabilities stay in the cache, and keys behind them are left out
+_TOGETHER = 1024  # tokens of short documents that are worked on at once
 
 
 def apply_document_attention(model: PreTrainedModel) -> bool:
@@ -82,7 +83,8 @@ def _attend(
     if torch.is_autocast_enabled(query.device.type):  # as it treats torch's own kernel
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if attention_mask is None and query.shape[2] == key.shape[2] and dropout == 0:
+    is_alike = query.shape[2:] == key.shape[2:] == value.shape[2:]  # unlike are cached keys, and values of other widths
+    if attention_mask is None and is_alike and dropout == 0:
         if torch.compiler.is_compiling():
             attended: torch.Tensor = _opaque_attention(query, key, value, scaling, position_ids)
         else:
@@ -110,16 +112,19 @@ AttentionInterface.register(NAME, _attend)
 AttentionMaskInterface.register(NAME, _whole_sequences_need_none)
 
 
-def _documents(position_ids: torch.Tensor | None, query: torch.Tensor) -> list[list[int]]:
-    """Give the lengths of the documents of each sequence; on fake tensors, of the largest that there may be."""
+def _layout(position_ids: torch.Tensor | None, query: torch.Tensor) -> Layout:
+    """Lay out the documents that begin where positions are 0; on fake tensors, the largest that there may be."""
     batch, length = query.shape[0], query.shape[2]
     if position_ids is None or active_fake_mode() is not None:
-        return [[length]] * batch
-    found = []
+        return _layout_of(((length,),) * batch, _QUERIES, _TOGETHER)
+    documents = []
     for row in position_ids.expand(batch, -1):
         starts = [0, *(torch.nonzero(row[1:] == 0)[:, 0] + 1).tolist(), length]
-        found.append([end - start for start, end in zip(starts, starts[1:], strict=False)])
-    return found
+        documents.append(tuple(end - start for start, end in zip(starts, starts[1:], strict=False)))
+    return _layout_of(tuple(documents), _QUERIES, _TOGETHER)
+
+
+_layout_of = lru_cache(maxsize=1)(Layout)  # all layers of a micro-batch have the same
 
 
 def _mask(position_ids: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor:
@@ -169,19 +174,14 @@ def _forward(
 
     Keys and values of fewer heads than the queries are not repeated: queries that share a head are rows of one product.
     """
-    attended = _like_output(query)
-    scratch = _Scratch(query, key, scores=2, queries=2)
-    for row, queries, keys, _ in _blocks(_documents(position_ids, query)):
-        ours = scratch.gather(0, query[row, :, queries])
-        probabilities = _probabilities(ours, key[row, :, keys], queries, keys, scaling, scratch)
-        product = torch.bmm(probabilities, value[row, :, keys], out=scratch.queries(1, ours.shape))
-        attended[row, :, queries] = product.view(attended[row, :, queries].shape)
-    return attended
-
-
-def _like_output(query: torch.Tensor) -> torch.Tensor:
-    """Take memory for what is attended to: as [batch, sequence, heads, width] it goes on without a copy."""
-    return torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+    layout = _layout(position_ids, query)
+    queries = layout.queries.gather(query, key.shape[1])
+    keys, values = (layout.keys.gather(each, key.shape[1]) for each in (key, value))
+    scratch = _Scratch(query, key.shape[1], scores=1)
+    for block, ours in _each(layout, queries):
+        probabilities = _probabilities(ours, _seen(keys, block), block, scaling, scratch)
+        torch.bmm(probabilities, _seen(values, block), out=ours)  # in place of the queries
+    return queries.restored()
 
 
 def _backward(
@@ -192,123 +192,103 @@ def _backward(
     position_ids: torch.Tensor | None,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Give the gradients of queries, keys and values."""
-    of_query, of_key, of_value = (torch.empty_like(each) for each in (query, key, value))
-    scratch = _Scratch(query, key, scores=4, queries=3, keys=1, sums=2)
-    # The last block of a document sees all its keys: their sums begin with it, and are complete with the first.
-    for row, queries, keys, document in _blocks(_documents(position_ids, query)):
-        ours, above = scratch.gather(0, query[row, :, queries]), scratch.gather(1, gradient[row, :, queries])
-        its_keys, its_values = key[row, :, keys], value[row, :, keys]
-        probabilities = _probabilities(ours, its_keys, queries, keys, scaling, scratch)
-        product = torch.bmm(probabilities.transpose(1, 2), above, out=scratch.keys(0, its_values.shape))
-        scratch.add(0, product, of_value[row, :, document], queries, document)
-        of_probabilities = scratch.scores(2, probabilities.shape)
-        torch.bmm(above, its_values.transpose(1, 2), out=of_probabilities)
-        of_scores = scratch.scores(3, probabilities.shape)
-        torch._softmax_backward_data(of_probabilities, probabilities, -1, query.dtype, grad_input=of_scores)
-        product = torch.bmm(of_scores, its_keys, out=scratch.queries(2, ours.shape)).mul_(scaling)
-        of_query[row, :, queries] = product.view(of_query[row, :, queries].shape)
-        product = torch.bmm(of_scores.transpose(1, 2), ours, out=scratch.keys(0, its_keys.shape)).mul_(scaling)
-        scratch.add(1, product, of_key[row, :, document], queries, document)
-    return of_query, of_key, of_value
+    """Give the gradients of queries, keys and values.
+
+    Each takes the place of what has been read for the last time: that of the queries, of what came from above.
+    """
+    layout = _layout(position_ids, query)
+    queries, above = (layout.queries.gather(each, key.shape[1]) for each in (query, gradient))
+    keys, values = (layout.keys.gather(each, key.shape[1]) for each in (key, value))
+    scratch = _Scratch(query, key.shape[1], scores=2, sums=2)
+    for block, ours, of_ours in _each(layout, queries, above):
+        its_keys, its_values = _seen(keys, block), _seen(values, block)
+        probabilities = _probabilities(ours, its_keys, block, scaling, scratch)
+        of_scores = scratch.scores(1, probabilities.shape)
+        torch.bmm(of_ours, its_values.transpose(1, 2), out=of_scores)
+        product = scratch.product(values, block)
+        scratch.add(0, torch.bmm(probabilities.transpose(1, 2), of_ours, out=product), values, block)
+        torch._softmax_backward_data(of_scores, probabilities, -1, query.dtype, grad_input=of_scores)
+        torch.baddbmm(of_ours, of_scores, its_keys, beta=0, alpha=scaling, out=of_ours)
+        product = scratch.product(keys, block)
+        torch.baddbmm(product, of_scores.transpose(1, 2), ours, beta=0, alpha=scaling, out=product)
+        scratch.add(1, product, keys, block)
+    return above.restored(), keys.restored(), values.restored()
+
+
+def _each(layout: Layout, *gathered: Gathered) -> Iterator[tuple[Any, ...]]:
+    """Give the blocks with their pieces, one by one; on fake tensors one stands for all."""
+    blocks = zip(layout.blocks, *(each.pieces for each in gathered), strict=True)
+    return islice(blocks, 1) if active_fake_mode() is not None else blocks
+
+
+def _seen(keys: Gathered, block: Stretch) -> torch.Tensor:
+    """View those of keys or values that a block sees: [documents × key heads, keys, width]."""
+    return keys.pieces[block.group][:, : block.end]
 
 
 # In a compiled graph it is one operation, with another for its backward: a compiler gains nothing within, and documents
 # of other lengths would be other graphs.
 _opaque_attention = custom_op("fullft::attention", _forward, mutates_args=())
 _opaque_backward = custom_op("fullft::attention_backward", _backward, mutates_args=())
-_opaque_attention.register_fake(lambda query, *_: _like_output(query))
-_opaque_backward.register_fake(lambda _, query, key, value, *__: tuple(map(torch.empty_like, (query, key, value))))
+_opaque_attention.register_fake(lambda query, *_: _like_result(query))
+_opaque_backward.register_fake(lambda _, query, key, value, *__: tuple(map(_like_result, (query, key, value))))
 _opaque_attention.register_autograd(
     lambda ctx, gradient: (*_opaque_backward(gradient, *ctx.saved_tensors, ctx.scaling), None, None),
     setup_context=_keep,
 )
 
 
-def _blocks(documents: list[list[int]]) -> Iterator[Block]:
-    """Cut each sequence's documents into blocks of queries, last ones first; on fake tensors one stands for all."""
-    for row, lengths in enumerate(documents):
-        start = 0
-        for length in lengths:
-            document = slice(start, start + length)
-            for first in reversed(range(start, document.stop, _QUERIES)):
-                end = min(first + _QUERIES, document.stop)
-                yield row, slice(first, end), slice(start, end), document
-                if active_fake_mode() is not None:
-                    return
-            start += length
+def _like_result(vectors: torch.Tensor) -> torch.Tensor:
+    """Take memory as `Gathered.restored` does, from where a layer goes on without a copy."""
+    return torch.empty_like(vectors.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
 
 
 class _Scratch:
-    """Memory that the blocks use one after the other: as much as the largest that there could be would take."""
+    """Memory that the blocks use one after the other: as much as any documents could take."""
 
-    def __init__(
-        self, query: torch.Tensor, key: torch.Tensor, *, scores: int, queries: int, keys: int = 0, sums: int = 0
-    ) -> None:
-        self._heads = key.shape[1]
-        _, heads, length, width = query.shape
-        count = min(_QUERIES, length)
-        self._scores = query.new_empty(scores, heads * count * length)
-        self._queries = query.new_empty(queries, heads * count * width)
-        self._keys = query.new_empty(keys, self._heads * length * width)
+    def __init__(self, query: torch.Tensor, key_heads: int, *, scores: int, sums: int = 0) -> None:
+        batch, heads, length, width = query.shape
+        queries, keys = min(_QUERIES, length), max(min(_TOGETHER, batch * length), length)
+        self._scores = query.new_empty(scores, heads * queries * keys)
+        self._product = query.new_empty(key_heads * keys * width if sums else 0)
         # In fp32 at least: the blocks of a document add up.
-        wide = torch.promote_types(key.dtype, torch.float32)
-        self._sums = query.new_empty(sums, self._heads * length * width, dtype=wide)
-        self._bias = query.new_full((count, count), float("-inf")).triu_(1)
+        wide = torch.promote_types(query.dtype, torch.float32)
+        self._sums = query.new_empty(sums, key_heads * keys * width, dtype=wide)
+        self.bias = query.new_full((queries, queries), float("-inf")).triu_(1)
 
     def scores(self, number: int, shape: Sequence[int]) -> torch.Tensor:
         """View a piece for numbers of a block's queries and keys."""
         return self._scores[number, : math.prod(shape)].view(shape)
 
-    def queries(self, number: int, shape: Sequence[int]) -> torch.Tensor:
-        """View a piece for vectors of a block's queries."""
-        return self._queries[number, : math.prod(shape)].view(shape)
+    def product(self, keys: Gathered, block: Stretch) -> torch.Tensor:
+        """View where to put what a block brings to the keys that it sees: their own place, if no other does."""
+        seen = _seen(keys, block)
+        return seen if block.is_whole else self._product[: seen.numel()].view(seen.shape)
 
-    def keys(self, number: int, shape: Sequence[int]) -> torch.Tensor:
-        """View a piece for vectors of a block's keys."""
-        return self._keys[number, : math.prod(shape)].view(shape)
-
-    def hide(self, scores: torch.Tensor, queries: slice, keys: slice) -> None:
-        """Hide from each query the keys behind it."""
-        count, seen = queries.stop - queries.start, keys.stop - keys.start
-        scores.view(-1, count, seen)[:, :, seen - count :].add_(self._bias[:count, :count])
-
-    def add(self, number: int, product: torch.Tensor, total: torch.Tensor, queries: slice, document: slice) -> None:
-        """Add what a block of a document brings [heads, keys, width] to the sums of all, then turn them into the total.
+    def add(self, number: int, product: torch.Tensor, keys: Gathered, block: Stretch) -> None:
+        """Add what a block brings to the sum of all, and put that in the place of the keys when the last has come.
 
         Args:
-            number: of the sums.
-            product: for the keys that the block sees.
-            total: [heads, keys of the document, width], written when the last of its blocks has come: that of its
-                first queries.
-            queries: of the block.
-            document: that it belongs to.
+            number: of the sum.
+            product: as `product` says.
+            keys: that it belongs to.
+            block: the first of a document's is that of its last queries, which sees all keys.
         """
-        is_first, is_last = queries.stop == document.stop, queries.start == document.start
-        if is_first and is_last:
-            total.copy_(product)
+        if block.is_whole:
             return
+        total = keys.pieces[block.group]
         sums = self._sums[number, : total.numel()].view(total.shape)
-        sums.copy_(product) if is_first else sums[:, : product.shape[1]].add_(product)
-        if is_last:
+        sums.copy_(product) if block.end == block.length else sums[:, : block.end].add_(product)
+        if block.first == 0:
             total.copy_(sums)
-
-    def gather(self, number: int, vectors: torch.Tensor) -> torch.Tensor:
-        """Turn [heads, queries, width] into [heads of keys, queries that share it, width]."""
-        ours = self.queries(number, vectors.shape).copy_(vectors)
-        return ours.view(self._heads, -1, vectors.shape[-1])
 
 
 def _probabilities(
-    ours: torch.Tensor,
-    its_keys: torch.Tensor,
-    queries: slice,
-    keys: slice,
-    scaling: float,
-    scratch: _Scratch,
+    ours: torch.Tensor, its_keys: torch.Tensor, block: Stretch, scaling: float, scratch: _Scratch
 ) -> torch.Tensor:
-    """Give [heads of keys, queries that share it, keys] of queries and keys at these positions."""
-    scores = scratch.scores(0, (*ours.shape[:2], its_keys.shape[1]))
+    """Give [documents × key heads, queries that share one, keys] of a block's queries and the keys that it sees."""
+    scores = scratch.scores(0, (*ours.shape[:2], block.end))
     torch.baddbmm(scores, ours, its_keys.transpose(1, 2), beta=0, alpha=scaling, out=scores)
-    scratch.hide(scores, queries, keys)
-    return torch.softmax(scores, -1, out=scratch.scores(1, scores.shape))
+    behind = scores.view(-1, block.size, block.end)[:, :, block.first :]
+    behind.add_(scratch.bias[: block.size, : block.size])  # a key behind a query is hidden from it
+    return torch.softmax(scores, -1, out=scores)

@@ -9,12 +9,13 @@ from fullft import attention
 from fullft.attention import NAME, apply_document_attention, revert_document_attention
 
 FAMILIES = ["gpt2", "llama", "mistral", "qwen2", "phi"]  # fewer key heads, a sliding window of 8, biases
-DOCUMENTS = [[7, 1, 13, 3], [24]]  # of the two sequences
+DOCUMENTS = [[7, 3, 1, 7, 3, 3], [17, 7]]  # of the two sequences: of one length they are worked on two by two
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_QUERIES", 5)
+    monkeypatch.setattr(attention, "_TOGETHER", 14)
 
 
 def packed() -> dict[str, torch.Tensor]:

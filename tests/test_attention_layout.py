@@ -1,0 +1,56 @@
+"""Vectors come in the order that is said, from whatever memory they lie in, and go back to where they belong."""
+
+import pytest
+import torch
+
+from fullft.attention_layout import Layout
+
+DOCUMENTS = ((3, 5, 3, 1), (5, 7))
+BATCH, HEADS, KEY_HEADS, LENGTH, WIDTH = 2, 4, 2, 12, 3
+
+# The same [batch, heads, sequence, width], in memory as it comes from projections, as a copy, from one projection of
+# all three, with a gap behind each vector, and as the gradient of a sum.
+MEMORY = {
+    "positions": torch.randn(BATCH, LENGTH, HEADS, WIDTH).transpose(1, 2),
+    "heads": torch.randn(BATCH, HEADS, LENGTH, WIDTH),
+    "fused": torch.randn(BATCH, LENGTH, 3 * HEADS, WIDTH)[:, :, HEADS : 2 * HEADS].transpose(1, 2),
+    "gaps": torch.randn(BATCH, HEADS, LENGTH, WIDTH + 1)[..., :WIDTH],
+    "one": torch.randn(1).expand(BATCH, HEADS, LENGTH, WIDTH),
+}
+
+
+@pytest.mark.parametrize("vectors", MEMORY.values(), ids=MEMORY.keys())
+def test_vectors_come_block_by_block_and_go_back(vectors: torch.Tensor) -> None:
+    layout = Layout(DOCUMENTS, most_queries=4, most_together=6)
+    gathered = layout.queries.gather(vectors, KEY_HEADS)
+    for block, piece in zip(layout.blocks, gathered.pieces, strict=True):
+        expected = [
+            vectors[row, head : head + HEADS // KEY_HEADS, start + block.first : start + block.end].flatten(0, 1)
+            for row, start in block.starts
+            for head in range(0, HEADS, HEADS // KEY_HEADS)
+        ]
+        assert torch.equal(piece, torch.stack(expected))
+        piece.add_(1)
+    restored = gathered.restored()
+    assert torch.equal(restored, vectors + 1)
+    assert restored.transpose(1, 2).is_contiguous()
+
+
+def test_keys_come_by_documents_of_one_length() -> None:
+    vectors = torch.randn(BATCH, LENGTH, KEY_HEADS, WIDTH).transpose(1, 2)
+    layout = Layout(DOCUMENTS, most_queries=4, most_together=6)
+    pieces = layout.keys.gather(vectors, KEY_HEADS).pieces
+    # The two of 3 tokens fit together; of those of 5 one alone has nearly as many as may come together.
+    assert [piece.shape[0] // KEY_HEADS for piece in pieces] == [2, 1, 1, 1, 1]
+    assert torch.equal(pieces[0], torch.cat([vectors[0, :, 0:3], vectors[0, :, 8:11]]))
+    assert {block.group for block in layout.blocks} == set(range(len(pieces)))
+
+
+def test_blocks_of_a_document_come_last_ones_first() -> None:
+    blocks = Layout(((9, 2),), most_queries=4, most_together=100).blocks
+    assert [(block.first, block.end, block.is_whole) for block in blocks] == [
+        (8, 9, False),
+        (4, 8, False),
+        (0, 4, False),
+        (0, 2, True),
+    ]

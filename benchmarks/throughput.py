@@ -61,7 +61,7 @@ from fullft.rows import load_rows
 
 WARM_UP = 1  # steps that do not count
 LIMIT = "limit"
-DRAWS = 1000  # of rows, to take those that pack best: few rows leave gaps that the thousands of a long run fill
+DRAWS = 1000  # of rows, to choose from: any few leave more gaps when packed than the thousands of a long run
 # Of losses on the same rows in the same order, relative: bf16 rounds by 4e-3, a wrong loss is off by much more.
 TOLERANCE = 5e-3
 
@@ -83,11 +83,7 @@ def prepare(dataset: str, steps: int) -> Task:
     count = steps * ROWS_PER_STEP
     if len(tokenised) < count:
         sys.exit(f"--steps {len(tokenised) // ROWS_PER_STEP} is the most here: {dataset} has {len(tokenised)} rows")
-    lengths = tokenised["num_tokens"][:]
-    draws = (_evenly(lengths, count // ROWS_ALIKE, seed) for seed in range(DRAWS))
-    chosen = tokenised.select(
-        sorted(min(draws, key=lambda draw: _packed_padding([lengths[row] for row in draw], steps)))
-    )
+    chosen = tokenised.select(sorted(_draw(tokenised["num_tokens"][:], count, steps)))
     lines = "".join(json.dumps(row) + "\n" for row in load_rows(config).select(chosen["row"][:]))
     lengths, targets = chosen["num_tokens"][:], sum(chosen["num_target_tokens"][:])
     mean_context = sum(length**2 for length in lengths) / sum(lengths)
@@ -98,19 +94,33 @@ def prepare(dataset: str, steps: int) -> Task:
     return task
 
 
-def _evenly(lengths: list[int], groups: int, seed: int) -> list[int]:
-    """Choose rows in groups of like length, one group from each of so many stretches of all rows sorted by length."""
-    by_length, chance = sorted(range(len(lengths)), key=lengths.__getitem__), random.Random(seed)
-    starts = range(0, len(lengths) - ROWS_ALIKE + 1, ROWS_ALIKE)
+def _draw(lengths: list[int], count: int, steps: int) -> list[int]:
+    """Choose rows that are to each system what all of them would be.
+
+    Trainer's length grouping finds rows alike: there are groups of like length, one from each of so many stretches of
+    all rows sorted by length. Packing fills the gaps: of many draws the one is taken that packs as densely as all rows,
+    or nearly, and into whole steps.
+    """
+    by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
+    starts, groups = range(0, len(lengths) - ROWS_ALIKE + 1, ROWS_ALIKE), count // ROWS_ALIKE
     bounds = [len(starts) * number // groups for number in range(groups + 1)]
-    picked = [starts[chance.randrange(first, end)] for first, end in zip(bounds, bounds[1:], strict=False)]
-    return [number for start in picked for number in by_length[start : start + ROWS_ALIKE]]
+    draws = []
+    for seed in range(DRAWS):
+        chance = random.Random(seed)
+        picked = [starts[chance.randrange(first, end)] for first, end in zip(bounds, bounds[1:], strict=False)]
+        draw = [row for start in picked for row in by_length[start : start + ROWS_ALIKE]]
+        if _density([lengths[row] for row in draw])[0] % steps == 0:
+            draws.append(draw)
+    if not draws:
+        sys.exit(f"--steps {steps}: no {count} rows were found that pack into so many whole steps; take more")
+    dense = _density(lengths)[1]
+    return min(draws, key=lambda draw: abs(dense - _density([lengths[row] for row in draw])[1]))
 
 
-def _packed_padding(lengths: list[int], steps: int) -> float:
-    """Give the part that is padding when these rows are packed; all of it, if the sequences make no whole steps."""
+def _density(lengths: list[int]) -> tuple[int, float]:
+    """Pack rows; give the number of sequences, and the part of them that is no padding."""
     sequences = len(pack(lengths, MAX_LENGTH))
-    return 1.0 if sequences % steps else 1 - sum(lengths) / (sequences * MAX_LENGTH)
+    return sequences, sum(lengths) / (sequences * MAX_LENGTH)
 
 
 def _fingerprint(lines: str) -> str:

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 Documents = tuple[tuple[int, ...], ...]  # the lengths of those in each sequence
 
 
-class Stretch(NamedTuple):
+class Span(NamedTuple):
     """The same positions of some documents of one length.
 
     Attributes:
         group: number of these documents.
-        starts: the sequence that each is in, and the position there of its first token.
+        starts: of each, the row of the batch and the position of its first token.
         length: of each.
         first: of the positions, counted within a document.
         end: behind the last of them.
@@ -64,7 +64,7 @@ class Layout:
         self.queries, self.keys = Order(self.blocks), Order(groups)
 
 
-def _groups(documents: Documents, most_together: int) -> Iterator[Stretch]:
+def _groups(documents: Documents, most_together: int) -> Iterator[Span]:
     by_length: dict[int, list[tuple[int, int]]] = {}
     for row, lengths in enumerate(documents):
         start = 0
@@ -75,22 +75,23 @@ def _groups(documents: Documents, most_together: int) -> Iterator[Stretch]:
     for length, starts in by_length.items():
         count = max(1, most_together // length)
         for first in range(0, len(starts), count):
-            yield Stretch(group, starts[first : first + count], length, 0, length)
+            yield Span(group, starts[first : first + count], length, 0, length)
             group += 1
 
 
-def _blocks(group: Stretch, most_queries: int) -> Iterator[Stretch]:
+def _blocks(group: Span, most_queries: int) -> Iterator[Span]:
     for first in reversed(range(0, group.length, most_queries)):
         yield group._replace(first=first, end=min(first + most_queries, group.length))
 
 
 class Order:
-    """Vectors stretch by stretch, in each by document, head and position."""
+    """Vectors span by span, in each by document, head and position."""
 
-    def __init__(self, stretches: Sequence[Stretch]) -> None:
-        """Take the stretches, in which every position is once."""
-        self._stretches = stretches
-        self._known: dict[tuple[int, ...], NDArray[np.int32]] = {}  # all layers ask for the same numbers
+    def __init__(self, spans: Sequence[Span]) -> None:
+        """Take the spans, in which every position is once."""
+        self._spans = spans
+        # All layers of a micro-batch ask for the same ones: 4 bytes for each vector of one layer, kept till the next.
+        self._known: dict[tuple[int, ...], NDArray[np.int32]] = {}
 
     def gather(self, vectors: torch.Tensor, key_heads: int) -> "Gathered":
         """Copy vectors into this order.
@@ -98,50 +99,65 @@ class Order:
         Args:
             vectors: [batch, heads, sequence, width], in memory in whatever order.
             key_heads: that the keys have; heads that share one of these follow each other.
+
+        Returns:
+            The copy, whose pieces have the vectors that share a key head one below the other.
         """
         batch, heads, length, width = vectors.shape
         if vectors.stride(3) != 1 or any(stride % width for stride in vectors.stride()[:3]):
             vectors = vectors.contiguous()
         of_row, of_head, of_position = (stride // width for stride in vectors.stride()[:3])
         count = (batch - 1) * of_row + (heads - 1) * of_head + (length - 1) * of_position + 1
-        numbers = self.numbers(heads, of_row, of_head, of_position)
-        rows = torch.index_select(vectors.as_strided((count, width), (width, 1)), 0, numbers)
-        sizes = [len(stretch.starts) * heads * stretch.size for stretch in self._stretches]
+        in_memory = vectors.as_strided((count, width), (width, 1))
+        rows = torch.index_select(in_memory, 0, torch.from_numpy(self._indices(heads, of_row, of_head, of_position)))
+        sizes = [len(span.starts) * heads * span.size for span in self._spans]
         pieces = [
-            piece.view(len(stretch.starts) * key_heads, -1, width)
-            for piece, stretch in zip(rows.split(sizes), self._stretches, strict=True)
+            piece.view(len(span.starts) * key_heads, -1, width)
+            for piece, span in zip(rows.split(sizes), self._spans, strict=True)
         ]
         return Gathered(pieces, rows, vectors.shape, self)
 
-    def numbers(self, heads: int, of_row: int, of_head: int, of_position: int, restore: bool = False) -> torch.Tensor:
-        """Number the vectors in memory as they come in this order, or, to restore, these as they come in memory.
+    def restore(self, rows: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        """Copy vectors to where they belong.
 
         Args:
-            heads: of the vectors.
-            of_row: vectors in memory from a sequence to the next; and so on.
-            of_head: of heads.
-            of_position: of positions.
-            restore: the reverse.
+            rows: [vectors, width], in this order.
+            shape: [batch, heads, sequence, width].
+
+        Returns:
+            A tensor of that shape, in memory as [batch, sequence, heads, width].
         """
-        key = (heads, of_row, of_head, of_position, restore)
+        batch, heads, length, width = shape
+        key = (heads, length)
         if key not in self._known:
-            of_heads = np.arange(heads)[:, None] * of_head
-            pieces = [
-                (row * of_row + of_heads + np.arange(start + stretch.first, start + stretch.end) * of_position).ravel()
-                for stretch in self._stretches
-                for row, start in stretch.starts
-            ]
-            numbers = np.concatenate(pieces)
-            self._known[key] = (numbers.argsort() if restore else numbers).astype(np.int32)
-        return torch.from_numpy(self._known[key])
+            indices = self._indices(heads, length * heads, 1, heads)
+            self._known[key] = inverse = np.empty_like(indices)
+            inverse[indices] = np.arange(len(indices), dtype=np.int32)
+        restored = torch.index_select(rows, 0, torch.from_numpy(self._known[key]))
+        return restored.view(batch, length, heads, width).transpose(1, 2)
+
+    def _indices(self, heads: int, of_row: int, of_head: int, of_position: int) -> NDArray[np.int32]:
+        """Say where in memory, counted in vectors, the vectors lie that come one after the other in this order."""
+        key = (heads, of_row, of_head, of_position)
+        if key not in self._known:
+            of_heads = np.arange(heads, dtype=np.int32)[:, None] * of_head
+            self._known[key] = np.concatenate(
+                [
+                    (row * of_row + of_heads + positions * of_position).ravel()
+                    for span in self._spans
+                    for row, start in span.starts
+                    for positions in [np.arange(start + span.first, start + span.end, dtype=np.int32)]
+                ]
+            )
+        return self._known[key]
 
 
 class Gathered(NamedTuple):
     """Vectors in an order of their own.
 
     Attributes:
-        pieces: views of them, one for each stretch: [documents × key heads, vectors that share one, width].
-        rows: all of them, [batch × sequence × heads, width].
+        pieces: views of them, one for each span: [documents × key heads, vectors that share one, width].
+        rows: all of them, [vectors, width].
         shape: where they come from, [batch, heads, sequence, width].
         order: which one it is.
     """
@@ -152,11 +168,5 @@ class Gathered(NamedTuple):
     order: Order
 
     def restored(self) -> torch.Tensor:
-        """Copy what is in the pieces now to where it belongs.
-
-        Returns:
-            [batch, heads, sequence, width], in memory as [batch, sequence, heads, width].
-        """
-        batch, heads, length, width = self.shape
-        numbers = self.order.numbers(heads, length * heads, 1, heads, restore=True)
-        return torch.index_select(self.rows, 0, numbers).view(batch, length, heads, width).transpose(1, 2)
+        """Copy what is in the pieces now to where it belongs: see `Order.restore`."""
+        return self.order.restore(self.rows, self.shape)

@@ -3,19 +3,21 @@
 import pytest
 import torch
 from models import VOCABULARY, summed_loss, tiny_model
+from torch.library import opcheck
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
 from fullft import attention
 from fullft.attention import NAME, apply_document_attention, revert_document_attention
 
 FAMILIES = ["gpt2", "llama", "mistral", "qwen2", "phi"]  # fewer key heads, a sliding window of 8, biases
-DOCUMENTS = [[7, 3, 1, 7, 3, 3], [17, 7]]  # of the two sequences: of one length they are worked on two by two
+DOCUMENTS = [[7, 3, 1, 7, 3, 3], [17, 7]]  # of the two sequences
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_QUERIES", 5)
-    monkeypatch.setattr(attention, "_TOGETHER", 14)
+    monkeypatch.setattr(attention, "_BLOCK_QUERIES", 5)
+    monkeypatch.setattr(attention, "_GROUP_TOKENS", 14)
 
 
 def packed() -> dict[str, torch.Tensor]:
@@ -37,9 +39,13 @@ def assert_close(ours: list[torch.Tensor], theirs: list[torch.Tensor], tolerance
         assert (mine - other).abs().max() <= tolerance * other.abs().max().clamp(min=1e-6)
 
 
+@pytest.mark.parametrize("group_tokens", [14, 48])  # two documents of 7 together, or all of a length
 @pytest.mark.parametrize("inputs", ["packed", "one document each"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_it_equals_torchs_with_a_mask(family: str, inputs: str) -> None:
+def test_it_equals_torchs_with_a_mask(
+    family: str, inputs: str, group_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_GROUP_TOKENS", group_tokens)
     model, batch = tiny_model(family), packed()
     if inputs != "packed":
         del batch["position_ids"]
@@ -47,6 +53,51 @@ def test_it_equals_torchs_with_a_mask(family: str, inputs: str) -> None:
     apply_document_attention(model)
     assert model.config._attn_implementation == NAME
     assert_close(results(model, batch), theirs, 1e-11)
+
+
+def vectors(documents: list[list[int]], dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Queries of 6 heads, keys and values of 2, and positions, of so many documents in each sequence."""
+    torch.manual_seed(0)
+    positions = torch.stack([torch.cat([torch.arange(length) for length in lengths]) for lengths in documents])
+    shape = (*positions.shape, 16)
+    made = [torch.randn(*shape[:2], heads, shape[2]).to(dtype).transpose(1, 2) for heads in (6, 2, 2)]
+    return [each.requires_grad_() for each in made], positions
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+)
+def test_it_is_exact_in_blocks_of_its_own_size(
+    dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against torch's in float64, on the same inputs; the negative control: documents that begin elsewhere."""
+    monkeypatch.undo()
+
+    def errors(positions: torch.Tensor) -> list[float]:
+        exact = [each.detach().double().requires_grad_() for each in inputs]
+        mask = attention._mask(positions, exact[0])
+        expected = scaled_dot_product_attention(*exact, attn_mask=mask, scale=0.3, enable_gqa=True)
+        expected.backward(above.double())
+        pairs = zip([attended.detach(), *gradients], [expected.detach(), *(each.grad for each in exact)], strict=True)
+        return [float((mine - other).norm() / other.norm()) for mine, other in pairs]
+
+    inputs, positions = vectors([[410, 40, 7, 40, 253], [253, 40, 1, 456]], dtype)
+    attended = attention._Attention.apply(*inputs, 0.3, positions)
+    above = torch.randn_like(attended)
+    attended.backward(above)
+    gradients = [each.grad for each in inputs]
+    assert max(errors(positions)) < tolerance
+    elsewhere = torch.cat([torch.arange(409), torch.arange(341)]).expand(2, -1)
+    assert min(errors(elsewhere)) > 3 * tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_compiler_is_told_the_truth_about_it(dtype: torch.dtype) -> None:
+    """Shapes, strides and gradients of what stands for it in a graph are those that it gives."""
+    inputs, positions = vectors(DOCUMENTS, dtype)
+    opcheck(attention._opaque_attention, (*inputs, 0.3, positions))
+    outside = [each.detach() for each in (inputs[0], *inputs)]
+    opcheck(attention._opaque_backward, (*outside, positions, 0.3))
 
 
 def test_the_negative_control_documents_that_see_each_other_would_be_noticed() -> None:

@@ -8,14 +8,16 @@ from fullft.attention_layout import Layout
 DOCUMENTS = ((3, 5, 3, 1), (5, 7))
 BATCH, HEADS, KEY_HEADS, LENGTH, WIDTH = 2, 4, 2, 12, 3
 
-# The same [batch, heads, sequence, width], in memory as it comes from projections, as a copy, from one projection of
-# all three, with a gap behind each vector, and as the gradient of a sum.
+# The same [batch, heads, sequence, width] in memory as projections give it, as a copy, out of one projection of all,
+# behind other positions, of one sequence that stands for both, with a gap behind each vector, and as a sum's gradient.
 MEMORY = {
     "positions": torch.randn(BATCH, LENGTH, HEADS, WIDTH).transpose(1, 2),
     "heads": torch.randn(BATCH, HEADS, LENGTH, WIDTH),
     "fused": torch.randn(BATCH, LENGTH, 3 * HEADS, WIDTH)[:, :, HEADS : 2 * HEADS].transpose(1, 2),
+    "behind": torch.randn(BATCH, HEADS, LENGTH + 1, WIDTH)[:, :, 1:],
+    "expanded": torch.randn(1, HEADS, LENGTH, WIDTH).expand(BATCH, -1, -1, -1),
     "gaps": torch.randn(BATCH, HEADS, LENGTH, WIDTH + 1)[..., :WIDTH],
-    "one": torch.randn(1).expand(BATCH, HEADS, LENGTH, WIDTH),
+    "sum": torch.randn(1).expand(BATCH, HEADS, LENGTH, WIDTH),
 }
 
 
@@ -38,12 +40,13 @@ def test_vectors_come_block_by_block_and_go_back(vectors: torch.Tensor) -> None:
 
 def test_keys_come_by_documents_of_one_length() -> None:
     vectors = torch.randn(BATCH, LENGTH, KEY_HEADS, WIDTH).transpose(1, 2)
-    layout = Layout(DOCUMENTS, most_queries=4, most_together=6)
-    pieces = layout.keys.gather(vectors, KEY_HEADS).pieces
-    # The two of 3 tokens fit together; of those of 5 one alone has nearly as many as may come together.
-    assert [piece.shape[0] // KEY_HEADS for piece in pieces] == [2, 1, 1, 1, 1]
+    of_ten, of_six = (Layout(DOCUMENTS, most_queries=4, most_together=most) for most in (10, 6))
+    pieces = of_ten.keys.gather(vectors, KEY_HEADS).pieces
     assert torch.equal(pieces[0], torch.cat([vectors[0, :, 0:3], vectors[0, :, 8:11]]))
-    assert {block.group for block in layout.blocks} == set(range(len(pieces)))
+    assert torch.equal(pieces[1], torch.cat([vectors[0, :, 3:8], vectors[1, :, 0:5]]))
+    assert {block.group for block in of_ten.blocks} == set(range(len(pieces)))
+    # Two of 5 tokens are too many for six, and one of 7 is worked on all the same.
+    assert [piece.shape[0] // KEY_HEADS for piece in of_six.keys.gather(vectors, KEY_HEADS).pieces] == [2, 1, 1, 1, 1]
 
 
 def test_blocks_of_a_document_come_last_ones_first() -> None:

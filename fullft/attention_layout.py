@@ -5,6 +5,7 @@ back, one operation each. Documents of one length are worked on together, for a 
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -90,6 +91,7 @@ class Order:
     def __init__(self, spans: Sequence[Span]) -> None:
         """Take the spans, in which every position is once."""
         self._spans = spans
+        self._tokens = [0, *accumulate(len(span.starts) * span.size for span in spans)]  # before each, and in all
         # All layers of a micro-batch ask for the same ones: 4 bytes for each vector of one layer, kept till the next.
         self._known: dict[tuple[int, ...], NDArray[np.int32]] = {}
 
@@ -101,7 +103,7 @@ class Order:
             key_heads: that the keys have; heads that share one of these follow each other.
 
         Returns:
-            The copy, whose pieces have the vectors that share a key head one below the other.
+            The copy; vectors that share a key head follow each other.
         """
         batch, heads, length, width = vectors.shape
         if vectors.stride(3) != 1 or any(stride % width for stride in vectors.stride()[:3]):
@@ -110,12 +112,13 @@ class Order:
         count = (batch - 1) * of_row + (heads - 1) * of_head + (length - 1) * of_position + 1
         in_memory = vectors.as_strided((count, width), (width, 1))
         rows = torch.index_select(in_memory, 0, torch.from_numpy(self._indices(heads, of_row, of_head, of_position)))
-        sizes = [len(span.starts) * heads * span.size for span in self._spans]
-        pieces = [
-            piece.view(len(span.starts) * key_heads, -1, width)
-            for piece, span in zip(rows.split(sizes), self._spans, strict=True)
-        ]
-        return Gathered(pieces, rows, vectors.shape, self)
+        return Gathered(rows, vectors.shape, key_heads, self)
+
+    def piece(self, gathered: "Gathered", number: int) -> torch.Tensor:
+        """View the vectors of a span: see `Gathered.piece`."""
+        heads, width = gathered.shape[1], gathered.shape[3]
+        rows = gathered.rows[heads * self._tokens[number] : heads * self._tokens[number + 1]]
+        return rows.view(len(self._spans[number].starts) * gathered.key_heads, -1, width)
 
     def restore(self, rows: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         """Copy vectors to where they belong.
@@ -156,17 +159,21 @@ class Gathered(NamedTuple):
     """Vectors in an order of their own.
 
     Attributes:
-        pieces: views of them, one for each span: [documents × key heads, vectors that share one, width].
         rows: all of them, [vectors, width].
         shape: where they come from, [batch, heads, sequence, width].
+        key_heads: that the keys have.
         order: which one it is.
     """
 
-    pieces: list[torch.Tensor]
     rows: torch.Tensor
     shape: torch.Size
+    key_heads: int
     order: Order
 
+    def piece(self, number: int) -> torch.Tensor:
+        """View the vectors of the span of that number: [documents × key heads, vectors that share one, width]."""
+        return self.order.piece(self, number)
+
     def restored(self) -> torch.Tensor:
-        """Copy what is in the pieces now to where it belongs: see `Order.restore`."""
+        """Copy what is in them now to where it belongs: see `Order.restore`."""
         return self.order.restore(self.rows, self.shape)

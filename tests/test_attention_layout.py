@@ -25,7 +25,8 @@ MEMORY = {
 def test_vectors_come_block_by_block_and_go_back(vectors: torch.Tensor) -> None:
     layout = Layout(DOCUMENTS, most_queries=4, most_together=6)
     gathered = layout.queries.gather(vectors, KEY_HEADS)
-    for block, piece in zip(layout.blocks, gathered.pieces, strict=True):
+    for number, block in enumerate(layout.blocks):
+        piece = gathered.piece(number)
         expected = [
             vectors[row, head : head + HEADS // KEY_HEADS, start + block.first : start + block.end].flatten(0, 1)
             for row, start in block.starts
@@ -41,12 +42,13 @@ def test_vectors_come_block_by_block_and_go_back(vectors: torch.Tensor) -> None:
 def test_keys_come_by_documents_of_one_length() -> None:
     vectors = torch.randn(BATCH, LENGTH, KEY_HEADS, WIDTH).transpose(1, 2)
     of_ten, of_six = (Layout(DOCUMENTS, most_queries=4, most_together=most) for most in (10, 6))
-    pieces = of_ten.keys.gather(vectors, KEY_HEADS).pieces
-    assert torch.equal(pieces[0], torch.cat([vectors[0, :, 0:3], vectors[0, :, 8:11]]))
-    assert torch.equal(pieces[1], torch.cat([vectors[0, :, 3:8], vectors[1, :, 0:5]]))
-    assert {block.group for block in of_ten.blocks} == set(range(len(pieces)))
+    gathered = of_ten.keys.gather(vectors, KEY_HEADS)
+    assert torch.equal(gathered.piece(0), torch.cat([vectors[0, :, 0:3], vectors[0, :, 8:11]]))
+    assert torch.equal(gathered.piece(1), torch.cat([vectors[0, :, 3:8], vectors[1, :, 0:5]]))
+    assert {block.group for block in of_ten.blocks} == set(range(4))
     # Two of 5 tokens are too many for six, and one of 7 is worked on all the same.
-    assert [piece.shape[0] // KEY_HEADS for piece in of_six.keys.gather(vectors, KEY_HEADS).pieces] == [2, 1, 1, 1, 1]
+    gathered = of_six.keys.gather(vectors, KEY_HEADS)
+    assert [gathered.piece(number).shape[0] // KEY_HEADS for number in range(5)] == [2, 1, 1, 1, 1]
 
 
 def test_blocks_of_a_document_come_last_ones_first() -> None:

@@ -1,9 +1,9 @@
 """Attention within documents: each of those that are packed into a sequence attends to itself alone.
 
 Owns that attention on CPUs, where torch's fused kernel takes a mask for what is packed, and works on all of it: on
-short documents ours takes a quarter of the time or less. Forward keeps queries, keys and values, and backward computes the
-probabilities anew, so that what is kept does not depend on the documents. Elsewhere, and wherever it would not give
-what torch's gives, models keep what they have.
+short documents ours takes a quarter of the time or less. Forward keeps queries, keys and values, and backward computes
+the probabilities anew, so that what is kept does not depend on the documents. Elsewhere, and wherever it would not
+give what torch's gives, models keep what they have.
 """
 
 import math

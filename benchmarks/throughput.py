@@ -104,20 +104,21 @@ def _draw(lengths: list[int], count: int, steps: int) -> list[int]:
     by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
     starts, groups = range(0, len(lengths) - ROWS_ALIKE + 1, ROWS_ALIKE), count // ROWS_ALIKE
     bounds = [len(starts) * number // groups for number in range(groups + 1)]
+    _, density = _pack(lengths)
     draws = []
     for seed in range(DRAWS):
         chance = random.Random(seed)
         picked = [starts[chance.randrange(first, end)] for first, end in zip(bounds, bounds[1:], strict=False)]
         draw = [row for start in picked for row in by_length[start : start + ROWS_ALIKE]]
-        if _density([lengths[row] for row in draw])[0] % steps == 0:
-            draws.append(draw)
+        sequences, own_density = _pack([lengths[row] for row in draw])
+        if sequences % steps == 0:
+            draws.append((abs(density - own_density), draw))
     if not draws:
         sys.exit(f"--steps {steps}: no {count} rows were found that pack into so many whole steps; take more")
-    dense = _density(lengths)[1]
-    return min(draws, key=lambda draw: abs(dense - _density([lengths[row] for row in draw])[1]))
+    return min(draws)[1]
 
 
-def _density(lengths: list[int]) -> tuple[int, float]:
+def _pack(lengths: list[int]) -> tuple[int, float]:
     """Pack rows; give the number of sequences, and the part of them that is no padding."""
     sequences = len(pack(lengths, MAX_LENGTH))
     return sequences, sum(lengths) / (sequences * MAX_LENGTH)

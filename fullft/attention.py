@@ -172,21 +172,11 @@ def _forward(
 
     Keys and values of fewer heads than the queries are not repeated: queries that share a head are rows of one product.
     """
-    return _attended(query, key, value, scaling, position_ids).restored()
-
-
-def _attended(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, position_ids: torch.Tensor | None
-) -> Gathered:
     layout = _layout(position_ids, query)
     queries = layout.queries.gather(query, key.shape[1])
     keys, values = (layout.keys.gather(each, key.shape[1]) for each in (key, value))
-    scratch = _Scratch(query, key.shape[1], scores=1)
-    for number, block in _numbered(layout.blocks):
-        its_queries = queries.piece(number)
-        probabilities = _probabilities(its_queries, _seen(keys, block), block, scaling, scratch)
-        torch.bmm(probabilities, _seen(values, block), out=its_queries)  # which have been read
-    return queries
+    _attend_in_place(layout, queries, keys, values, scaling)
+    return queries.restored()
 
 
 def _backward(
@@ -198,42 +188,44 @@ def _backward(
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Give the gradients of queries, keys and values."""
-    gradients = _gradients(grad_output, query, key, value, position_ids, scaling)
-    # Popped, so that of each there is one when the next is restored.
-    of_query, of_key, of_value = (gradients.pop(0).restored() for _ in range(3))
-    return of_query, of_key, of_value
-
-
-def _gradients(
-    grad_output: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    position_ids: torch.Tensor | None,
-    scaling: float,
-) -> list[Gathered]:
     layout = _layout(position_ids, query)
     queries, grad_outputs = (layout.queries.gather(each, key.shape[1]) for each in (query, grad_output))
     keys, values = (layout.keys.gather(each, key.shape[1]) for each in (key, value))
-    scratch = _Scratch(query, key.shape[1], scores=2, sums=2)
+    _differentiate_in_place(layout, grad_outputs, queries, keys, values, scaling)
+    return grad_outputs.restored(), keys.restored(), values.restored()
+
+
+def _attend_in_place(layout: Layout, queries: Gathered, keys: Gathered, values: Gathered, scaling: float) -> None:
+    """Put what queries attend to in their place."""
+    scratch = _Scratch(queries, scores=1)
     for number, block in _numbered(layout.blocks):
-        its_queries, grad_of_output = queries.piece(number), grad_outputs.piece(number)
+        its_queries = queries.piece(number)
+        probabilities = _probabilities(its_queries, _seen(keys, block), block, scaling, scratch)
+        torch.bmm(probabilities, _seen(values, block), out=its_queries)
+
+
+def _differentiate_in_place(
+    layout: Layout, grad_outputs: Gathered, queries: Gathered, keys: Gathered, values: Gathered, scaling: float
+) -> None:
+    """Put gradients where what has been read for the last time was: the queries' in the place of the output's."""
+    scratch = _Scratch(queries, scores=2, sums=2)
+    for number, block in _numbered(layout.blocks):
+        its_queries, grad_output = queries.piece(number), grad_outputs.piece(number)
         its_keys, its_values = _seen(keys, block), _seen(values, block)
         probabilities = _probabilities(its_queries, its_keys, block, scaling, scratch)
         grad_scores = scratch.scores(1, probabilities.shape)
-        torch.bmm(grad_of_output, its_values.transpose(1, 2), out=grad_scores)  # of probabilities, so far
-        # Each gradient takes the place of what has been read for the last time: first that of the values, ...
+        torch.bmm(grad_output, its_values.transpose(1, 2), out=grad_scores)  # of probabilities, so far
+        # The values have been read, ...
         grad_values = scratch.gradient(values, block)
-        torch.bmm(probabilities.transpose(1, 2), grad_of_output, out=grad_values)
+        torch.bmm(probabilities.transpose(1, 2), grad_output, out=grad_values)
         scratch.add(0, grad_values, values, block)
-        torch._softmax_backward_data(grad_scores, probabilities, -1, query.dtype, grad_input=grad_scores)
-        # ... then that of the queries, where that of the output was, ...
-        torch.baddbmm(grad_of_output, grad_scores, its_keys, beta=0, alpha=scaling, out=grad_of_output)
-        # ... and that of the keys.
+        torch._softmax_backward_data(grad_scores, probabilities, -1, grad_scores.dtype, grad_input=grad_scores)
+        # ... then the gradient of the output, ...
+        torch.baddbmm(grad_output, grad_scores, its_keys, beta=0, alpha=scaling, out=grad_output)
+        # ... then the keys.
         grad_keys = scratch.gradient(keys, block)
         torch.baddbmm(grad_keys, grad_scores.transpose(1, 2), its_queries, beta=0, alpha=scaling, out=grad_keys)
         scratch.add(1, grad_keys, keys, block)
-    return [grad_outputs, keys, values]
 
 
 def _numbered(blocks: Sequence[Span]) -> Iterator[tuple[int, Span]]:
@@ -259,22 +251,22 @@ _opaque_attention.register_autograd(
 
 
 def _like_result(vectors: torch.Tensor) -> torch.Tensor:
-    """Take memory as `Order.restore` does, from where a layer goes on without a copy; compiled graphs rely on it."""
+    """Take memory as `Gathered.restored` does: compiled graphs rely on it, and layers go on from it without a copy."""
     return torch.empty_like(vectors.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
 
 
 class _Scratch:
     """Memory that the blocks use one after the other: as much as any documents could take."""
 
-    def __init__(self, query: torch.Tensor, key_heads: int, *, scores: int, sums: int = 0) -> None:
-        batch, heads, length, width = query.shape
+    def __init__(self, gathered: Gathered, *, scores: int, sums: int = 0) -> None:
+        (batch, heads, length, width), key_heads, like = gathered.shape, gathered.key_heads, gathered.rows
         queries, keys = min(_BLOCK_QUERIES, length), max(min(_GROUP_TOKENS, batch * length), length)
-        self._scores = query.new_empty(scores, heads * queries * keys)
-        self._gradient = query.new_empty(key_heads * keys * width if sums else 0)
+        self._scores = like.new_empty(scores, heads * queries * keys)
+        self._gradient = like.new_empty(key_heads * keys * width if sums else 0)
         # In fp32 at least: the blocks of a document add up.
-        wide = torch.promote_types(query.dtype, torch.float32)
-        self._sums = query.new_empty(sums, key_heads * keys * width, dtype=wide)
-        self.bias = query.new_full((queries, queries), float("-inf")).triu_(1)
+        wide = torch.promote_types(like.dtype, torch.float32)
+        self._sums = like.new_empty(sums, key_heads * keys * width, dtype=wide)
+        self.bias = like.new_full((queries, queries), float("-inf")).triu_(1)
 
     def scores(self, number: int, shape: Sequence[int]) -> torch.Tensor:
         """View a piece for numbers of a block's queries and keys."""

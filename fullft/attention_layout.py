@@ -86,12 +86,17 @@ def _blocks(group: Span, most_queries: int) -> Iterator[Span]:
 
 
 class Order:
-    """Vectors span by span, in each by document, head and position."""
+    """Vectors span by span, in each by document, head and position.
+
+    Attributes:
+        spans: what the vectors are of, in their order.
+        bounds: tokens before each span, and behind the last.
+    """
 
     def __init__(self, spans: Sequence[Span]) -> None:
         """Take the spans, in which every position is once."""
-        self._spans = spans
-        self._tokens = [0, *accumulate(len(span.starts) * span.size for span in spans)]  # before each, and in all
+        self.spans = spans
+        self.bounds = [0, *accumulate(len(span.starts) * span.size for span in spans)]
         # All layers of a micro-batch ask for the same ones: 4 bytes for each vector of one layer, kept till the next.
         self._known: dict[tuple[int, ...], NDArray[np.int32]] = {}
 
@@ -101,9 +106,6 @@ class Order:
         Args:
             vectors: [batch, heads, sequence, width], in memory in whatever order.
             key_heads: that the keys have; heads that share one of these follow each other.
-
-        Returns:
-            The copy; vectors that share a key head follow each other.
         """
         batch, heads, length, width = vectors.shape
         if vectors.stride(3) != 1 or any(stride % width for stride in vectors.stride()[:3]):
@@ -111,47 +113,38 @@ class Order:
         of_row, of_head, of_position = (stride // width for stride in vectors.stride()[:3])
         count = (batch - 1) * of_row + (heads - 1) * of_head + (length - 1) * of_position + 1
         in_memory = vectors.as_strided((count, width), (width, 1))
-        rows = torch.index_select(in_memory, 0, torch.from_numpy(self._indices(heads, of_row, of_head, of_position)))
-        return Gathered(rows, vectors.shape, key_heads, self)
+        indices = torch.from_numpy(self.indices(heads, of_row, of_head, of_position))
+        return Gathered(torch.index_select(in_memory, 0, indices), vectors.shape, key_heads, self)
 
-    def piece(self, gathered: "Gathered", number: int) -> torch.Tensor:
-        """View the vectors of a span: see `Gathered.piece`."""
-        heads, width = gathered.shape[1], gathered.shape[3]
-        rows = gathered.rows[heads * self._tokens[number] : heads * self._tokens[number + 1]]
-        return rows.view(len(self._spans[number].starts) * gathered.key_heads, -1, width)
-
-    def restore(self, rows: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-        """Copy vectors to where they belong.
+    def indices(self, heads: int, of_row: int, of_head: int, of_position: int) -> NDArray[np.int32]:
+        """Say where in memory the vectors lie that come one after the other in this order.
 
         Args:
-            rows: [vectors, width], in this order.
-            shape: [batch, heads, sequence, width].
-
-        Returns:
-            A tensor of that shape, in memory as [batch, sequence, heads, width].
+            heads: of the vectors.
+            of_row: vectors in memory from one row of the batch to the next.
+            of_head: from one head to the next.
+            of_position: from one position to the next.
         """
-        batch, heads, length, width = shape
-        key = (heads, length)
-        if key not in self._known:
-            indices = self._indices(heads, length * heads, 1, heads)
-            self._known[key] = inverse = np.empty_like(indices)
-            inverse[indices] = np.arange(len(indices), dtype=np.int32)
-        restored = torch.index_select(rows, 0, torch.from_numpy(self._known[key]))
-        return restored.view(batch, length, heads, width).transpose(1, 2)
-
-    def _indices(self, heads: int, of_row: int, of_head: int, of_position: int) -> NDArray[np.int32]:
-        """Say where in memory, counted in vectors, the vectors lie that come one after the other in this order."""
         key = (heads, of_row, of_head, of_position)
         if key not in self._known:
             of_heads = np.arange(heads, dtype=np.int32)[:, None] * of_head
             self._known[key] = np.concatenate(
                 [
                     (row * of_row + of_heads + positions * of_position).ravel()
-                    for span in self._spans
+                    for span in self.spans
                     for row, start in span.starts
                     for positions in [np.arange(start + span.first, start + span.end, dtype=np.int32)]
                 ]
             )
+        return self._known[key]
+
+    def places(self, heads: int, length: int) -> NDArray[np.int32]:
+        """Say where in this order the vectors lie that come one after the other in [batch, sequence, heads]."""
+        key = (heads, length)
+        if key not in self._known:
+            indices = self.indices(heads, length * heads, 1, heads)
+            self._known[key] = places = np.empty_like(indices)
+            places[indices] = np.arange(len(indices), dtype=np.int32)
         return self._known[key]
 
 
@@ -172,8 +165,18 @@ class Gathered(NamedTuple):
 
     def piece(self, number: int) -> torch.Tensor:
         """View the vectors of the span of that number: [documents × key heads, vectors that share one, width]."""
-        return self.order.piece(self, number)
+        _, heads, _, width = self.shape
+        first, end = self.order.bounds[number : number + 2]
+        return self.rows[heads * first : heads * end].view(
+            len(self.order.spans[number].starts) * self.key_heads, -1, width
+        )
 
     def restored(self) -> torch.Tensor:
-        """Copy what is in them now to where it belongs: see `Order.restore`."""
-        return self.order.restore(self.rows, self.shape)
+        """Copy what is in them now to where it belongs.
+
+        Returns:
+            [batch, heads, sequence, width], in memory as [batch, sequence, heads, width].
+        """
+        batch, heads, length, width = self.shape
+        places = torch.from_numpy(self.order.places(heads, length))
+        return torch.index_select(self.rows, 0, places).view(batch, length, heads, width).transpose(1, 2)

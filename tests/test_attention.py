@@ -5,7 +5,7 @@ import torch
 from models import VOCABULARY, summed_loss, tiny_model
 from torch.library import opcheck
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fullft import attention
 from fullft.attention import NAME, apply_document_attention, revert_document_attention
@@ -162,6 +162,18 @@ def test_generation_goes_on_as_before(family: str) -> None:
     assert torch.equal(model.generate(prompts, **options), theirs)
     revert_document_attention(model)
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_values_of_another_width_than_keys_go_by_torchs() -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 8}
+    widths = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12, "first_k_dense_replace": 2}
+    config = AutoConfig.for_model("deepseek_v3", vocab_size=VOCABULARY, **shape, **heads, **widths)
+    model, batch = AutoModelForCausalLM.from_config(config).double(), packed()
+    theirs = results(model, batch)
+    apply_document_attention(model)
+    assert model.config._attn_implementation == NAME
+    assert_close(results(model, batch), theirs, 1e-11)
 
 
 def test_what_is_saved_names_no_attention(tmp_path) -> None:

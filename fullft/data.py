@@ -273,28 +273,38 @@ def _tokenise_batch(
         # Else there is nothing to learn: an empty response, or no turn of the assistant.
         if text.targets or config.train_on_prompt:
             rendered.append((index, text))
-    pieces: dict[str, list[Any]] = {name: [] for name in _TOKENISED}
+    pieces: list[
+        tuple[int, bool, np.ndarray[Any, Any], np.ndarray[Any, Any]]
+    ] = []  # row, whether it is cut, ids, labels
     length = config.max_length
     for index, text, token_ids, encoding in _encode(rendered, tokenizer):
-        input_ids, labels = _with_labels(text, token_ids, encoding, tokenizer.eos_token_id, config.train_on_prompt)
-        is_cut = len(input_ids) > length and row_format.name != "text"
-        for start in range(0, len(input_ids) if row_format.name == "text" else 1, length):
-            ids, own = input_ids[start : start + length], labels[start : start + length].copy()
-            own[0] = IGNORED  # nothing comes before it that could predict it
-            num_target_tokens = np.count_nonzero(own != IGNORED)
-            if num_target_tokens == 0:
-                continue
-            values = (index, ids, own, len(ids), num_target_tokens, is_cut, ids.max())
-            for name, value in zip(_TOKENISED, values, strict=True):
-                pieces[name].append(value)
-    # All lists of a column at once: row by row, as the library would, takes another twentieth of the time.
-    columns = [
-        pyarrow.ListArray.from_arrays(np.cumsum([0, *map(len, values)], dtype=np.int32), np.concatenate(values))
-        if name in ("input_ids", "labels") and values
-        else values
-        for name, values in pieces.items()
-    ]
-    return pyarrow.table(columns, schema=_TOKENISED.arrow_schema)
+        ids, labels = _with_labels(text, token_ids, encoding, tokenizer.eos_token_id, config.train_on_prompt)
+        is_text = row_format.name == "text"
+        for start in range(0, len(ids) if is_text else 1, length):
+            piece = slice(start, start + length)
+            pieces.append((index, len(ids) > length and not is_text, ids[piece], labels[piece]))
+    return _as_table(pieces)
+
+
+def _as_table(pieces: list[tuple[int, bool, np.ndarray[Any, Any], np.ndarray[Any, Any]]]) -> pyarrow.Table:
+    """Make the columns of `_TOKENISED`, all rows of one at once: row by row it takes a tenth of tokenising's time."""
+    if not pieces:
+        return _TOKENISED.arrow_schema.empty_table()
+    rows, cut, all_ids, all_labels = zip(*pieces, strict=True)
+    num_tokens = np.fromiter(map(len, all_ids), np.int32, len(pieces))
+    starts, ids, labels = np.cumsum(num_tokens) - num_tokens, np.concatenate(all_ids), np.concatenate(all_labels)
+    labels[starts] = IGNORED  # nothing comes before a first token that could predict it
+    offsets = np.append(starts, len(ids)).astype(np.int32)
+    columns = {
+        "row": rows,
+        "input_ids": pyarrow.ListArray.from_arrays(offsets, ids),
+        "labels": pyarrow.ListArray.from_arrays(offsets, labels),
+        "num_tokens": num_tokens,
+        "num_target_tokens": np.add.reduceat(labels != IGNORED, starts, dtype=np.int32),
+        "truncated": cut,
+        "largest_token_id": np.maximum.reduceat(ids, starts),
+    }
+    return pyarrow.table(columns, schema=_TOKENISED.arrow_schema).filter(pyarrow.compute.field("num_target_tokens") > 0)
 
 
 def _encode(

@@ -59,11 +59,11 @@ def load_model(config: Config, source: str, storage: Storage) -> PreTrainedModel
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=dtype)
             if tier:
                 settle_layers(model, tier, storage)
-        elif (one_by_one := _one_by_one(config, source, dtype, tier, is_split, storage)) is not None:
-            model = one_by_one
         else:
-            model = _from_pretrained(config, source, dtype)
-            if is_split:
+            _read_through(_weight_files(source))
+            one_by_one = _one_by_one(config, source, dtype, tier, is_split, storage)
+            model = _from_pretrained(config, source, dtype) if one_by_one is None else one_by_one
+            if one_by_one is None and is_split:
                 _keep_what_bf16_rounds_away(config, model, source, storage)
     transformers_logging.disable_progress_bar()  # loading may show one; saving would tear ours
     model.to(storage.device)
@@ -75,7 +75,6 @@ def load_model(config: Config, source: str, storage: Storage) -> PreTrainedModel
 def _from_pretrained(config: Config, source: str, dtype: torch.dtype) -> PreTrainedModel:
     # dtype is always explicit: transformers 5 defaults to whatever the file holds. Attention is left to its default:
     # torch's scaled_dot_product_attention, or eager for the few families whose scores that cannot express (Gemma-2).
-    _read_through(_weight_files(source))
     model, loaded = AutoModelForCausalLM.from_pretrained(
         source,
         dtype=dtype,

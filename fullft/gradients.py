@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch._guards import detect_fake_mode as active_fake_mode
 
+from fullft import recycling
 from fullft.offload import (
     CHUNK,
     Array,
@@ -112,7 +113,7 @@ class Gradients:
         assert gradient is not None
         is_first = key not in self._begun
         if key not in self._sums:
-            self._sums[key] = self._storage.zeros(self._tier, gradient.numel(), self._dtypes[key])
+            self._sums[key] = self._new_sum(gradient.numel(), self._dtypes[key])
         self._begun.add(key)
         sums, flat = self._sums[key], gradient.detach().reshape(-1)
         if isinstance(sums, torch.Tensor) and sums.device == flat.device:
@@ -120,6 +121,11 @@ class Gradients:
         else:
             self._departures.start(flat, sums, is_first)
         parameter.grad = None
+
+    def _new_sum(self, numel: int, dtype: torch.dtype) -> Array:
+        if self._tier == "device":  # freed in every step; the first gradient is copied in
+            return recycling.empty((numel,), dtype, self._storage.device)
+        return self._storage.zeros(self._tier, numel, dtype)
 
     @torch.no_grad()
     def pretend(self) -> None:

@@ -19,11 +19,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from fullft.attention_layout import Gathered, Layout, Span
+from fullft.attention_layout import Gathered, Layout, Span, most_padded, padded
 
 NAME = "documents"
 _BLOCK_QUERIES = 192  # of a document: their probabilities stay in the cache, and keys behind them are left out
-_GROUP_TOKENS = 1024  # of documents of one length that are worked on at once: small operations cost by the call
+_GROUP_TOKENS = 1024  # of documents that are worked on at once: small operations cost by the call
 
 
 def apply_document_attention(model: PreTrainedModel) -> bool:
@@ -189,7 +189,8 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Give the gradients of queries, keys and values."""
     layout = _layout(position_ids, query)
-    queries, grad_outputs = (layout.queries.gather(each, key.shape[1]) for each in (query, grad_output))
+    queries = layout.queries.gather(query, key.shape[1])
+    grad_outputs = layout.queries.gather(grad_output, key.shape[1], zero_padding=True)  # so that no key gets any of it
     keys, values = (layout.keys.gather(each, key.shape[1]) for each in (key, value))
     _differentiate_in_place(layout, grad_outputs, queries, keys, values, scaling)
     return grad_outputs.restored(), keys.restored(), values.restored()
@@ -260,7 +261,8 @@ class _Scratch:
 
     def __init__(self, gathered: Gathered, *, scores: int, sums: int = 0) -> None:
         (batch, heads, length, width), key_heads, like = gathered.shape, gathered.key_heads, gathered.rows
-        queries, keys = min(_BLOCK_QUERIES, length), max(min(_GROUP_TOKENS, batch * length), length)
+        queries = min(_BLOCK_QUERIES, padded(length))
+        keys = max(min(_GROUP_TOKENS, most_padded(batch * length)), padded(length))
         self._scores = like.new_empty(scores, heads * queries * keys)
         self._gradient = like.new_empty(key_heads * keys * width if sums else 0)
         # In fp32 at least: the blocks of a document add up.

@@ -1,33 +1,62 @@
 """The order in which attention works on packed documents: what one operation multiplies lies together in memory.
 
 Owns how documents are put together and cut into blocks, and the moves of a micro-batch's vectors into that order and
-back, one operation each. Documents of one length are worked on together, for a small operation costs by the call.
+back, one operation each. Documents of about one length are worked on together, for a small operation costs by the call,
+and lengths are rounded up: for each that is new the matrix library compiles kernels, and keeps hundreds of them.
 """
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 Documents = tuple[tuple[int, ...], ...]  # the lengths of those in each sequence
+_STEP = 32  # tokens: lengths are multiples of it, as vectorised loops like them; short ones of less
+
+
+def padded(length: int) -> int:
+    """Give the length that a document is worked on at: at most a quarter more than its own.
+
+    Args:
+        length: its tokens.
+    """
+    step = min(_STEP, 1 << max(0, length.bit_length() - 3))
+    return -(-length // step) * step
+
+
+def most_padded(tokens: int) -> int:
+    """Give how many positions any documents of so many tokens are worked on at, at most.
+
+    Args:
+        tokens: of all of them.
+    """
+    return tokens + tokens // 4
+
+
+class Document(NamedTuple):
+    """A row of the batch, the position of the first token there, and how many there are."""
+
+    row: int
+    start: int
+    length: int
 
 
 class Span(NamedTuple):
-    """The same positions of some documents of one length.
+    """The same positions of some documents that are worked on at one length.
 
     Attributes:
         group: number of these documents.
-        starts: of each, the row of the batch and the position of its first token.
-        length: of each.
+        documents: they; behind its last token each goes on with copies of it, which no token sees.
+        length: that they are worked on at.
         first: of the positions, counted within a document.
         end: behind the last of them.
     """
 
     group: int
-    starts: Sequence[tuple[int, int]]
+    documents: Sequence[Document]
     length: int
     first: int
     end: int
@@ -49,7 +78,7 @@ class Layout:
     Attributes:
         blocks: of queries, in the order in which they are worked on: the last of a document first.
         queries: the order of what queries have, block by block.
-        keys: the order of what keys have, group by group of documents of one length.
+        keys: the order of what keys have, group by group of documents.
     """
 
     def __init__(self, documents: Documents, most_queries: int, most_together: int) -> None:
@@ -66,17 +95,15 @@ class Layout:
 
 
 def _groups(documents: Documents, most_together: int) -> Iterator[Span]:
-    by_length: dict[int, list[tuple[int, int]]] = {}
+    by_length: dict[int, list[Document]] = {}
     for row, lengths in enumerate(documents):
-        start = 0
-        for length in lengths:
-            by_length.setdefault(length, []).append((row, start))
-            start += length
+        for length, end in zip(lengths, accumulate(lengths), strict=True):
+            by_length.setdefault(padded(length), []).append(Document(row, end - length, length))
     group = 0
-    for length, starts in by_length.items():
+    for length, alike in by_length.items():
         count = max(1, most_together // length)
-        for first in range(0, len(starts), count):
-            yield Span(group, starts[first : first + count], length, 0, length)
+        for first in range(0, len(alike), count):
+            yield Span(group, alike[first : first + count], length, 0, length)
             group += 1
 
 
@@ -94,18 +121,19 @@ class Order:
     """
 
     def __init__(self, spans: Sequence[Span]) -> None:
-        """Take the spans, in which every position is once."""
+        """Take the spans, in which every token is once."""
         self.spans = spans
-        self.bounds = [0, *accumulate(len(span.starts) * span.size for span in spans)]
+        self.bounds = [0, *accumulate(len(span.documents) * span.size for span in spans)]
         # All layers of a micro-batch ask for the same ones: 4 bytes for each vector of one layer, kept till the next.
-        self._known: dict[tuple[int, ...], NDArray[np.int32]] = {}
+        self._known: dict[tuple[int, ...], NDArray[Any]] = {}
 
-    def gather(self, vectors: torch.Tensor, key_heads: int) -> "Gathered":
+    def gather(self, vectors: torch.Tensor, key_heads: int, *, zero_padding: bool = False) -> "Gathered":
         """Copy vectors into this order.
 
         Args:
             vectors: [batch, heads, sequence, width], in memory in whatever order.
             key_heads: that the keys have; heads that share one of these follow each other.
+            zero_padding: have zeros behind a document's last token, rather than copies of it.
         """
         batch, heads, length, width = vectors.shape
         if vectors.stride(3) != 1 or any(stride % width for stride in vectors.stride()[:3]):
@@ -114,7 +142,12 @@ class Order:
         count = (batch - 1) * of_row + (heads - 1) * of_head + (length - 1) * of_position + 1
         in_memory = vectors.as_strided((count, width), (width, 1))
         indices = torch.from_numpy(self.indices(heads, of_row, of_head, of_position))
-        return Gathered(torch.index_select(in_memory, 0, indices), vectors.shape, key_heads, self)
+        # As many as any documents could take, for the plan does not know them.
+        rows = vectors.new_empty(most_padded(batch * length) * heads, width)
+        torch.index_select(in_memory, 0, indices, out=rows[: len(indices)])
+        if zero_padding and len(padding := self.padding(heads)):
+            rows.index_fill_(0, torch.from_numpy(padding), 0)
+        return Gathered(rows, vectors.shape, key_heads, self)
 
     def indices(self, heads: int, of_row: int, of_head: int, of_position: int) -> NDArray[np.int32]:
         """Say where in memory the vectors lie that come one after the other in this order.
@@ -130,12 +163,28 @@ class Order:
             of_heads = np.arange(heads, dtype=np.int32)[:, None] * of_head
             self._known[key] = np.concatenate(
                 [
-                    (row * of_row + of_heads + positions * of_position).ravel()
+                    (row * of_row + of_heads + (start + np.minimum(positions, length - 1)) * of_position).ravel()
                     for span in self.spans
-                    for row, start in span.starts
-                    for positions in [np.arange(start + span.first, start + span.end, dtype=np.int32)]
+                    for positions in [np.arange(span.first, span.end, dtype=np.int32)]
+                    for row, start, length in span.documents
                 ]
             )
+        return self._known[key]
+
+    def padding(self, heads: int) -> NDArray[np.int64]:
+        """Say where in this order there is no token's vector, but a copy of the last one's.
+
+        Args:
+            heads: of the vectors.
+        """
+        key = (heads,)
+        if key not in self._known:
+            behind = [
+                np.tile(np.arange(span.first, span.end) >= document.length, heads)
+                for span in self.spans
+                for document in span.documents
+            ]
+            self._known[key] = np.flatnonzero(np.concatenate(behind))
         return self._known[key]
 
     def places(self, heads: int, length: int) -> NDArray[np.int32]:
@@ -143,8 +192,9 @@ class Order:
         key = (heads, length)
         if key not in self._known:
             indices = self.indices(heads, length * heads, 1, heads)
-            self._known[key] = places = np.empty_like(indices)
-            places[indices] = np.arange(len(indices), dtype=np.int32)
+            own = np.delete(np.arange(len(indices), dtype=np.int32), self.padding(heads))
+            self._known[key] = places = np.empty_like(own)
+            places[indices[own]] = own
         return self._known[key]
 
 
@@ -168,7 +218,7 @@ class Gathered(NamedTuple):
         _, heads, _, width = self.shape
         first, end = self.order.bounds[number : number + 2]
         return self.rows[heads * first : heads * end].view(
-            len(self.order.spans[number].starts) * self.key_heads, -1, width
+            len(self.order.spans[number].documents) * self.key_heads, -1, width
         )
 
     def restored(self) -> torch.Tensor:

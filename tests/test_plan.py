@@ -191,7 +191,7 @@ def test_a_plan_takes_as_many_operators_for_a_large_micro_batch(monkeypatch: pyt
     monkeypatch.setattr(loss_module, "CHUNK_TOKENS", 8)
     large, small = (
         operators_of_a_plan(monkeypatch, make_config(), deep("llama", 4), batch)
-        for batch in (Batch(16, 128, 128), Batch(2, 16, 16))
+        for batch in (Batch(16, 96, 96), Batch(2, 16, 16))
     )
     assert large == small
 

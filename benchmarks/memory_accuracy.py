@@ -10,7 +10,8 @@ system's figure: each case runs in a process of its own, which takes the step of
 thread pools start), notes its resident set, loads the model, resets the high-water mark (5 into
 `/proc/self/clear_refs`), takes the worst step and reads `VmHWM`. glibc is told to map every tensor above 64 KiB by
 itself, so that freed ones go back at once; otherwise the heap's holes, which are no tensor's, would be counted too.
-Linux only. The cost is tracking's: the worst step of SmolLM2-135M's config with random weights, tracked and not.
+What these come to stands beside it: the same with glibc as training has it, where it keeps what is freed. Linux only.
+The cost is tracking's: the worst step of SmolLM2-135M's config with random weights, tracked and not.
 """
 
 # ruff: noqa: E402
@@ -55,6 +56,7 @@ from fullft.model import PRECISIONS
 from fullft.model_configs import bundled_config
 from fullft.offload import Storage
 from fullft.optimizer import build_optimizer
+from fullft.recycling import apply_recycling
 
 SMOLLM2 = ROOT / "benchmarks" / "work" / "smollm2-135m"
 # Mappings of their own for all but the smallest tensors, and nothing kept back.
@@ -131,6 +133,7 @@ def track(config: Config, model, batch: Batch) -> dict:
     if (tier := parse_offload(config.offload).get("parameters")) is not None:
         settle_layers(model, tier, storage)
     apply_document_attention(model)
+    apply_recycling(model)  # leaves glibc as it is where MALLOC has said how
     apply_layer_streaming(model)
     apply_activation_checkpointing(model, config.activation_checkpointing)
     vocabulary = model.config.vocab_size
@@ -267,14 +270,10 @@ def compare_with_operating_system() -> dict[str, float]:
     origin = "its weights" if SMOLLM2.is_dir() else "random weights"
     print(f"\nSmolLM2-135M ({origin}), 1 x 512 tokens, {torch.get_num_threads()} threads (MiB)")
     head = f"{'precision':10} {'ckpt':6} {'optimizer':11} acc pack {OFFLOAD:40}"
-    print(f"{head}  planned  tracked  process grew by  tracked off by")
+    print(f"{head}  planned  tracked  process grew by  tracked off by  as in training")
     errors: dict[str, float] = {}
     for case in SMOLLM2_CASES:
-        command = [sys.executable, __file__, "--one", json.dumps(case)]
-        result = subprocess.run(command, env=os.environ | MALLOC, capture_output=True, text=True)
-        if result.returncode:
-            sys.exit(result.stderr)
-        figures = json.loads(result.stdout.splitlines()[-1])
+        figures, in_training = _in_own_process(case, MALLOC), _in_own_process(case, {})
         # Between a CPU and its host nothing moves: what is on the host is the process's too.
         planned, tracked = (
             figures[each]["peak_bytes"] + figures[each]["host_bytes"] for each in ("planned", "tracked")
@@ -283,11 +282,21 @@ def compare_with_operating_system() -> dict[str, float]:
         precision, mode, optim, accumulation, packing, offload = case
         print(
             f"{precision:10} {mode:6} {optim:11} {accumulation:3} {'yes' if packing else 'no':4} {offload:40}"
-            f"{planned / MIB:9.1f}{tracked / MIB:9.1f}{grown / MIB:17.1f}{(tracked - grown) / grown:+16.2%}",
+            f"{planned / MIB:9.1f}{tracked / MIB:9.1f}{grown / MIB:17.1f}{(tracked - grown) / grown:+16.2%}"
+            f"{in_training['grown'] / MIB:16.1f}",
             flush=True,
         )
         errors[optim] = max(relative(tracked, grown), errors.get(optim, 0.0))
     return errors
+
+
+def _in_own_process(case: tuple, settings: dict[str, str]) -> dict:
+    """Measure one case under settings of glibc's."""
+    command = [sys.executable, __file__, "--one", json.dumps(case)]
+    result = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
+    if result.returncode:
+        sys.exit(result.stderr)
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 # ---------------------------------------------------------------------------------------------- what tracking costs

@@ -45,12 +45,14 @@ from fullft.micro_batch import IGNORED
 ROWS_PER_STEP = 16
 MAX_LENGTH = 1024  # of a row, and of a packed sequence
 LISTING_LENGTH = 512  # that the listing pads every row to
-# How many rows each pads together.
+# How many rows each pads together, and whether it compiles the model (`torch_compile`).
 TRAINERS = {
-    "Trainer, dynamic padding": 1,
-    **{f"Trainer, grouped by length, {size} rows at a time": size for size in (2, 4, 8)},
+    "Trainer, dynamic padding": (1, False),
+    "Trainer, grouped by length, 4 rows at a time": (4, False),
+    "Trainer, grouped by length, 8 rows at a time": (8, False),
+    "Trainer, grouped by length, 8 rows at a time, compiled": (8, True),
 }
-ROWS_ALIKE = max(TRAINERS.values())  # rows of like length that the benchmark takes together
+ROWS_ALIKE = max(size for size, _ in TRAINERS.values())  # rows of like length that the benchmark takes together
 TRL = "TRL SFTTrainer, packing"
 
 Row = dict[str, Any]
@@ -268,12 +270,13 @@ def listing(task: Task) -> Trainer:
     return Trainer(_load(task), arguments, train_dataset=datasets.Dataset.from_list([tokenise(row) for row in rows]))
 
 
-def dynamic_padding(task: Task, batch_size: int) -> Trainer:
+def dynamic_padding(task: Task, batch_size: int, compiled: bool) -> Trainer:
     """Trainer on our tokens and targets, each micro-batch padded to its longest row.
 
     Args:
         task: what to train on.
         batch_size: rows of a micro-batch, which are of like length; single ones come in the order of ours.
+        compiled: let it compile the model; a pass over all rows goes before, for each shape may be compiled anew.
     """
     rows, accumulation = _rows_in_order(task), ROWS_PER_STEP // batch_size
     if batch_size > 1:
@@ -286,7 +289,11 @@ def dynamic_padding(task: Task, batch_size: int) -> Trainer:
         rows = [row for start in dealt for row in rows[start : start + batch_size]]
     return Trainer(
         _load(task),
-        TrainingArguments(**_arguments(task, batch_size, accumulation), train_sampling_strategy="sequential"),
+        TrainingArguments(
+            **_arguments(task, batch_size, accumulation) | {"num_train_epochs": 2 if compiled else 1},
+            torch_compile=compiled,
+            train_sampling_strategy="sequential",
+        ),
         train_dataset=datasets.Dataset.from_list(rows),
         data_collator=DataCollatorForSeq2Seq(_tokenizer(task), label_pad_token_id=IGNORED),
     )
@@ -313,7 +320,10 @@ def trl_packing(task: Task) -> Trainer:
 
 PEERS: dict[str, Callable[[Task], Trainer]] = {
     "listing": listing,
-    **{name: partial(dynamic_padding, batch_size=size) for name, size in TRAINERS.items()},
+    **{
+        name: partial(dynamic_padding, batch_size=size, compiled=compiled)
+        for name, (size, compiled) in TRAINERS.items()
+    },
     TRL: trl_packing,
 }
 
@@ -336,10 +346,12 @@ def train_peer(task: Task, name: str) -> Result:
     per_step = trainer.args.gradient_accumulation_steps
     steps = [counting.counts[i : i + per_step] for i in range(0, len(counting.counts), per_step)]
     assert len(steps) == len(watch.laps), "micro-batches were collated that were not trained"
+    losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
+    count = len(steps) // int(trainer.args.num_train_epochs)
     return {
-        "laps": watch.laps,
-        "tokens": [sum(tokens for tokens, _ in step) for step in steps],
-        "positions": [sum(positions for _, positions in step) for step in steps],
-        "losses": [record["loss"] for record in trainer.state.log_history if "loss" in record],
+        "laps": watch.laps[-count:],  # of the last pass
+        "tokens": [sum(tokens for tokens, _ in step) for step in steps[-count:]],
+        "positions": [sum(positions for _, positions in step) for step in steps[-count:]],
+        "losses": losses[:count],
         "peak_bytes": peak_bytes(torch.device("cpu")),
     }

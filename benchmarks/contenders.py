@@ -278,6 +278,7 @@ def dynamic_padding(task: Task, batch_size: int, compiled: bool) -> Trainer:
         batch_size: rows of a micro-batch, which are of like length; single ones come in the order of ours.
         compiled: let it compile the model; a pass over all rows goes before, for each shape may be compiled anew.
     """
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than go on without
     rows, accumulation = _rows_in_order(task), ROWS_PER_STEP // batch_size
     if batch_size > 1:
         # As train_sampling_strategy="group_by_length" does over a whole data set; in so short a run it would find few
@@ -346,10 +347,11 @@ def train_peer(task: Task, name: str) -> Result:
     per_step = trainer.args.gradient_accumulation_steps
     steps = [counting.counts[i : i + per_step] for i in range(0, len(counting.counts), per_step)]
     assert len(steps) == len(watch.laps), "micro-batches were collated that were not trained"
+    # Time is taken of the last pass; the losses are the first's, as all others make one pass alone.
     losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
     count = len(steps) // int(trainer.args.num_train_epochs)
     return {
-        "laps": watch.laps[-count:],  # of the last pass
+        "laps": watch.laps[-count:],
         "tokens": [sum(tokens for tokens, _ in step) for step in steps[-count:]],
         "positions": [sum(positions for _, positions in step) for step in steps[-count:]],
         "losses": losses[:count],

@@ -10,12 +10,13 @@ system's figure: each case runs in a process of its own, which takes the step of
 thread pools start), notes its resident set, loads the model, resets the high-water mark (5 into
 `/proc/self/clear_refs`), takes the worst step and reads `VmHWM`. glibc is told to map every tensor above 64 KiB by
 itself, so that freed ones go back at once; otherwise the heap's holes, which are no tensor's, would be counted too.
-What these come to stands beside it: the same with glibc as training has it, where it keeps what is freed. Linux only.
+What these come to in one step stands beside it: the same with glibc as training has it, which keeps them. Linux only.
 The cost is tracking's: the worst step of SmolLM2-135M's config with random weights, tracked and not.
 """
 
 # ruff: noqa: E402
 import argparse
+import ctypes
 import gc
 import itertools
 import json
@@ -221,6 +222,7 @@ def measure_growth(case: list) -> None:
     warm = LlamaConfig(**{**model_config.to_dict(), "num_hidden_layers": 1, "vocab_size": 4096})
     track(config, AutoModelForCausalLM.from_config(warm, dtype=dtype).train(), Batch(1, 512, 512))
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what that step has left to be used again would not count as growth
     before = memory_field("VmRSS")
     if SMOLLM2.is_dir():
         model = AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=dtype).train()

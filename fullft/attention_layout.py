@@ -117,14 +117,14 @@ class Order:
 
     Attributes:
         spans: what the vectors are of, in their order.
-        bounds: tokens before each span, and behind the last.
+        bounds: positions before each span, and behind the last; those of padding count.
     """
 
     def __init__(self, spans: Sequence[Span]) -> None:
-        """Take the spans, in which every token is once."""
+        """Take the spans, in which every token is once, and behind a document's last one what pads it."""
         self.spans = spans
         self.bounds = [0, *accumulate(len(span.documents) * span.size for span in spans)]
-        # All layers of a micro-batch ask for the same ones: 4 bytes for each vector of one layer, kept till the next.
+        # All layers of a micro-batch ask for the same ones: some bytes per vector of one layer, kept till the next.
         self._known: dict[tuple[int, ...], NDArray[Any]] = {}
 
     def gather(self, vectors: torch.Tensor, key_heads: int, *, zero_padding: bool = False) -> "Gathered":

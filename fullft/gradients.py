@@ -123,7 +123,9 @@ class Gradients:
         parameter.grad = None
 
     def _new_sum(self, numel: int, dtype: torch.dtype) -> Array:
-        if self._tier == "device":  # freed in every step; the first gradient is copied in
+        # The first gradient is copied in. There are such sums with accumulation alone, whose next forward finds them
+        # there anyway: what is recycled is no memory beyond the plan's.
+        if self._tier == "device":
             return recycling.empty((numel,), dtype, self._storage.device)
         return self._storage.zeros(self._tier, numel, dtype)
 

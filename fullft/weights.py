@@ -62,8 +62,8 @@ def load_model(config: Config, source: str, storage: Storage) -> PreTrainedModel
         else:
             _read_through(_weight_files(source))
             one_by_one = _one_by_one(config, source, dtype, tier, is_split, storage)
-            model = _from_pretrained(config, source, dtype) if one_by_one is None else one_by_one
-            if one_by_one is None and is_split:
+            model = one_by_one or _from_pretrained(config, source, dtype)
+            if is_split and not one_by_one:
                 _keep_what_bf16_rounds_away(config, model, source, storage)
     transformers_logging.disable_progress_bar()  # loading may show one; saving would tear ours
     model.to(storage.device)

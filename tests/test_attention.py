@@ -11,7 +11,7 @@ from fullft import attention
 from fullft.attention import NAME, apply_document_attention, revert_document_attention
 
 FAMILIES = ["gpt2", "llama", "mistral", "qwen2", "phi"]  # fewer key heads, a sliding window of 8, biases
-DOCUMENTS = [[7, 3, 1, 7, 3, 3], [17, 7]]  # of the two sequences
+DOCUMENTS = [[7, 3, 1, 7, 3, 3], [17, 7], [9, 10, 5]]  # of the sequences; 9 is worked on as 10, and with it
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def packed() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     positions = [torch.cat([torch.arange(length) for length in lengths]) for lengths in DOCUMENTS]
-    return {"input_ids": torch.randint(1, VOCABULARY, (2, 24)), "position_ids": torch.stack(positions)}
+    return {"input_ids": torch.randint(1, VOCABULARY, (3, 24)), "position_ids": torch.stack(positions)}
 
 
 def results(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -81,7 +81,7 @@ def test_it_is_exact_in_blocks_of_its_own_size(
         pairs = zip([attended.detach(), *gradients], [expected.detach(), *(each.grad for each in exact)], strict=True)
         return [float((mine - other).norm() / other.norm()) for mine, other in pairs]
 
-    inputs, positions = vectors([[410, 40, 7, 40, 253], [253, 40, 1, 456]], dtype)
+    inputs, positions = vectors([[410, 40, 7, 40, 253], [250, 40, 1, 459]], dtype)
     attended = attention._Attention.apply(*inputs, 0.3, positions)
     above = torch.randn_like(attended)
     attended.backward(above)
@@ -104,7 +104,7 @@ def test_the_negative_control_documents_that_see_each_other_would_be_noticed() -
     model, batch = tiny_model("llama"), packed()
     apply_document_attention(model)
     apart = results(model, batch)
-    batch["position_ids"] = torch.arange(24).expand(2, -1)
+    batch["position_ids"] = torch.arange(24).expand(3, -1)
     together = results(model, batch)
     assert (apart[0] - together[0]).abs().max() > 1e-3
     with pytest.raises(AssertionError):

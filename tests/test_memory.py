@@ -28,11 +28,11 @@ KIB = 1024
 
 
 def micro_batch(config: Config, length: int, sequences: int = 1) -> MicroBatch:
-    """Random tokens; packed, two documents in each sequence."""
+    """Random tokens; packed, two documents in each sequence, of lengths that attention rounds up."""
     ids = torch.randint(0, VOCABULARY, (sequences, length))
     inputs = {"input_ids": ids}
     if config.packing:
-        documents = [torch.arange(length // 2), torch.arange(length - length // 2)]
+        documents = [torch.arange(length // 2 - 1), torch.arange(length - length // 2 + 1)]
         inputs["position_ids"] = torch.cat(documents).repeat(sequences, 1)
     return MicroBatch(inputs, ids.clone(), ids.numel(), sequences * (length - 1))
 

@@ -12,8 +12,10 @@ import torch
 from models import tiny_model
 
 from fullft import recycling
+from fullft.gradients import Gradients
 from fullft.loss import SummedCrossEntropy
 from fullft.micro_batch import MicroBatch
+from fullft.offload import Storage
 
 CPU = torch.device("cpu")
 
@@ -86,6 +88,22 @@ def test_gradients_in_recycled_memory_are_the_same_to_the_bit(
     assert recycling._free  # and more than once
     monkeypatch.setattr(recycling, "_LARGE", 1 << 40)
     assert all(map(torch.equal, recycled, gradients()))
+
+
+def test_sums_of_gradients_are_of_this_step_alone(tmp_path: Path) -> None:
+    weight = torch.nn.Parameter(torch.zeros(300, 10, dtype=torch.bfloat16))
+    sums = Gradients([weight], torch.float32, "device", Storage(CPU, tmp_path), use=lambda _: None)
+    for _ in range(2):
+        gradients = [torch.randn(300, 10, dtype=torch.bfloat16) for _ in range(3)]
+        for gradient in gradients:
+            (weight * gradient).sum().backward()
+        total = sums.of(weight)
+        assert isinstance(total, torch.Tensor)
+        assert torch.equal(total.view(300, 10), torch.stack(gradients).float().cumsum(0)[-1])
+        del total
+        sums.clear()
+        (memory,) = recycling._free  # of the sums, which the next step's take
+        memory.fill(255)
 
 
 @pytest.mark.parametrize("padding", [None, 3])

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
@@ -98,12 +99,14 @@ class _Fused(torch.autograd.Function):
             with torch.enable_grad():
                 chunk = hidden[None, start:end].detach().requires_grad_()
                 logits = head(chunk, product)
+            # Taken before they are overwritten: of a view autograd would record that, at the cost of a copy.
+            origin = get_gradient_edge(logits)
             gradient = logits.detach()
             total = total + _cross_entropy(gradient[0], targets[start:end], becomes_gradient=True)
             ctx.hidden[None, start:end], *found = torch.autograd.grad(
-                logits, [chunk, *parameters], gradient, allow_unused=True
+                origin, [chunk, *parameters], gradient, allow_unused=True
             )
-            del logits, gradient
+            del logits, gradient, origin
             sums = [_sum(*each, is_only=len(chunks) == 1) for each in zip(sums, found, strict=True)]
             del found
         if product is not None and product.gradient is not None:  # else the family multiplies by itself

@@ -484,14 +484,15 @@ def test_the_plan_equals_what_is_tracked(
     assert (planned["disk_bytes"] > 0) is ("disk" in config.offload)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi"])  # plain heads, soft-capped ones, and with a bias
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_plan_of_many_loss_chunks_equals_what_is_tracked_to_the_byte(
-    precision: str, monkeypatch: pytest.MonkeyPatch
+    precision: str, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nine chunks, the last one cut, of logits that are most of the step; held out there are as many."""
     monkeypatch.setattr(loss_module, "CHUNK_TOKENS", 8)
     config, batch = make_config(precision=precision, activation_checkpointing="full"), Batch(3, 22, 23)
-    model = model_of("llama", config)
+    model = model_of(family, config)
     tracked = worst_step(model, config, batch).to_dict()
     planned = plan_step(config, model.config, batch)
     assert {name: planned[name] for name in tracked} == tracked

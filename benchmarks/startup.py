@@ -156,7 +156,10 @@ def start(dataset: str) -> Iterator[Finding]:
             "imports of train.py",
             1,
             [str(ROOT / "train.py"), "--model", "./missing"],
-            ["-c", "import torch, transformers, datasets"],
+            [
+                "-c",
+                "import torch, datasets; from transformers import PreTrainedModel",
+            ],  # which is imported when asked for
         ),
     ):
         seconds = [(_python(ours)[0], _python(limit)[0]) for _ in range(times)]

@@ -16,7 +16,7 @@ from fullft.errors import report_uncaught_errors
 from fullft.hub import prepare_hub
 
 if __name__ == "__main__":
-    # Before the imports (some 3 s): --help and mistakes answer soon, and the hub's libraries read offline mode then.
+    # Before the imports (some 5 s): --help and mistakes answer soon, and the hub's libraries read offline mode then.
     report_uncaught_errors(debug=False)
     CONFIG = parse_config()
     report_uncaught_errors(debug=CONFIG.debug)

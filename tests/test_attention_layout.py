@@ -36,9 +36,8 @@ def test_vectors_come_block_by_block_and_go_back(vectors: torch.Tensor, most_que
         ]
         assert torch.equal(piece, torch.stack(expected))
         piece.add_(1)
-        piece.unflatten(1, (-1, block.size))[
-            :, :, max(0, min(length for *_, length in block.documents) - block.first) :
-        ] = 0
+        num_tokens = max(0, min(length for *_, length in block.documents) - block.first)
+        piece.unflatten(1, (-1, block.size))[:, :, num_tokens:] = 0
     restored = gathered.restored()
     assert torch.equal(restored, vectors + 1)
     assert restored.transpose(1, 2).is_contiguous()

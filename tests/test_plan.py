@@ -189,6 +189,7 @@ def operators_of_a_plan(
 
 def test_a_plan_takes_as_many_operators_for_a_large_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_module, "CHUNK_TOKENS", 8)
+    # Not 128 tokens: groups of these fill attention's scratch memory, and a view of all of it is no operator.
     large, small = (
         operators_of_a_plan(monkeypatch, make_config(), deep("llama", 4), batch)
         for batch in (Batch(16, 96, 96), Batch(2, 16, 16))

@@ -278,7 +278,6 @@ def dynamic_padding(task: Task, batch_size: int, compiled: bool) -> Trainer:
         batch_size: rows of a micro-batch, which are of like length; single ones come in the order of ours.
         compiled: let it compile the model; a pass over all rows goes before, for each shape may be compiled anew.
     """
-    torch._dynamo.config.fail_on_recompile_limit_hit = True  # a compiled one would go on without, unnoticed
     rows, accumulation = _rows_in_order(task), ROWS_PER_STEP // batch_size
     if batch_size > 1:
         # As train_sampling_strategy="group_by_length" does over a whole data set; in so short a run it would find few

@@ -12,15 +12,15 @@ import gc
 import sys
 
 from fullft.config import Config, parse_config
+from fullft.environment import prepare_environment
 from fullft.errors import report_uncaught_errors
-from fullft.hub import prepare_hub
 
 if __name__ == "__main__":
-    # Before the imports (some 5 s): --help and mistakes answer soon, and the hub's libraries read offline mode then.
+    # Before the imports (some 5 s): --help and mistakes answer soon, and libraries read the environment then.
     report_uncaught_errors(debug=False)
     CONFIG = parse_config()
     report_uncaught_errors(debug=CONFIG.debug)
-    prepare_hub(CONFIG)
+    prepare_environment(CONFIG)
     gc.disable()  # a quarter of the imports' time would be collections that find nothing
     if CONFIG.plan:
         from fullft.memory.report import show_plan

@@ -56,6 +56,7 @@ from transformers.utils import logging
 
 from fullft.config import parse_config
 from fullft.data import load_data
+from fullft.environment import KERNEL_CACHES
 from fullft.packing import pack
 from fullft.rows import load_rows
 
@@ -164,7 +165,8 @@ def _in_own_process(task: Task, name: str, *more: str) -> Result:
     out = task.folder / "child.json"
     given = ("--dataset", str(task.file), "--task", json.dumps(asdict(task), default=str), "--out", str(out))
     command = [__file__, "--child", name, *given, *more]
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    settings = KERNEL_CACHES if name in OURS else {}  # as `train.py` sets them
+    done = subprocess.run([sys.executable, *command], env=settings | os.environ, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{name} ended with {done.returncode}:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
     result: Result = json.loads(out.read_text(encoding="utf-8"))

@@ -294,7 +294,7 @@ def compare_with_operating_system() -> dict[str, float]:
 
 
 def _in_own_process(case: tuple, settings: dict[str, str]) -> dict:
-    """Measure one case under settings of glibc's."""
+    """Measure one case under settings that libraries read from the environment."""
     command = [sys.executable, __file__, "--one", json.dumps(case)]
     result = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
     if result.returncode:

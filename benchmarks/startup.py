@@ -36,6 +36,10 @@ CACHE, ROWS, LLAMA, OUTPUT = FOLDER / "cache", FOLDER / "rows.jsonl", FOLDER / "
 sys.path.insert(0, str(ROOT))  # the package need not be installed, as for train.py
 os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "HF_DATASETS_CACHE": str(CACHE)}
 
+from fullft.environment import limit_kernel_caches
+
+limit_kernel_caches()  # as `train.py` does before it imports torch
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 

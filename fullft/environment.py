@@ -1,6 +1,6 @@
 """What libraries read from the environment while they are imported, so that it must be there before.
 
-Owns the variables that a run sets for itself, each of them unless the user has.
+Owns when it is set, and the limits of kernel caches; what the hub's libraries read is `hub.py`'s.
 """
 
 import os
@@ -8,9 +8,9 @@ import os
 from fullft.config import Config
 from fullft.hub import prepare_hub
 
-# On a CPU oneDNN compiles kernels for each new shape of a bf16 product: a quarter of a MB, kept twice, by oneDNN and by
-# what binds it to torch, for 1,024 shapes each. Documents go on bringing new ones, and a process grew by half a GiB.
-# A micro-batch of 4,096 tokens in packed documents has 105 at most.
+# On a CPU oneDNN compiles kernels for each new shape of a bf16 product. Its own cache and that of ideep, which binds it
+# to torch, keep a quarter of a MB each per shape, for 1,024 shapes; documents bring ever new ones, and a process grew
+# by half a GiB. A micro-batch of 4,096 tokens in packed documents has some 50, and 105 at most.
 KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "256"}
 
 

@@ -83,6 +83,7 @@ def _general_advice() -> str:
 out_of_memory_advice: Callable[[], str] = _general_advice
 
 _OUT_OF_MEMORY = re.compile("out of memory|DefaultCPUAllocator|cannot allocate memory|ALLOC_FAILED", re.IGNORECASE)
+_UNUSED = re.compile(r"([\d.]+ GiB) is reserved by PyTorch but unallocated")  # far behind in a long message of CUDA's
 # What a write can meet; reading code names missing files itself.
 _DISK_ERRNOS = {
     getattr(errno, name)
@@ -90,6 +91,14 @@ _DISK_ERRNOS = {
     if hasattr(errno, name)
 }
 _TEXT_LIMIT = 300  # characters of a library's message
+
+
+def _fragmentation_advice(message: str) -> str:
+    """Say what joins memory that is there in pieces; torch does not by itself, as drivers of WSL fail at it."""
+    unused = _UNUSED.search(message)
+    if unused is None:
+        return ""
+    return f"{unused[1]} of it lie in pieces too small for it: PYTORCH_ALLOC_CONF=expandable_segments:True joins them; "
 
 
 def as_user_error(error: BaseException) -> FullftError:
@@ -111,7 +120,8 @@ def as_user_error(error: BaseException) -> FullftError:
         )
     # By text, because torch is not imported here, and each of its backends has a class of its own for this.
     if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(f"{type(error).__name__} {text}"):
-        return MemoryExhaustedError(f"out of memory: {text or type(error).__name__}\n{out_of_memory_advice()}")
+        advice = f"{_fragmentation_advice(str(error))}{out_of_memory_advice()}"
+        return MemoryExhaustedError(f"out of memory: {text or type(error).__name__}\n{advice}")
     # Libraries written in Rust (safetensors, tokenizers) report a full disk in the text of a class of their own.
     if (isinstance(error, OSError) and error.errno in _DISK_ERRNOS) or "(os error " in text:
         return DiskError(

@@ -385,6 +385,16 @@ def test_a_second_signal_ends_at_once_and_handlers_are_restored(capfd: pytest.Ca
         (KeyboardInterrupt(), 130, ["interrupted"]),
         (MemoryError(), 8, ["out of memory: MemoryError", "--activation_checkpointing full", "--optim adamw_8bit"]),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), 8, ["20.00 GiB"]),
+        (
+            torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.50 GiB of which "
+                "1.10 GiB is free. Including non-PyTorch memory, this process has 22.39 GiB memory in use. Of the "
+                "allocated memory 18.70 GiB is allocated by PyTorch, and 3.25 GiB is reserved by PyTorch but "
+                "unallocated. If reserved but unallocated memory is large try setting ..."
+            ),
+            8,
+            ["2.00 GiB", "3.25 GiB of it", "PYTORCH_ALLOC_CONF=expandable_segments:True", "cheapest remedies"],
+        ),
         (RuntimeError("CUDA error: out of memory"), 8, ["--per_device_train_batch_size"]),
         (OSError(12, "Cannot allocate memory"), 8, ["out of memory"]),
         (OSError(28, "No space left on device", "f"), 6, ["No space left", "--output_dir"]),

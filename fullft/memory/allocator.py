@@ -7,7 +7,7 @@ import os
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -30,9 +30,7 @@ def process_figures(device: torch.device) -> dict[str, int]:
         the context, NCCL's buffers, and other processes; where torch counts it, `pinned_host_peak_bytes`: host memory
         that is locked for transfers, in blocks rounded up to powers of two.
     """
-    # ru_maxrss is in KiB on Linux, in bytes on macOS.
-    scale = 1 if sys.platform == "darwin" else 1024
-    figures = {"resident_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale}
+    figures = {"resident_peak_bytes": _resident_peak_bytes()}
     if device.type == "cuda":
         allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
         free, total = torch.cuda.mem_get_info(device)
@@ -47,6 +45,15 @@ def process_figures(device: torch.device) -> dict[str, int]:
         if "allocated_bytes.peak" in pinned:
             figures["pinned_host_peak_bytes"] = pinned["allocated_bytes.peak"]
     return figures
+
+
+def _resident_peak_bytes() -> int:
+    with suppress(OSError):  # where there is no such file
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    # In bytes on macOS, elsewhere in KiB; on Linux it would begin with the peak of whoever started the process.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def peak_bytes(device: torch.device) -> int:

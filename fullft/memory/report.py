@@ -261,7 +261,9 @@ def _time(config: Config, plans: Plans, batch: Batch) -> str:
         f"{name} {spent:.2g}" + (f" (cost {spent * config.gpu_hour_price:.2f})" if config.gpu_hour_price else "")
         for name, spent in hours.items()
     )
-    return f"{line}\n  GPU-hours at {MFU:.0%} of peak, with recomputation: {shown}"
+    beside = ", with recomputation" if work.flops > work.training_flops else ""
+    beside += ", offloading aside" if config.offload != "none" else ""
+    return f"{line}\n  GPU-hours at {MFU:.0%} of peak{beside}: {shown}"
 
 
 def _traffic(config: Config, plans: Plans, batch: Batch) -> str:

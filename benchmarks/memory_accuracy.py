@@ -52,6 +52,7 @@ from fullft.environment import KERNEL_CACHES
 from fullft.layer_streaming import apply_layer_streaming, settle_layers
 from fullft.memory import step
 from fullft.memory.plan import Batch, plan_step
+from fullft.memory.proc import memory_field
 from fullft.memory.step import take_worst_step
 from fullft.memory.tracker import COMPONENTS, MemoryTracker
 from fullft.model import PRECISIONS
@@ -202,14 +203,6 @@ def relative(ours: int, truth: int) -> float:
 
 
 # ---------------------------------------------------------------------------------------------- the operating system
-
-
-def memory_field(name: str) -> int:
-    """Read a field of /proc/self/status, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(name)
 
 
 def measure_growth(case: list) -> None:

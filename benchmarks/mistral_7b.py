@@ -11,6 +11,7 @@ so the loss must fall; every parameter is then compared with what it was. Linux 
 """
 
 # ruff: noqa: E402
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,16 +19,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-GIB, GB = 2**30, 10**9
 _STARTED = time.perf_counter()
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
 
+from fullft.memory.proc import memory_field
 
-def memory_field(name: str) -> int:
-    """Read a field of /proc/self/status, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(name)
+GIB, GB = 2**30, 10**9
 
 
 class Sampler(threading.Thread):
@@ -65,14 +63,11 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from queue import SimpleQueue
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch

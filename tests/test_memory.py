@@ -1,5 +1,7 @@
 """Memory figures are true: the tracker against arithmetic, the plan against the tracker. Neither leaves a trace."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -579,6 +581,21 @@ def test_what_the_allocator_says(pretended_cuda: torch.device, monkeypatch: pyte
     assert "pinned_host_peak_bytes" not in allocator.process_figures(pretended_cuda)
     monkeypatch.delattr(torch.cuda, "host_memory_stats")  # an older torch
     assert "pinned_host_peak_bytes" not in allocator.process_figures(pretended_cuda)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux, where a process inherits its parent's peak")
+def test_the_resident_peak_is_the_processes_own() -> None:
+    source = """
+import resource
+import torch
+from fullft.memory.allocator import peak_bytes
+
+print(peak_bytes(torch.device("cpu")), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+    ballast = b"1" * 2**30
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
+    own, inherited = map(int, done.stdout.split())
+    assert own < len(ballast) < inherited
 
 
 def test_a_recording_waits_until_an_earlier_one_is_set_aside(pretended_cuda: torch.device, tmp_path: Path) -> None:

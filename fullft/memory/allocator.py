@@ -7,10 +7,12 @@ import os
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+from fullft.memory.proc import memory_field
 
 SNAPSHOT = "memory_snapshot.pickle"  # torch's own format, for https://pytorch.org/memory_viz
 # Where a recording waits until an earlier run's files, which may have one, have been set aside.
@@ -48,10 +50,9 @@ def process_figures(device: torch.device) -> dict[str, int]:
 
 
 def _resident_peak_bytes() -> int:
-    with suppress(OSError):  # where there is no such file
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    peak = memory_field("VmHWM")
+    if peak is not None:
+        return peak
     # In bytes on macOS, elsewhere in KiB; on Linux it would begin with the peak of whoever started the process.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 

@@ -16,6 +16,7 @@ import torch
 from fullft.config import Config, parse_size
 from fullft.errors import DiskError
 from fullft.memory.allocator import peak_bytes
+from fullft.memory.proc import OF_THE_SYSTEM, memory_field
 from fullft.offload import CHUNK, DiskFile, aligned_bytes
 
 CONTEXT_BYTES = 2**29  # what a CUDA context takes of a card
@@ -79,12 +80,9 @@ def available_host_bytes() -> int:
 
 
 def _available_ram() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    available = memory_field("MemAvailable", OF_THE_SYSTEM)
+    if available is not None:
+        return available
     # Without it (macOS): all there is, less what we have.
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") - peak_bytes(torch.device("cpu"))
 

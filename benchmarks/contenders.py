@@ -276,7 +276,7 @@ def dynamic_padding(task: Task, batch_size: int, compiled: bool) -> Trainer:
     Args:
         task: what to train on.
         batch_size: rows of a micro-batch, which are of like length; single ones come in the order of ours.
-        compiled: let it compile the model; a pass over all rows goes before, for each shape may be compiled anew.
+        compiled: let it compile the model; a pass over all rows goes before, as it compiles at the first two lengths.
     """
     rows, accumulation = _rows_in_order(task), ROWS_PER_STEP // batch_size
     if batch_size > 1:

@@ -6,7 +6,7 @@
 
 Owns two tables and one picture: real (non-padding) tokens per second of SmolLM2-135M on the CPU, and the parts of a
 step. Every system makes one pass over the same rows with the same AdamW (the compiled Trainer another one before, since
-its shapes vary, and each may be compiled anew), in a process of its own, and the repeats go round all systems, so that
+its lengths vary: it compiles at the first two), in a process of its own, and the repeats go round all systems, so that
 a slow hour of the machine slows them all. The limit is measured in the same round. A finished run is not repeated while
 the program stays as it is, so that a command that was stopped goes on. Ends with 1 if losses differ that should not.
 """

@@ -98,7 +98,7 @@ def _fragmentation_advice(message: str) -> str:
     unused = _UNUSED.search(message)
     if unused is None:
         return ""
-    return f"{unused[1]} of it lie in pieces too small for it: PYTORCH_ALLOC_CONF=expandable_segments:True joins them; "
+    return f"{unused[1]} of it is held in pieces: PYTORCH_ALLOC_CONF=expandable_segments:True joins them; "
 
 
 def as_user_error(error: BaseException) -> FullftError:

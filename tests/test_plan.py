@@ -494,6 +494,13 @@ def test_amounts_are_written_in_one_unit() -> None:
     assert [GIB.amount(size) for size in sizes] == ["0.00 GiB", "1.00 GiB", "150.0 GiB", "-2,048 GiB"]
 
 
+def test_hours_say_what_is_in_them(in_empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for mode, told in (("none", "of peak: A100"), ("full", "of peak, with recomputation: A100")):
+        words = ["--model", "gpt2", "--device_memory", "24GiB", "--activation_checkpointing", mode, "--plan"]
+        report.show_plan(parse_config(words))
+        assert told in capsys.readouterr().out
+
+
 def test_the_screen_fits_the_screen(in_empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """45 lines of 100 columns, for a model that fits nowhere and for one that has every lever."""
     for words in (
@@ -504,6 +511,7 @@ def test_the_screen_fits_the_screen(in_empty_folder: Path, capsys: pytest.Captur
         lines = capsys.readouterr().out.splitlines()
         assert len(lines) <= 45 and max(map(len, lines)) <= 100, max(lines, key=len)
         text = "\n".join(lines)
+        assert ("of peak, offloading aside: A100" in text) == (MISTRAL in words)
         for part in ("GiB = 2^30", "LoRA", "stage 3", "24GiB card", "141 GB card", "A100", *words[1:2]):
             assert part in text
 

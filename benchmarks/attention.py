@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the package need not be installed, as for train.py
 # ruff: noqa: E402
-from fullft.attention import _Attention, _mask
+from fullft.attention import _mask, document_attention
 
 # What a sequence holds: documents of their lengths.
 CASES = {
@@ -66,7 +66,7 @@ def measure(lengths: list[int], arguments: argparse.Namespace) -> tuple[list[flo
     mask = _mask(positions, query) if len(lengths) > 1 else None
 
     def ours() -> torch.Tensor:
-        attended: torch.Tensor = _Attention.apply(query, key, value, scale, positions)  # type: ignore[no-untyped-call]
+        attended: torch.Tensor = document_attention(query, key, value, scale, positions)
         return attended
 
     def theirs() -> torch.Tensor:

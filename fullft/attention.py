@@ -84,10 +84,7 @@ def _attend(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     is_alike = query.shape[2:] == key.shape[2:] == value.shape[2:]  # unlike are cached keys, and values of other widths
     if attention_mask is None and is_alike and dropout == 0:
-        if torch.compiler.is_compiling():
-            attended: torch.Tensor = _opaque_attention(query, key, value, scaling, position_ids)
-        else:
-            attended = _Attention.apply(query, key, value, scaling, position_ids)  # type: ignore[no-untyped-call]
+        attended: torch.Tensor = document_attention(query, key, value, scaling, position_ids)
         return attended.transpose(1, 2), None
     if attention_mask is None and query.shape[2] == key.shape[2]:
         attention_mask = _mask(position_ids, query)
@@ -136,33 +133,6 @@ def _mask(position_ids: torch.Tensor | None, query: torch.Tensor) -> torch.Tenso
 
 
 # ---------------------------------------------------------------------------------------------- the arithmetic
-
-
-class _Attention(torch.autograd.Function):
-    """Softmax attention, block by block."""
-
-    @staticmethod
-    def forward(  # noqa: D102
-        ctx: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scaling: float,
-        position_ids: torch.Tensor | None,
-    ) -> torch.Tensor:
-        _keep(ctx, (query, key, value, scaling, position_ids), None)
-        return _forward(query, key, value, scaling, position_ids)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: D102
-        query, key, value, position_ids = ctx.saved_tensors
-        return *_backward(gradient, query, key, value, position_ids, ctx.scaling), None, None
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    query, key, value, ctx.scaling, position_ids = inputs
-    ctx.save_for_backward(query, key, value, position_ids)
 
 
 def _forward(
@@ -239,23 +209,6 @@ def _seen(keys: Gathered, block: Span) -> torch.Tensor:
     return keys.piece(block.group)[:, : block.end]
 
 
-# In a compiled graph it is one operation, with another for its backward: a compiler gains nothing within, and documents
-# of other lengths would be other graphs.
-_opaque_attention = custom_op("fullft::attention", _forward, mutates_args=())
-_opaque_backward = custom_op("fullft::attention_backward", _backward, mutates_args=())
-_opaque_attention.register_fake(lambda query, *_: _like_result(query))
-_opaque_backward.register_fake(lambda _, query, key, value, *__: tuple(map(_like_result, (query, key, value))))
-_opaque_attention.register_autograd(
-    lambda ctx, gradient: (*_opaque_backward(gradient, *ctx.saved_tensors, ctx.scaling), None, None),
-    setup_context=_keep,
-)
-
-
-def _like_result(vectors: torch.Tensor) -> torch.Tensor:
-    """Take memory as `Gathered.restored` does: compiled graphs rely on it, and layers go on from it without a copy."""
-    return torch.empty_like(vectors.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-
-
 class _Scratch:
     """Memory that the blocks use one after the other: as much as any documents could take."""
 
@@ -312,3 +265,34 @@ def _probabilities(
     behind = scores.view(-1, block.size, block.end)[:, :, block.first :]
     behind.add_(scratch.bias[: block.size, : block.size])  # a key behind a query is hidden from it
     return torch.softmax(scores, -1, out=scores)  # in place: a row is read before it is written
+
+
+# ---------------------------------------------------------------------------------------------- the operators
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    query, key, value, ctx.scaling, position_ids = inputs
+    ctx.save_for_backward(query, key, value, position_ids)
+
+
+def _differentiate(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return *_backward_operator(gradient, *ctx.saved_tensors, ctx.scaling), None, None
+
+
+def _like_result(vectors: torch.Tensor) -> torch.Tensor:
+    """Take memory as `Gathered.restored` does: compiled graphs rely on it, and layers go on from it without a copy."""
+    return torch.empty_like(vectors.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+# It is one operator, with another for its backward: a compiler would gain nothing within, and have other graphs for
+# other documents; and selective checkpointing keeps what it gives.
+document_attention = custom_op("fullft::attention", _forward, mutates_args=())
+document_attention.register_fake(lambda query, *_: _like_result(query))
+_backward_operator = custom_op("fullft::attention_backward", _backward, mutates_args=())
+_backward_operator.register_fake(lambda _, query, key, value, *__: tuple(map(_like_result, (query, key, value))))
+document_attention.register_autograd(_differentiate, setup_context=_keep)
+# What they do within, for what tracks memory.
+WITHIN = {
+    torch.ops.fullft.attention.default: _forward,
+    torch.ops.fullft.attention_backward.default: _backward,
+}

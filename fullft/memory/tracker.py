@@ -7,8 +7,8 @@ not seen: no operator returns them.
 """
 
 import weakref
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
 from fullft.adamw import AdamW
+from fullft.attention import WITHIN
 from fullft.errors import ModelError
 from fullft.model import decoder_layers, decoder_of
 from fullft.offload import home_of, is_on_host
@@ -195,7 +196,8 @@ class MemoryTracker(TorchDispatchMode):
             return args[0].fake_device  # asked for so often that answering here saves an eighth of a plan's time
         if operator is torch.ops.aten._unsafe_view.default and isinstance(args[0], FakeTensor):
             operator = torch.ops.aten.view.default  # the same to storages; fake tensors cache it, but not the other
-        result = operator(*args, **(kwargs or {}))
+        with self._again() if operator in WITHIN else nullcontext():
+            result = WITHIN.get(operator, operator)(*args, **(kwargs or {}))
         recomputing = self._moment.phase == "backward" and torch.is_grad_enabled()
         if self._moment.phase == "backward" and not recomputing and self._born:
             self._settle_activations()  # recomputation is over: what it left is what backward now uses
@@ -208,6 +210,15 @@ class MemoryTracker(TorchDispatchMode):
                 if block and not is_copy and (recomputing or self._moment.phase == "forward"):
                     self._born.append(weakref.ref(block))
         return result
+
+    @contextmanager
+    def _again(self) -> Iterator[None]:
+        """Track what an operator does within."""
+        super().__enter__()  # type: ignore[no-untyped-call]
+        try:
+            yield
+        finally:
+            super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def _see(self, tensor: torch.Tensor, component: str) -> Block | None:
         """Count a tensor's storage, unless it is known; give its block if it is new."""

@@ -73,10 +73,10 @@ def main(config: Config) -> None:
     print(plan.description)
     storage = Storage(device, str(config.output_dir))  # of what --offload keeps elsewhere
     model = load_model(config, source if checkpoint is None else str(checkpoint.folder), storage)
+    apply_activation_checkpointing(model, config)
     apply_compilation(model, config)
     apply_layer_streaming(model)
     require_fit(model, data.largest_token_id, data.longest, config.packing)
-    apply_activation_checkpointing(model, config.activation_checkpointing)
     optimizer = build_optimizer(model, config, storage)
     summed_cross_entropy = SummedCrossEntropy(model)  # which has the head in it
     decoder = summed_cross_entropy.decoder

@@ -69,7 +69,11 @@ OURS = {
     "ours, bf16-true": _SPLIT,
     "ours, bf16-true, packing": f"{_SPLIT} --packing",
     "ours, bf16-true, packing, compiled": f"{_SPLIT} --packing --compile true",
-    "ours, bf16-true, packing, checkpointing": f"{_SPLIT} --packing --activation_checkpointing full",
+    "ours, bf16-true, packing, selective checkpointing": f"{_SPLIT} --packing --activation_checkpointing selective",
+    "ours, bf16-true, packing, full checkpointing": f"{_SPLIT} --packing --activation_checkpointing full",
+    "ours, bf16-true, packing, compiled, full checkpointing": (
+        f"{_SPLIT} --packing --compile true --activation_checkpointing full"
+    ),
     "ours, fp32, packing, compiled": "--precision fp32 --packing --compile true",
 }
 # Nothing is left to the memory that happens to be free, and nothing but training is done.

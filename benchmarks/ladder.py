@@ -170,8 +170,8 @@ def build(rung: Rung, weights: dict[str, torch.Tensor]) -> tuple[PreTrainedModel
     if tier := parse_offload(config.offload).get("parameters"):
         settle_layers(model, tier, storage)
     apply_document_attention(model)
+    apply_activation_checkpointing(model, config)
     apply_layer_streaming(model)
-    apply_activation_checkpointing(model, config.activation_checkpointing)
     return model, build_optimizer(model, config, storage)
 
 

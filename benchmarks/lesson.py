@@ -79,7 +79,7 @@ def track(mode: str) -> dict:
     config = options(activation_checkpointing=mode)
     model = AutoModelForCausalLM.from_config(small_llama(), dtype=torch.bfloat16).train()
     apply_document_attention(model)
-    apply_activation_checkpointing(model, mode)
+    apply_activation_checkpointing(model, options(activation_checkpointing=mode))
     ids = torch.randint(0, 2048, (1, LENGTH))
     batch = MicroBatch({"input_ids": ids}, ids, LENGTH, LENGTH - 1)
     plain = torch.autocast("cpu", enabled=False)
@@ -99,7 +99,7 @@ def count_flops(shape, mode: str) -> int:
     with FakeTensorMode(), no_init_weights(), FlopCounterMode(display=False) as counter:
         # The matrix products of eager attention are all counted; those inside torch's fused one are not, on CPUs.
         model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16, attn_implementation="eager").train()
-        apply_activation_checkpointing(model, mode)
+        apply_activation_checkpointing(model, options(activation_checkpointing=mode))
         ids = torch.ones(1, LENGTH, dtype=torch.int64)
         loss_of(model, ids).backward()
     return counter.get_total_flops()
@@ -120,7 +120,7 @@ def extra_flops_on_real_tensors() -> float:
 
     def count(mode: str) -> int:
         model = AutoModelForCausalLM.from_config(small_llama(), attn_implementation="eager").train()
-        apply_activation_checkpointing(model, mode)
+        apply_activation_checkpointing(model, options(activation_checkpointing=mode))
         ids = torch.randint(0, 2048, (1, LENGTH))
         with FlopCounterMode(display=False) as counter:
             loss_of(model, ids).backward()

@@ -137,8 +137,8 @@ def track(config: Config, model, batch: Batch) -> dict:
         settle_layers(model, tier, storage)
     apply_document_attention(model)
     apply_recycling(model)  # leaves glibc as it is where MALLOC has said how
+    apply_activation_checkpointing(model, config)
     apply_layer_streaming(model)
-    apply_activation_checkpointing(model, config.activation_checkpointing)
     vocabulary = model.config.vocab_size
     profile = take_worst_step(
         model,

@@ -284,6 +284,7 @@ def train(size: str, weights: str, folder: Path, steps: int) -> None:
         storage = Storage(torch.device("cpu"), folder.parent)
         model = load_model(config, find_model(config), storage)
         apply_document_attention(model)
+        apply_activation_checkpointing(model, config)
         apply_layer_streaming(model)
     if weights == "streamed":
         shutil.rmtree(folder)
@@ -291,7 +292,6 @@ def train(size: str, weights: str, folder: Path, steps: int) -> None:
     print(f"{count:,} parameters loaded in {loading.seconds:.0f} s", flush=True)
     batches = rows(model.config.vocab_size, SIZES[size].tokens)
     require_fit(model, model.config.vocab_size - 1, SIZES[size].tokens, packing=False)
-    apply_activation_checkpointing(model, config.activation_checkpointing)
     optimizer = build_optimizer(model, config, storage)
     learning_rate_at = build_schedule(config, steps)
     taken = []

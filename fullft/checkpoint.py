@@ -230,11 +230,12 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _changed_options(config: Config, saved: dict[str, Any]) -> list[str]:
     now = dataclasses.asdict(config)
+    fixed = [name for name, option in by_name(Config).items() if not option.metadata["may_change"]]
+    if config.compile == "true":
+        fixed.append("activation_checkpointing")  # other graphs may round otherwise
     # What is still at auto is compared when it has been chosen.
     return [
-        f"{name} was {saved.get(name)}, is {now[name]}"
-        for name, option in by_name(Config).items()
-        if not option.metadata["may_change"] and now[name] not in (saved.get(name), "auto")
+        f"{name} was {saved.get(name)}, is {now[name]}" for name in fixed if now[name] not in (saved.get(name), "auto")
     ]
 
 

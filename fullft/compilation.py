@@ -1,13 +1,14 @@
 """Compilation: a decoder layer's forward and backward become graphs in which everything but its products is fused.
 
 Owns which runs gain by it, and what is compiled: the layers, whose one graph serves all that are alike. It must be
-applied first: streamed layers come before their graph computes, and activation checkpointing recomputes by the graph.
+applied after activation checkpointing, so that graphs recompute, and before layers are streamed.
 Only training uses it: evaluation and generation have too many shapes, and the worst step is watched operation by
 operation.
 """
 
 import functools
 import importlib.util
+import logging
 import math
 import os
 import shutil
@@ -25,6 +26,9 @@ from transformers import PreTrainedModel
 from fullft.config import Config
 from fullft.errors import OptionsError
 from fullft.model import decoder_layers
+
+# It warns of operators in place, which graphs have none of.
+logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
 
 # Operations of a run, from which on it gains more than the minute that it waits for the compiler: some ten minutes of
 # two cores, or of a large GPU.

@@ -168,12 +168,13 @@ class Config:
     )
     activation_checkpointing: str = option(
         "auto",
-        "recompute activations in backward, of no, all or every n-th decoder layer; auto: of as few as fit",
-        choices=("none", "full", "every_<n>", "auto"),
+        "recompute activations in backward: of no, all or every n-th decoder layer, or of all what is cheap; auto: as "
+        "little as fits",
+        choices=("none", "selective", "full", "every_<n>", "auto"),
         aliases=("gradient_checkpointing",),
         spellings={"true": "full", "false": "none"},
         bare="full",
-        may_change=True,  # gradients are the same to the bit
+        may_change=True,  # gradients are the same to the bit, unless layers are compiled
     )
     master_weights: str = option(
         "split",

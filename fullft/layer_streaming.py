@@ -1,7 +1,8 @@
 """Layer streaming: a decoder layer's weights are on the device only while it computes; their home is elsewhere.
 
-Owns the homes, and bringing layers from there, the next one ahead of time. The optimizer updates weights at home. It
-must be applied before activation checkpointing, which recomputes a layer in backward and so asks for it again.
+Owns the homes, and bringing layers from there, the next one ahead of time. The optimizer updates weights at home.
+Backward recomputes a layer, and so asks for it again. It must be applied last: compiled layers come, too, before they
+compute.
 """
 
 import functools
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from fullft.activation_checkpointing import recompute
 from fullft.model import decoder_layers
 from fullft.offload import Array, DiskArray, Storage, Workers, aligned_bytes, fill, home_of, mark_computed, paged
 
@@ -54,7 +56,7 @@ def apply_layer_streaming(model: PreTrainedModel) -> None:
     layers = decoder_layers(model)
     stream = LayerStream(list(layers), next(iter(model.get_input_embeddings().parameters())).device)
     for number, layer in enumerate(layers):
-        layer.forward = _streamed(layer.forward, stream, number)
+        layer.forward = recompute(_streamed(layer.forward, stream, number))
     model.layer_stream = stream
 
 

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from models import VOCABULARY, summed_loss, tiny_model
+from models import VOCABULARY, make_config, summed_loss, tiny_model
 from torch.library import opcheck
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fullft import attention
+from fullft.activation_checkpointing import apply_activation_checkpointing
 from fullft.attention import NAME, apply_document_attention, revert_document_attention
 
 FAMILIES = ["gpt2", "llama", "mistral", "qwen2", "phi"]  # fewer key heads, a sliding window of 8, biases
@@ -82,7 +83,7 @@ def test_it_is_exact_in_blocks_of_its_own_size(
         return [float((mine - other).norm() / other.norm()) for mine, other in pairs]
 
     inputs, positions = vectors([[410, 40, 7, 40, 253], [250, 40, 1, 459]], dtype)
-    attended = attention._Attention.apply(*inputs, 0.3, positions)
+    attended = attention.document_attention(*inputs, 0.3, positions)
     above = torch.randn_like(attended)
     attended.backward(above)
     gradients = [each.grad for each in inputs]
@@ -95,9 +96,9 @@ def test_it_is_exact_in_blocks_of_its_own_size(
 def test_a_compiler_is_told_the_truth_about_it(dtype: torch.dtype) -> None:
     """Shapes, strides and gradients of what stands for it in a graph are those that it gives."""
     inputs, positions = vectors(DOCUMENTS, dtype)
-    opcheck(attention._opaque_attention, (*inputs, 0.3, positions))
+    opcheck(attention.document_attention, (*inputs, 0.3, positions))
     outside = [each.detach() for each in (inputs[0], *inputs)]
-    opcheck(attention._opaque_backward, (*outside, positions, 0.3))
+    opcheck(attention._backward_operator, (*outside, positions, 0.3))
 
 
 def test_the_negative_control_documents_that_see_each_other_would_be_noticed() -> None:
@@ -189,9 +190,8 @@ def test_soft_capped_scores_stay_with_their_family() -> None:
     assert model.config._attn_implementation != NAME
 
 
-def test_checkpointed_layers_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fullft.activation_checkpointing import apply_activation_checkpointing
-
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_checkpointed_layers_give_the_same(mode: str) -> None:
     model = tiny_model("qwen2")
     apply_document_attention(model)
     ids = packed()["input_ids"]
@@ -199,6 +199,6 @@ def test_checkpointed_layers_give_the_same(monkeypatch: pytest.MonkeyPatch) -> N
     plain.backward()
     gradients = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
-    apply_activation_checkpointing(model, "full")
+    apply_activation_checkpointing(model, make_config(activation_checkpointing=mode))
     summed_loss(model, ids).backward()
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))

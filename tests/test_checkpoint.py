@@ -5,12 +5,14 @@ import os
 import shutil
 from collections import namedtuple
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from models import make_config
 from safetensors.torch import load_file, save_file
 
 import fullft.disk
@@ -20,7 +22,7 @@ import fullft.output_dir
 import train
 from fullft.adamw import AdamW
 from fullft.calendar import Calendar
-from fullft.checkpoint import list_checkpoints, verify
+from fullft.checkpoint import _changed_options, list_checkpoints, verify
 from fullft.config import parse_config, to_yaml
 from fullft.disk import write_tensors, write_text
 from fullft.errors import CheckpointError, DiskError, NonFiniteError
@@ -79,6 +81,15 @@ def steps() -> list[int]:
 
 
 # ---------------------------------------------------------------------------------------------- which checkpoints
+
+
+def test_compiled_layers_must_go_on_recomputing_what_they_did() -> None:
+    """What else is checkpointed may change at any time."""
+    config = make_config(activation_checkpointing="full", compile="true")
+    saved = asdict(config) | {"activation_checkpointing": "none"}
+    assert _changed_options(config, saved) == ["activation_checkpointing was none, is full"]
+    assert _changed_options(replace(config, activation_checkpointing="auto"), saved) == []
+    assert _changed_options(replace(config, compile="false"), saved | {"compile": "false"}) == []
 
 
 def test_resuming_an_older_checkpoint_leaves_the_later_ones(

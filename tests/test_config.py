@@ -218,7 +218,7 @@ def test_a_flag_is_read_as(words: str, name: str, value: object) -> None:
         ("--adam_epsilon 0", "--adam_epsilon: 0 must be above 0"),
         ("--packing maybe", "--packing: 'maybe' is neither true nor false"),
         ("--precision fp16", "--precision: 'fp16' is not one of fp32, bf16-mixed, bf16-true"),
-        ("--activation_checkpointing every_0", "'every_0' is not one of none, full, every_<n>"),
+        ("--activation_checkpointing every_0", "'every_0' is not one of none, selective, full, every_<n>"),
         ("--master_weights fp32", "--master_weights: 'fp32' is not one of split, stochastic, none"),
         ("--offload optimizer=tape", "'optimizer=tape' is neither none nor one of parameters=device|host|disk"),
         ("--offload gradients", "'gradients' is neither none nor one of"),

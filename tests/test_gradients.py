@@ -1,12 +1,17 @@
 """The gradient of a global batch is that of one mean over all its target tokens, however it is cut up."""
 
+import operator
+from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from models import SHAPE, VOCABULARY, make_config, summed_loss, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -18,7 +23,8 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fullft import loss as loss_module
-from fullft.activation_checkpointing import apply_activation_checkpointing
+from fullft.activation_checkpointing import _policy, apply_activation_checkpointing
+from fullft.attention import apply_document_attention
 from fullft.data import Batches
 from fullft.head import Product
 from fullft.loss import SummedCrossEntropy
@@ -139,13 +145,13 @@ def test_packed_documents_without_their_positions_see_each_other(family: str) ->
     assert abs(packed - joined) / packed > 1e-7  # where packing agrees to 1e-12
 
 
-@pytest.mark.parametrize("mode", ["full", "every_1", "every_2", "every_3"])
+@pytest.mark.parametrize("mode", ["selective", "full", "every_1", "every_2", "every_3"])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "qwen2", "gemma2"])
 def test_checkpointing_leaves_gradients_bitwise_the_same_with_dropout(family: str, mode: str) -> None:
     gradients = []
     for checkpointing in ("none", mode):
         model = tiny_model(family, torch.float32, dropout=0.1)
-        apply_activation_checkpointing(model, checkpointing)
+        apply_activation_checkpointing(model, make_config(activation_checkpointing=checkpointing))
         torch.manual_seed(7)
         gradients.append(our_gradients(model, UNEVEN, global_batch_size=8)[1])
     plain, recomputed = gradients
@@ -167,7 +173,7 @@ def test_checkpointing_without_the_random_state_would_be_noticed(monkeypatch: py
     results = []
     for checkpointing in ("none", "full"):
         model = tiny_model("gpt2", torch.float32, dropout=0.1)
-        apply_activation_checkpointing(model, checkpointing)
+        apply_activation_checkpointing(model, make_config(activation_checkpointing=checkpointing))
         torch.manual_seed(7)
         # One micro-batch: with more, the random stream of the next forward would differ too.
         results.append(our_gradients(model, UNEVEN, global_batch_size=8, per_device_train_batch_size=8))
@@ -176,12 +182,12 @@ def test_checkpointing_without_the_random_state_would_be_noticed(monkeypatch: py
     assert not all(torch.equal(plain[name], recomputed[name]) for name in plain)
 
 
-@pytest.mark.parametrize("mode", ["full", "every_2"])
+@pytest.mark.parametrize("mode", ["selective", "full", "every_2"])
 def test_checkpointing_keeps_fewer_activations(mode: str) -> None:
     saved = {}
     for checkpointing in ("none", mode):
         model = tiny_model("llama", torch.float32)
-        apply_activation_checkpointing(model, checkpointing)
+        apply_activation_checkpointing(model, make_config(activation_checkpointing=checkpointing))
         total = 0
 
         def count(tensor: torch.Tensor) -> torch.Tensor:
@@ -195,11 +201,48 @@ def test_checkpointing_keeps_fewer_activations(mode: str) -> None:
     assert saved[mode] < 0.8 * saved["none"]
 
 
+class Counted(TorchDispatchMode):
+    """Counts calls of operators by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, called: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[called.name()] += 1
+        return called(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_selective_checkpointing_takes_no_product_and_no_attention_twice(family: str) -> None:
+    products, cheap = {}, {}
+    for mode in ("none", "selective", "full"):
+        model = tiny_model(family, torch.float32)
+        apply_document_attention(model)
+        apply_activation_checkpointing(model, make_config(activation_checkpointing=mode))
+        with Counted() as counted:
+            summed_loss(model, torch.ones(1, 32, dtype=torch.int64)).backward()
+        products[mode] = [counted.calls[name] for name in ("aten::mm", "aten::addmm", "fullft::attention")]
+        cheap[mode] = counted.calls["aten::mul.Tensor"]
+    assert products["selective"] == products["none"] and cheap["selective"] > cheap["none"]
+    assert all(map(operator.ge, products["full"], products["none"])) and products["full"] != products["none"]
+
+
+@pytest.mark.parametrize(("dropout", "kept"), [(0.0, True), (0.1, False)])
+def test_attention_that_drops_out_is_recomputed_and_draws_again(dropout: float, kept: bool) -> None:
+    """Were it left out, what draws after it would draw its numbers. On a CPU no kernel drops out, so none here."""
+    vectors = [torch.zeros(1, 1, 1, 1)] * 3
+    flash = _policy(None, torch.ops.aten._scaled_dot_product_flash_attention.default, *vectors, dropout)
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention.default
+    assert (flash is CheckpointPolicy.MUST_SAVE) is kept
+    assert (_policy(None, efficient, *vectors, None, True, dropout_p=dropout) is CheckpointPolicy.MUST_SAVE) is kept
+
+
 def test_checkpointed_models_still_generate_with_a_cache() -> None:
     model = tiny_model("llama", torch.float32).eval()
     prompt = torch.tensor([[5, 6, 7]])
     plain = model.generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)
-    apply_activation_checkpointing(model, "full")
+    apply_activation_checkpointing(model, make_config(activation_checkpointing="full"))
     assert torch.equal(plain, model.generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0))
 
 

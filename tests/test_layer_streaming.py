@@ -36,8 +36,8 @@ def prepared(model: PreTrainedModel, config: Config, folder: Path) -> AdamW:
         home_of(parameter) is parameter for parameter in model.parameters()
     ):
         settle_layers(model, tier, storage)
+    apply_activation_checkpointing(model, config)
     apply_layer_streaming(model)
-    apply_activation_checkpointing(model, config.activation_checkpointing)
     return build_optimizer(model, config, storage)
 
 
@@ -242,8 +242,8 @@ def test_on_a_gpu_every_placement_trains_as_the_resident_one(offload: str, tmp_p
         storage = Storage(torch.device("cuda"), tmp_path)
         if "parameters" in where:
             settle_layers(model, "disk" if "parameters=disk" in where else "host", storage)
+        apply_activation_checkpointing(model, config)
         apply_layer_streaming(model)
-        apply_activation_checkpointing(model, "full")
         optimizer = build_optimizer(model, config, storage)
         losses = []
         for step in range(3):

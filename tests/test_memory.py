@@ -23,7 +23,7 @@ from fullft.memory import step as step_module
 from fullft.memory.plan import Batch, plan_step
 from fullft.memory.step import take_worst_step
 from fullft.memory.tracker import COMPONENTS, MemoryTracker, Profile
-from fullft.model import PRECISIONS
+from fullft.model import PRECISIONS, decoder_layers
 from fullft.offload import host_pieces
 
 KIB = 1024
@@ -46,7 +46,7 @@ def autocast_of(config: Config, device: str = "cpu") -> torch.autocast:
 def model_of(family: str, config: Config, **options: object) -> PreTrainedModel:
     model = tiny_model(family, PRECISIONS[config.precision].weights, **options)
     apply_document_attention(model)
-    apply_activation_checkpointing(model, config.activation_checkpointing)
+    apply_activation_checkpointing(model, config)
     return model
 
 
@@ -256,15 +256,19 @@ def test_activations_and_logits_are_gone_after_backward_and_gradients_after_the_
 def test_checkpointing_keeps_layer_inputs_alone() -> None:
     """`full` keeps each layer's input; with the recomputed layer gone, 4 layers x 64 tokens x 32 x 4 bytes."""
     kept = {}
-    for mode in ("none", "every_2", "full"):
+    for mode in ("none", "selective", "every_2", "full"):
         config = make_config(precision="fp32", activation_checkpointing=mode)
-        profile = worst_step(model_of("llama", config), config, Batch(1, 64))
+        model = model_of("llama", config)
+        profile = worst_step(model, config, Batch(1, 64))
         # When backward begins, nothing has been recomputed yet.
         first = next(i for i, moment in enumerate(profile.moments) if moment.phase == "backward")
         kept[mode] = profile.curves["activations"][first]
     inputs = 4 * 64 * 32 * 4
     assert inputs <= kept["full"] < 2 * inputs  # the last norm, the rotary embedding and the loss keep something too
     assert kept["full"] < kept["every_2"] < kept["none"]
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)][:-1]  # without the head
+    products = 64 * 4 * (sum(linear.out_features for linear in linears) + 4 * 32)  # and what attention gives
+    assert kept["selective"] == pytest.approx(kept["full"] + products, rel=1e-2)
     assert kept["every_2"] == pytest.approx((kept["full"] + kept["none"]) / 2, rel=1e-2)
 
 
@@ -279,6 +283,19 @@ def test_autocasts_weight_copies_are_temporaries() -> None:
     assert maxima["bf16-mixed"]["temporaries"] >= copies
     assert maxima["bf16-mixed"]["activations"] < maxima["fp32"]["activations"]
     assert maxima["bf16-mixed"]["parameters"] == maxima["fp32"]["parameters"]
+
+
+def test_of_layers_that_are_recomputed_autocast_keeps_no_copies() -> None:
+    """Without recomputation backward needs them, so that they are there at the end of forward."""
+    largest = {}
+    for mode in ("none", "selective", "full"):
+        config = make_config(precision="bf16-mixed", activation_checkpointing=mode)
+        model = model_of("llama", config)
+        profile = worst_step(model, config, Batch(1, 8))
+        in_forward = (event for event, moment in enumerate(profile.moments) if moment.phase == "forward")
+        largest[mode] = max(profile.curves["temporaries"][event] for event in in_forward)
+    copies = 2 * sum(weight.numel() for weight in decoder_layers(model).parameters() if weight.dim() == 2)
+    assert largest["full"] == largest["selective"] <= largest["none"] - 0.9 * copies
 
 
 def test_two_micro_batches_stand_for_four() -> None:
@@ -435,6 +452,10 @@ AGREEMENT = [
     ("phi", "fp32", "every_2", "adamw", 4, True, Batch(2, 48, 32)),
     ("phi", "bf16-mixed", "full", "adamw", 1, False, Batch(1, 64)),
     ("phi", "bf16-true", "none", "adamw_8bit", 4, False, Batch(1, 64, 64)),
+    ("gpt2", "bf16-mixed", "selective", "adamw", 4, False, Batch(2, 48, 32)),
+    ("llama", "fp32", "selective", "adamw", 1, True, Batch(1, 300, 64)),
+    ("mistral", "bf16-true", "selective", "adamw", 4, True, Batch(1, 64, 64)),
+    ("gemma2", "bf16-mixed", "selective", "adamw_8bit", 4, True, Batch(1, 64)),
 ]
 # What else a run may keep, and where, in turn with these cases.
 PLACES: list[dict[str, object]] = [
@@ -536,7 +557,7 @@ def test_the_plan_is_within_2_percent_of_the_allocators_peak(precision: str, mod
         vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=8, num_attention_heads=16
     )
     model = AutoModelForCausalLM.from_config(shape, dtype=PRECISIONS[precision].weights).cuda().train()
-    apply_activation_checkpointing(model, mode)
+    apply_activation_checkpointing(model, config)
     planned = plan_step(config, shape, Batch(1, 2048, 512))
     torch.cuda.reset_peak_memory_stats()
     ids = torch.randint(0, 32000, (1, 2048))

@@ -109,6 +109,7 @@ CASES = [
     ("qwen2", {"activation_checkpointing": "full", "gradient_accumulation_steps": 1}),
     ("gemma2", {"precision": "bf16-true", "packing": True}),
     ("gemma2", {"activation_checkpointing": "every_2", "optim": "adamw_8bit"}),
+    ("qwen2", {"activation_checkpointing": "selective", "precision": "bf16-true"}),
     ("phi", {"precision": "fp32", "activation_checkpointing": "full"}),
     ("phi", {"packing": True, "optim": "adamw_8bit"}),
     ("llama", {"offload": "optimizer=host,gradients=host"}),
@@ -311,7 +312,7 @@ def test_the_fastest_choice_that_fits_is_taken() -> None:
     plans, batch, config = Plans(deep("llama", 2)), Batch(4, 256, 256), make_config()
     assert (config.activation_checkpointing, config.offload) == ("auto", "auto")
     resident = choices(replace(config, offload="none"), plans, batch, Device("mine", 0), ASSUMED)
-    assert [choice.activation_checkpointing for choice in resident] == ["none", "every_2", "full"]
+    assert [choice.activation_checkpointing for choice in resident] == ["none", "selective", "full"]
     peaks = [plans.of(choice.apply(config), batch)["peak_bytes"] for choice in resident]
     assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == 3
 
@@ -324,6 +325,11 @@ def test_the_fastest_choice_that_fits_is_taken() -> None:
         assert choice.describe() in line and "the fastest exact choice to fit mine" in line
         # One byte less, and it is no longer this one.
         assert choose(config, plans, batch, Device("mine", peak - 1), lambda: ASSUMED)[0] != chosen
+    # In graphs what is cheap is recomputed in any case.
+    compiled = replace(config, offload="none", compile="true")
+    graphs = choices(compiled, plans, batch, Device("mine", 0), ASSUMED)
+    assert [choice.activation_checkpointing for choice in graphs] == ["none", "every_2", "full"]
+    assert [plans.of(choice.apply(compiled), batch)["peak_bytes"] for choice in (graphs[0], graphs[2])] == peaks[1:]
     asked = replace(config, activation_checkpointing="every_3", offload="none")
     assert choose(asked, plans, batch, Device("mine", 0), not_asked)[0] == asked
     off = make_config(fit="off")

@@ -67,7 +67,7 @@ class Plans:
     def _key(self, config: Config, batch: Batch) -> tuple[Any, ...]:
         accumulates, clips = (config.gradient_accumulation_steps or 1) > 1, config.max_grad_norm > 0
         numerics = (config.precision, config.master_weights, config.optim, config.packing, accumulates, clips)
-        return (*numerics, config.activation_checkpointing, config.offload, batch)
+        return (*numerics, config.activation_checkpointing, config.compile == "true", config.offload, batch)
 
     def facts(self, length: int) -> Facts:
         """Count what follows from the model's shapes alone.
@@ -84,6 +84,7 @@ class Plans:
 
 
 _SHOWN = 2  # faster choices that did not fit
+_CHEAP = 0.3  # of the forward pass: what `selective` recomputes of it, measured on a CPU
 
 
 @dataclass(frozen=True)
@@ -111,10 +112,21 @@ class Choice:
 
 
 def recomputed_share(activation_checkpointing: str) -> float:
-    """Give the share of the layers that backward recomputes."""
+    """Give the share of the layers that backward recomputes whole."""
     if activation_checkpointing.startswith("every_"):
         return 1 / int(activation_checkpointing.removeprefix("every_"))
     return float(activation_checkpointing == "full")
+
+
+def recomputing_time(config: Config) -> float:
+    """Give the time of recomputing, as a share of that of the forward pass.
+
+    Args:
+        config: without any auto.
+    """
+    if config.activation_checkpointing == "selective":
+        return 0.0 if config.compile == "true" else _CHEAP
+    return recomputed_share(config.activation_checkpointing)
 
 
 def choices(config: Config, plans: Plans, batch: Batch, device: Device, speeds: Speeds) -> list[Choice]:
@@ -134,7 +146,8 @@ def choices(config: Config, plans: Plans, batch: Batch, device: Device, speeds: 
     places = itertools.product(tiers, repeat=3)
     offloads = [config.offload] if config.offload != "auto" else [_written(*place) for place in places]
     asked = config.activation_checkpointing
-    modes = [asked] if asked != "auto" else ["none", "every_2", "full"]
+    # To recompute what is cheap saves more than to recompute every other layer, and takes less; in graphs it is free.
+    modes = [asked] if asked != "auto" else ["none", "every_2" if config.compile == "true" else "selective", "full"]
     facts = plans.facts(batch.length)
     found = []
     for offload, mode in itertools.product(offloads, modes):
@@ -144,7 +157,7 @@ def choices(config: Config, plans: Plans, batch: Batch, device: Device, speeds: 
             continue  # it places its states itself
         each = replace(config, offload=offload, activation_checkpointing=mode)
         tokens = batch.sequences * batch.length
-        seconds = estimate_seconds(each, facts, tokens, speeds, recomputed_share(mode))
+        seconds = estimate_seconds(each, facts, tokens, speeds, recomputing_time(each))
         found.append(Choice(mode, offload, seconds))
     return sorted(found, key=lambda choice: (choice.seconds, choice.offload.count("=")))
 
@@ -205,7 +218,7 @@ def _first_to_fit(ranked: list[Choice], config: Config, plans: Plans, batch: Bat
 def _least(ranked: list[Choice], offload: str) -> str:
     """Give the checkpointing that needs least of those that may be chosen."""
     modes = [choice.activation_checkpointing for choice in ranked if choice.offload == offload]
-    return max(modes, key=recomputed_share)
+    return max(modes, key=lambda mode: (recomputed_share(mode), mode == "selective"))
 
 
 def _told(

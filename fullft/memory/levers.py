@@ -11,7 +11,7 @@ from typing import Any
 from fullft.config import Config, parse_offload
 from fullft.gpus import PEAK_FLOPS
 from fullft.memory.facts import Facts
-from fullft.memory.fit import Plans, recomputed_share
+from fullft.memory.fit import Plans, recomputed_share, recomputing_time
 from fullft.memory.plan import Batch, num_layers
 from fullft.memory.room import Device
 from fullft.memory.tracker import COMPONENTS
@@ -101,9 +101,13 @@ def _candidates(config: Config, plans: Plans, batch: Batch, tier: str) -> Iterat
     if config.optim == "adamw" and "optimizer" not in placed:
         yield _Candidate("--optim adamw_8bit", {"optim": "adamw_8bit"}, {}, "little", "coarser moments")
     if config.activation_checkpointing != "full" and share > 2 * _WORTH_IT:
-        full = {"activation_checkpointing": "full"}
-        time = "about +33%" if config.activation_checkpointing == "none" else "about +15%"
-        yield _Candidate("--activation_checkpointing full", full, {}, time, "nothing")
+        # In graphs what is cheap is recomputed in any case.
+        modes = ["selective"] * (config.activation_checkpointing == "none" and config.compile != "true") + ["full"]
+        for mode in modes:
+            other = replace(config, activation_checkpointing=mode)
+            longer = (3 + recomputing_time(other)) / (3 + recomputing_time(config)) - 1
+            options = {"activation_checkpointing": mode}
+            yield _Candidate(f"--activation_checkpointing {mode}", options, {}, f"about +{longer:.0%}", "nothing")
     yield from _offloads(config, placed, tier)
 
 

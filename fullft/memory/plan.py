@@ -156,8 +156,8 @@ def trace(config: Config, model_config: PreTrainedConfig, batch: Batch, layers: 
         storage = Storage(torch.device("cpu"), Path())
         if tier := parse_offload(config.offload).get("parameters"):
             settle_layers(model, tier, storage)
+        apply_activation_checkpointing(model, config)
         apply_layer_streaming(model)
-        apply_activation_checkpointing(model, config.activation_checkpointing)
         optimizer = build_optimizer(model, config, storage)
         micro_batch = _micro_batch(batch.sequences, batch.length, config.packing)
         held_out_sequences = batch.evaluation_sequences or batch.sequences

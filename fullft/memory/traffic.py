@@ -141,7 +141,7 @@ def estimate_seconds(config: Config, facts: Facts, tokens: int, speeds: Speeds, 
         facts: of the model.
         tokens: of a micro-batch.
         speeds: of the machine.
-        recomputed: the share of the layers that backward recomputes.
+        recomputed: the time of recomputing, as a share of that of the forward pass.
     """
     a = config.gradient_accumulation_steps or 1
     computing = a * tokens * facts.flops_per_token * (1 + recomputed / 3) / speeds.flops

@@ -68,7 +68,7 @@ def main(config: Config) -> None:
     tokenizer = load_tokenizer(config, source)
     data = load_data(config, tokenizer)
     print(data.description)
-    plan = plan_run(config, model_config, data, device)
+    plan = plan_run(config, model_config, data, device, checkpoint)
     config = plan.config  # without any auto: the plan has chosen
     print(plan.description)
     storage = Storage(device, str(config.output_dir))  # of what --offload keeps elsewhere

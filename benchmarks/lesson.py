@@ -79,7 +79,7 @@ def track(mode: str) -> dict:
     config = options(activation_checkpointing=mode)
     model = AutoModelForCausalLM.from_config(small_llama(), dtype=torch.bfloat16).train()
     apply_document_attention(model)
-    apply_activation_checkpointing(model, options(activation_checkpointing=mode))
+    apply_activation_checkpointing(model, config)
     ids = torch.randint(0, 2048, (1, LENGTH))
     batch = MicroBatch({"input_ids": ids}, ids, LENGTH, LENGTH - 1)
     plain = torch.autocast("cpu", enabled=False)
@@ -244,9 +244,9 @@ def growth() -> str:
 
     layer_input = LENGTH * model_config(MISTRAL).hidden_size * 2
     one_layer = kept("none", 17) - kept("none", 16)
-    lines = ["| layers | none | every_2 | full | sqrt(layers) segments |", "|---|---|---|---|---|"]
+    lines = ["| layers | none | every_2 | selective | full | sqrt(layers) segments |", "|---|---|---|---|---|---|"]
     for layers in (8, 16, 32, 64):
-        sizes = [kept(mode, layers) for mode in ("none", "every_2", "full")]
+        sizes = [kept(mode, layers) for mode in ("none", "every_2", "selective", "full")]
         sizes.append(round(math.sqrt(layers) * (layer_input + one_layer)))
         lines.append(f"| {layers} | " + " | ".join(f"{size / MIB:,.0f} MiB" for size in sizes) + " |")
     return "\n".join(lines) + (

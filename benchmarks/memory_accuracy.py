@@ -93,13 +93,14 @@ def model_configs() -> dict:
 
 
 def combinations() -> list[tuple]:
-    """Vary the options together: each pair of values occurs, in few runs."""
-    precisions, modes = list(PRECISIONS), ["none", "full", "every_2"]
+    """Vary the options together: each value meets most of the others, in few runs."""
+    precisions, modes = list(PRECISIONS), ["none", "full", "every_2", "selective"]
     cases = []
     for number, (precision, mode) in enumerate(itertools.product(precisions, modes)):
-        optim = ("adamw", "adamw_8bit")[number % 2]
-        accumulation, packing = ((1, False), (4, True), (4, False), (1, True))[number % 4]
-        offload = OFFLOADS[number % 4] if mode == "full" else OFFLOADS[number % 3]
+        turn = number + number // len(modes)  # so that modes meet other values every time
+        optim = ("adamw", "adamw_8bit")[turn % 2]
+        accumulation, packing = ((1, False), (4, True), (4, False), (1, True))[turn % 4]
+        offload = OFFLOADS[turn % 4] if mode == "full" else OFFLOADS[turn % 3]
         cases.append((precision, mode, optim, accumulation, packing, offload))
     return cases
 

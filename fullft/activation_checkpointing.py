@@ -11,17 +11,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
 from fullft.config import Config, parse_offload
+from fullft.errors import ModelError
 from fullft.model import decoder_layers
 
 Forward = Callable[..., Any]
 
-# Most of a layer's time, and much less than half of what it would keep. Not the products of batches of matrices: those
-# are attention's, if it is no operator of its own, and its scores grow with the square of the sequence.
-_PRODUCTS = ("aten::mm", "aten::addmm", "aten::_grouped_mm")
+# Most of a layer's time, and half of what it would keep, or less. Not the products of batches of matrices: those are
+# attention's, if it is no operator of its own, and its scores grow with the square of the sequence.
+_PRODUCTS = ("aten::mm", "aten::addmm", "aten::_grouped_mm", "transformers::grouped_mm_fallback")
 
 
 def apply_activation_checkpointing(model: PreTrainedModel, config: Config) -> None:
@@ -29,14 +31,15 @@ def apply_activation_checkpointing(model: PreTrainedModel, config: Config) -> No
 
     Args:
         model: changed in place.
-        config: `activation_checkpointing` counts, where `auto`, undecided, is `none`; and `compile`, for in a graph
-            `none` is `selective`, which costs no time there. Streamed layers recompute by themselves.
+        config: `activation_checkpointing` counts, where `auto`, undecided, is `none`; and `compile`, since in a graph
+            it takes no time to recompute what is fused: there `none` is `selective`. Streamed layers (`offload`)
+            recompute by themselves, as a recomputation must fetch their weights again.
 
     Raises:
         ModelError: the model's decoder layers cannot be found.
     """
     mode = config.activation_checkpointing
-    every = int(mode.removeprefix("every_")) if mode.startswith("every_") else int(mode == "full")
+    every = int(mode.removeprefix("every_")) if mode.startswith("every_") else int(mode == "full")  # 0: no layer
     is_selective = mode == "selective" or config.compile == "true"
     if not (every or is_selective) or "parameters" in parse_offload(config.offload):
         return
@@ -44,7 +47,7 @@ def apply_activation_checkpointing(model: PreTrainedModel, config: Config) -> No
         if every and number % every == 0:
             layer.forward = recompute(layer.forward)
         elif is_selective:
-            layer.forward = recompute_cheap(layer.forward)
+            layer.forward = recompute_but_products(layer.forward)
 
 
 def recompute(forward: Forward, **options: Any) -> Forward:
@@ -66,27 +69,46 @@ def recompute(forward: Forward, **options: Any) -> Forward:
     return wrapped
 
 
-def recompute_cheap(forward: Forward) -> Forward:
+def recompute_but_products(forward: Forward) -> Forward:
     """Have backward call a layer again but for its matrix products and its attention, whose results are kept.
 
     Args:
-        forward: of the layer.
+        forward: of the layer. Called without a compiler, it raises `ModelError` if it overwrites such a result.
     """
-    return recompute(forward, context_fn=functools.partial(create_selective_checkpoint_contexts, _policy))
+    return recompute(forward, context_fn=lambda: create_selective_checkpoint_contexts(_Products().policy))
 
 
-def _policy(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    name = operator.name()
-    is_kept = name in _PRODUCTS or ("attention" in name and not _draws(operator, args, kwargs))
-    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
+class _Products:
+    """What one call of a layer keeps."""
+
+    def __init__(self) -> None:
+        self._kept: set[int] = set()  # storages, which live as long as the call's results are kept
+
+    def policy(self, context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        """Decide about an operator that has run."""
+        name, schema = operator.name(), getattr(operator, "_schema", None)
+        given = dict(zip((each.name for each in schema.arguments), args, strict=False)) | kwargs if schema else kwargs
+        # Attention that drops out draws: left out of recomputation, it would leave its numbers to what draws later.
+        is_kept = name in _PRODUCTS or ("attention" in name and not given.get("dropout_p"))
+        if not torch.compiler.is_compiling():  # graphs have no operators in place
+            self._watch(context, operator, given, is_kept)
+        return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def _watch(self, context: Any, operator: Any, given: dict[str, Any], is_kept: bool) -> None:
+        """Refuse to go on if what is kept is overwritten: torch does not notice where that is done to a view."""
+        if is_kept:
+            self._kept.update(map(_storage, filter(torch.is_tensor, tree_leaves(context.op_output))))
+        elif operator._schema.is_mutable:
+            written = [each.name for each in operator._schema.arguments if each.is_write]
+            if any(_storage(given[name]) in self._kept for name in written if torch.is_tensor(given.get(name))):
+                raise ModelError(
+                    f"the model overwrites what its matrix products give ({operator.name()}), which selective "
+                    "checkpointing keeps: pass --activation_checkpointing full, or none"
+                )
 
 
-def _draws(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Tell whether attention drops out: left out of recomputation, it would leave later ones to draw its numbers."""
-    schema = getattr(operator, "_schema", None)
-    names = [argument.name for argument in schema.arguments] if schema else []
-    given = dict(zip(names, args, strict=False)) | kwargs
-    return bool(given.get("dropout_p", 0) > 0)
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 @contextmanager

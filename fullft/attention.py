@@ -291,8 +291,8 @@ document_attention.register_fake(lambda query, *_: _like_result(query))
 _backward_operator = custom_op("fullft::attention_backward", _backward, mutates_args=())
 _backward_operator.register_fake(lambda _, query, key, value, *__: tuple(map(_like_result, (query, key, value))))
 document_attention.register_autograd(_differentiate, setup_context=_keep)
-# What they do within, for what tracks memory.
-WITHIN = {
+# What the operators do: their scratch memory is a step's memory too.
+BODIES = {
     torch.ops.fullft.attention.default: _forward,
     torch.ops.fullft.attention_backward.default: _backward,
 }

@@ -8,6 +8,7 @@ import base64
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fullft.adamw import AdamW
 from fullft.calendar import Calendar
-from fullft.config import NEWEST, Config
+from fullft.config import NEWEST, Config, parse_offload
 from fullft.disk import staged_folder, sync_folder, write_tensors
 from fullft.errors import CheckpointError, OptionsError
 from fullft.model import PRECISIONS
@@ -231,12 +232,20 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _changed_options(config: Config, saved: dict[str, Any]) -> list[str]:
     now = dataclasses.asdict(config)
     fixed = [name for name, option in by_name(Config).items() if not option.metadata["may_change"]]
-    if config.compile == "true":
-        fixed.append("activation_checkpointing")  # other graphs may round otherwise
+    if config.compile == "true" and _recomputed_by_graphs(now) != _recomputed_by_graphs(saved):
+        fixed += ["activation_checkpointing", "offload"]  # other graphs may round otherwise
     # What is still at auto is compared when it has been chosen.
     return [
         f"{name} was {saved.get(name)}, is {now[name]}" for name in fixed if now[name] not in (saved.get(name), "auto")
     ]
+
+
+def _recomputed_by_graphs(options: Mapping[str, Any]) -> str:
+    """Tell what compiled layers recompute, which is their graphs' business unless they are streamed."""
+    if "parameters" in parse_offload(options["offload"]):
+        return "nothing"
+    mode = str(options["activation_checkpointing"])
+    return {"none": "selective"}.get(mode, mode)
 
 
 # ---------------------------------------------------------------------------------------------- resuming

@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._inductor.exc import InductorError
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from tqdm import tqdm
@@ -27,8 +27,8 @@ from fullft.config import Config
 from fullft.errors import OptionsError
 from fullft.model import decoder_layers
 
-# It warns of operators in place, which graphs have none of.
-logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+# It warns of operators in place under selective checkpointing; a graph has none left by then.
+logging.getLogger("torch._higher_order_ops.wrap").addFilter(lambda record: "in-place ops" not in record.getMessage())
 
 # Operations of a run, from which on it gains more than the minute that it waits for the compiler: some ten minutes of
 # two cores, or of a large GPU.
@@ -102,8 +102,8 @@ class _Attempt:
         self._has_failed = self._has_succeeded = False
 
     def compiled(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        # Dropout draws the numbers that it draws without a compiler.
-        graph = torch.compile(forward, dynamic=self._dynamic, options={"fallback_random": True})
+        # One graph or none: what is recomputed cannot be cut in two. Dropout draws what it draws without a compiler.
+        graph = torch.compile(forward, fullgraph=True, dynamic=self._dynamic, options={"fallback_random": True})
         is_left_out = False
 
         @functools.wraps(forward)
@@ -113,7 +113,7 @@ class _Attempt:
                 return forward(*args, **kwargs)
             try:
                 outputs = graph(*args, **kwargs)
-            except (TorchDynamoException, InductorError) as error:
+            except (TorchDynamoException, InductorError, FailOnRecompileLimitHit) as error:
                 # Layers that have run by their graphs keep them: backward may recompute them in the same step.
                 is_left_out, self._has_failed = True, not self._has_succeeded
                 cause = str(error).strip().split("\n")[0][:200]

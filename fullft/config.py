@@ -168,13 +168,13 @@ class Config:
     )
     activation_checkpointing: str = option(
         "auto",
-        "recompute activations in backward: of no, all or every n-th decoder layer, or of all what is cheap; auto: as "
-        "little as fits",
+        "what backward recomputes: nothing; all but matrix products and attention; whole decoder layers; every n-th "
+        "of them; auto: as little as fits",
         choices=("none", "selective", "full", "every_<n>", "auto"),
         aliases=("gradient_checkpointing",),
         spellings={"true": "full", "false": "none"},
         bare="full",
-        may_change=True,  # gradients are the same to the bit, unless layers are compiled
+        may_change=True,  # gradients are the same to the bit, if layers are not compiled
     )
     master_weights: str = option(
         "split",
@@ -189,7 +189,7 @@ class Config:
         called=("cpu_offload", "offload_optimizer", "offload_param"),
         spellings={"true": "optimizer=host", "false": "none", "cpu": "optimizer=host"},
         several=True,
-        may_change=True,  # the trajectory is the same to the bit
+        may_change=True,  # the trajectory is the same to the bit, if layers are not compiled
     )
     compile: str = option(
         "auto",

@@ -86,10 +86,15 @@ def steps() -> list[int]:
 def test_compiled_layers_must_go_on_recomputing_what_they_did() -> None:
     """What else is checkpointed may change at any time."""
     config = make_config(activation_checkpointing="full", compile="true")
-    saved = asdict(config) | {"activation_checkpointing": "none"}
-    assert _changed_options(config, saved) == ["activation_checkpointing was none, is full"]
-    assert _changed_options(replace(config, activation_checkpointing="auto"), saved) == []
+    saved = asdict(config) | {"activation_checkpointing": "none", "offload": "none"}
+    assert _changed_options(config, saved)[0] == "activation_checkpointing was none, is full"
     assert _changed_options(replace(config, compile="false"), saved | {"compile": "false"}) == []
+    for same in ("auto", "selective"):  # the same graphs
+        assert _changed_options(replace(config, activation_checkpointing=same), saved) == []
+    # Streamed layers' graphs recompute nothing: the layers are called again.
+    streamed, full = replace(config, offload="parameters=host"), saved | {"activation_checkpointing": "full"}
+    assert _changed_options(streamed, full) == ["offload was none, is parameters=host"]
+    assert _changed_options(replace(config, offload="optimizer=host"), full) == []
 
 
 def test_resuming_an_older_checkpoint_leaves_the_later_ones(

@@ -1,6 +1,7 @@
 """Compiled layers give the losses and gradients that they give without; a run that cannot compile goes on."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from models import SHAPE, VOCABULARY, make_config, tiny_model
+from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
@@ -29,7 +31,8 @@ from fullft.model import decoder_layers
 
 CPU = torch.device("cpu")
 BF16 = torch.autocast("cpu", dtype=torch.bfloat16)
-COMPILED = make_config(compile="true", packing=True)
+COMPILED = make_config(compile="true", packing=True, activation_checkpointing="none")
+STREAMED = "offload=parameters=host"
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +101,7 @@ def test_compiled_is_not_compiled_in_fp32(family: str, checkpointing: str, dropo
     apply_activation_checkpointing(model, config)
     apply_compilation(model, config)
     loss, gradients = distance(loss_and_gradients(model, micro_batch), expected)
-    assert counters["frames"]["ok"] > 0
+    assert counters["stats"]["unique_graphs"] > 0
     assert loss < 1e-6
     assert gradients < 1e-5
     with torch.no_grad():  # what these bounds notice
@@ -113,6 +116,7 @@ def test_in_bf16_it_differs_by_rounding_and_other_documents_need_no_other_graph(
     batches = [packed(), packed((48,)), packed((7, 30, 11))]
     expected = [loss_and_gradients(model, batch, BF16) for batch in batches]
     exact = [loss_and_gradients(model, batch) for batch in batches]
+    apply_activation_checkpointing(model, COMPILED)
     apply_compilation(model, COMPILED)
     graphs = []
     for batch, theirs, fp32 in zip(batches, expected, exact, strict=True):
@@ -125,12 +129,45 @@ def test_in_bf16_it_differs_by_rounding_and_other_documents_need_no_other_graph(
     assert graphs[0] == graphs[2] == 1  # for all layers, which are alike
 
 
+def test_graphs_keep_what_their_checkpointing_says() -> None:
+    kept: Counter[tuple[str, str]] = Counter()
+    for config in (make_config(), COMPILED, replace(COMPILED, activation_checkpointing="full")):
+        torch._dynamo.reset()
+        model, kind = model_of("llama"), (config.compile, config.activation_checkpointing)
+        apply_document_attention(model)
+        apply_activation_checkpointing(model, config)
+        apply_compilation(model, config)
+
+        def count(tensor: torch.Tensor, kind: tuple[str, str] = kind) -> torch.Tensor:
+            kept[kind] += 0 if isinstance(tensor, nn.Parameter) else tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            model.get_decoder()(**packed().inputs, use_cache=False)
+    eager, selective, full = kept.values()
+    assert full < 0.4 * selective and selective < 0.7 * eager
+
+
+def test_a_layer_that_is_no_single_graph_goes_on_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """Cut in two within what backward recomputes, it would be another layer there."""
+    results = []
+    for config in (make_config(activation_checkpointing="selective"), COMPILED):
+        model = model_of("llama")
+        for layer in decoder_layers(model):
+            layer.mlp.register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
+        apply_activation_checkpointing(model, config)
+        apply_compilation(model, config)
+        results.append(loss_and_gradients(model, packed()))
+    assert all(map(torch.equal, *results))
+    assert capsys.readouterr().out.count("warning: the compiler failed") == 1
+
+
 def test_without_gradients_and_under_watch_nothing_is_compiled() -> None:
     model = model_of("llama")
     apply_compilation(model, COMPILED)
     with torch.no_grad():
         model(**packed().inputs)
-    assert counters["frames"]["total"] == 0
+    assert counters["stats"]["unique_graphs"] == 0
 
 
 def test_a_compiler_that_fails_costs_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,20 +234,17 @@ def test_without_a_compiler_auto_says_so_and_true_is_refused(monkeypatch: pytest
         choose_compilation(replace(config, compile="true"), 0, CPU)
 
 
-def test_a_resumed_compiled_run_with_streamed_layers_is_the_uninterrupted_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("option", ["activation_checkpointing=none", "activation_checkpointing=full", STREAMED])
+def test_a_resumed_compiled_run_is_the_uninterrupted_one(option: str, tmp_path: Path) -> None:
     def run(folder: Path, *words: str) -> list[float]:
         torch._dynamo.reset()  # as another process begins
         words = (*words, f"--output_dir={folder}", "--logging_steps=1", "--max_steps=4", "--save_strategy=steps")
-        train.main(
-            parse_config(
-                [*words, "--save_steps=2", "--compile", "--packing", "--max_length=64", "--offload=parameters=host"]
-            )
-        )
+        train.main(parse_config([*words, "--save_steps=2", "--compile", "--packing", "--max_length=64", f"--{option}"]))
         log = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
         return [record["loss"] for record in log if "loss" in record]
 
     whole = run(tmp_path / "whole")
-    assert counters["frames"]["ok"] > 0
+    assert counters["stats"]["unique_graphs"] > 0
     (tmp_path / "resumed").mkdir()
     (tmp_path / "whole" / "checkpoint-2").rename(tmp_path / "resumed" / "checkpoint-2")
     (tmp_path / "whole" / "log.jsonl").rename(tmp_path / "resumed" / "log.jsonl")

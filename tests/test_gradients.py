@@ -3,6 +3,8 @@
 import operator
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,19 +19,21 @@ from transformers import (
     CohereConfig,
     GraniteConfig,
     MixtralConfig,
+    OlmoConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fullft import loss as loss_module
-from fullft.activation_checkpointing import _policy, apply_activation_checkpointing
+from fullft.activation_checkpointing import _Products, apply_activation_checkpointing
 from fullft.attention import apply_document_attention
 from fullft.data import Batches
+from fullft.errors import ModelError
 from fullft.head import Product
 from fullft.loss import SummedCrossEntropy
 from fullft.micro_batch import IGNORED, MicroBatch
-from fullft.model import decoder_of
+from fullft.model import PRECISIONS, decoder_of
 
 Gradients = dict[str, torch.Tensor]
 
@@ -49,7 +53,9 @@ def make_rows(lengths: list[int], seed: int = 0) -> Dataset:
 UNEVEN = make_rows([3, 31, 8, 17, 5, 29, 11, 4, 23, 9, 14, 2, 26, 7, 19, 12])
 
 
-def our_gradients(model: PreTrainedModel, rows: Dataset, **options: object) -> tuple[float, Gradients]:
+def our_gradients(
+    model: PreTrainedModel, rows: Dataset, *, autocast: bool = False, **options: object
+) -> tuple[float, Gradients]:
     """One global batch as train.py's loop does it."""
     config = make_config(max_length=64, **options)
     micro_batches = Batches(rows, config, pad_token_id=0).global_batch(1)
@@ -57,8 +63,9 @@ def our_gradients(model: PreTrainedModel, rows: Dataset, **options: object) -> t
     model.zero_grad()
     loss = 0.0
     for micro_batch in micro_batches:
-        outputs = decoder_of(model)(**micro_batch.inputs, use_cache=False)
-        micro_loss = SummedCrossEntropy(model)(outputs, micro_batch) / num_target_tokens
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            outputs = decoder_of(model)(**micro_batch.inputs, use_cache=False)
+            micro_loss = SummedCrossEntropy(model)(outputs, micro_batch) / num_target_tokens
         micro_loss.backward()
         loss += micro_loss.item()
     return loss, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
@@ -147,15 +154,28 @@ def test_packed_documents_without_their_positions_see_each_other(family: str) ->
 
 @pytest.mark.parametrize("mode", ["selective", "full", "every_1", "every_2", "every_3"])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "qwen2", "gemma2"])
-def test_checkpointing_leaves_gradients_bitwise_the_same_with_dropout(family: str, mode: str) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "bf16-true"])
+def test_checkpointing_leaves_gradients_bitwise_the_same_with_dropout(precision: str, family: str, mode: str) -> None:
     gradients = []
     for checkpointing in ("none", mode):
-        model = tiny_model(family, torch.float32, dropout=0.1)
+        model = tiny_model(family, PRECISIONS[precision].weights, dropout=0.1)
+        apply_document_attention(model)
         apply_activation_checkpointing(model, make_config(activation_checkpointing=checkpointing))
         torch.manual_seed(7)
-        gradients.append(our_gradients(model, UNEVEN, global_batch_size=8)[1])
+        autocast = PRECISIONS[precision].autocast
+        gradients.append(our_gradients(model, UNEVEN, autocast=autocast, global_batch_size=8)[1])
     plain, recomputed = gradients
     assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
+
+
+def test_a_model_that_overwrites_what_is_kept_is_refused() -> None:
+    """Backward would go on from what was written there: OLMo's queries, keys and values are clipped in place."""
+    config = OlmoConfig(**SHAPE, clip_qkv=0.05)
+    for mode in ("full", "selective"):
+        model = from_config(config)
+        apply_activation_checkpointing(model, make_config(activation_checkpointing=mode))
+        with nullcontext() if mode == "full" else pytest.raises(ModelError, match=r"overwrites .* full, or none"):
+            summed_loss(model, torch.ones(1, 8, dtype=torch.int64)).backward()
 
 
 def test_checkpointing_without_the_random_state_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,18 +233,26 @@ class Counted(TorchDispatchMode):
         return called(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_selective_checkpointing_takes_no_product_and_no_attention_twice(family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [
+        ("gpt2", "fullft::attention"),
+        ("llama", "fullft::attention"),
+        ("llama", "aten::_scaled_dot_product_flash_attention_for_cpu"),
+    ],
+)
+def test_selective_checkpointing_takes_no_product_and_no_attention_twice(family: str, attention: str) -> None:
     products, cheap = {}, {}
     for mode in ("none", "selective", "full"):
         model = tiny_model(family, torch.float32)
-        apply_document_attention(model)
+        if "fullft" in attention:
+            apply_document_attention(model)
         apply_activation_checkpointing(model, make_config(activation_checkpointing=mode))
         with Counted() as counted:
             summed_loss(model, torch.ones(1, 32, dtype=torch.int64)).backward()
-        products[mode] = [counted.calls[name] for name in ("aten::mm", "aten::addmm", "fullft::attention")]
+        products[mode] = [counted.calls[name] for name in ("aten::mm", "aten::addmm", attention)]
         cheap[mode] = counted.calls["aten::mul.Tensor"]
-    assert products["selective"] == products["none"] and cheap["selective"] > cheap["none"]
+    assert products["selective"] == products["none"] and products["none"][2] == 4 and cheap["selective"] > cheap["none"]
     assert all(map(operator.ge, products["full"], products["none"])) and products["full"] != products["none"]
 
 
@@ -232,10 +260,11 @@ def test_selective_checkpointing_takes_no_product_and_no_attention_twice(family:
 def test_attention_that_drops_out_is_recomputed_and_draws_again(dropout: float, kept: bool) -> None:
     """Were it left out, what draws after it would draw its numbers. On a CPU no kernel drops out, so none here."""
     vectors = [torch.zeros(1, 1, 1, 1)] * 3
-    flash = _policy(None, torch.ops.aten._scaled_dot_product_flash_attention.default, *vectors, dropout)
+    policy, context = _Products().policy, SimpleNamespace(op_output=vectors)
+    flash = policy(context, torch.ops.aten._scaled_dot_product_flash_attention.default, *vectors, dropout)
     efficient = torch.ops.aten._scaled_dot_product_efficient_attention.default
     assert (flash is CheckpointPolicy.MUST_SAVE) is kept
-    assert (_policy(None, efficient, *vectors, None, True, dropout_p=dropout) is CheckpointPolicy.MUST_SAVE) is kept
+    assert (policy(context, efficient, *vectors, None, True, dropout_p=dropout) is CheckpointPolicy.MUST_SAVE) is kept
 
 
 def test_checkpointed_models_still_generate_with_a_cache() -> None:

@@ -276,6 +276,8 @@ def test_levers_are_true(options: dict[str, object]) -> None:
     peak = plan_step(config, model_config, batch)["peak_bytes"]
     levers = find_levers(config, plans, batch, Device("mine", 2**40))
     assert len(levers) > 3 and levers[-1].flags == ALL
+    times = [lever.time for lever in levers if lever.flags.endswith("selective")]
+    assert times == (["about +10%"] if config.activation_checkpointing == "none" else [])
     every: list[str] = []
     for lever in levers:
         words = lever.flags.split() if lever.flags != ALL else every

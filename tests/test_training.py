@@ -102,7 +102,7 @@ def test_a_run_moves_every_parameter_and_its_result_loads_with_the_same_logits(t
     "options",
     [
         {"precision": "fp32"},
-        {"precision": "bf16-mixed", "packing": True, "max_length": 64},
+        {"precision": "bf16-mixed", "packing": True, "max_length": 64, "activation_checkpointing": "selective"},
         {"precision": "bf16-true", "activation_checkpointing": "full"},
         {"precision": "bf16-true", "master_weights": "stochastic", "offload": "optimizer=disk,gradients=host"},
         {"precision": "bf16-true", "master_weights": "none"},

@@ -132,8 +132,8 @@ def recomputing_time(config: Config) -> float:
 def choices(config: Config, plans: Plans, batch: Batch, device: Device, speeds: Speeds) -> list[Choice]:
     """List what may be set in place of auto, the fastest first by estimate.
 
-    Each of them gives the same losses to the bit. Between a host and a device that share their memory nothing is
-    offloaded to the host.
+    Each of them gives the same losses, to the bit or, where layers are compiled, up to rounding. Between a host and a
+    device that share their memory nothing is offloaded to the host.
 
     Args:
         config: what it leaves at auto is chosen.
@@ -146,7 +146,7 @@ def choices(config: Config, plans: Plans, batch: Batch, device: Device, speeds: 
     places = itertools.product(tiers, repeat=3)
     offloads = [config.offload] if config.offload != "auto" else [_written(*place) for place in places]
     asked = config.activation_checkpointing
-    # To recompute what is cheap saves more than to recompute every other layer, and takes less; in graphs it is free.
+    # To recompute what is cheap saves about as much as to recompute every other layer, and takes less time.
     modes = [asked] if asked != "auto" else ["none", "every_2" if config.compile == "true" else "selective", "full"]
     facts = plans.facts(batch.length)
     found = []
@@ -236,7 +236,8 @@ def _told(
     costs = choice.seconds / min(each.seconds for each in ranked)
     time = f" ({costs:.2g} x the time of the fastest)" if costs > 1.05 else ""
     spare = f"{unit.amount(device.memory_bytes - _taken(planned, device))} to spare"
-    line = f"{choice.describe()}{time}: the fastest exact choice to fit {device.name}, {spare}"
+    exact = "" if config.compile == "true" else "exact "  # graphs that recompute more may round otherwise
+    line = f"{choice.describe()}{time}: the fastest {exact}choice to fit {device.name}, {spare}"
     kept = [
         f"{unit.amount(planned[name])} on {where}"
         for name, where in (("host_bytes", "the host"), ("disk_bytes", "disk"))

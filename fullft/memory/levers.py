@@ -107,7 +107,8 @@ def _candidates(config: Config, plans: Plans, batch: Batch, tier: str) -> Iterat
             other = replace(config, activation_checkpointing=mode)
             longer = (3 + recomputing_time(other)) / (3 + recomputing_time(config)) - 1
             options = {"activation_checkpointing": mode}
-            yield _Candidate(f"--activation_checkpointing {mode}", options, {}, f"about +{longer:.0%}", "nothing")
+            price = "may round otherwise" if config.compile == "true" else "nothing"
+            yield _Candidate(f"--activation_checkpointing {mode}", options, {}, f"about +{longer:.0%}", price)
     yield from _offloads(config, placed, tier)
 
 

@@ -54,11 +54,11 @@ def show_plan(config: Config) -> None:
     here = pick_device()
     device = find_device(config, here)
     try:
-        facts, compilation, asked = plans.facts(batch.length), "", config
+        facts, compilation = plans.facts(batch.length), ""
         if config.device_memory is None:  # else nobody knows what compiler there is beside that memory
             config, compilation = choose_compilation(config, estimate_work(config, facts, batch).training_flops, here)
             compilation += " (with the rows assumed below)" if compilation and config.max_steps <= 0 else ""
-        config, chosen = choose(config, plans, batch, device, lambda: measure_speeds(asked, here))
+        config, chosen = choose(config, plans, batch, device, lambda: measure_speeds(config, here))
         planned = plans.of(config, batch)
         if config.json:
             print(json.dumps(plan_object(config, planned, facts, device) | _asked_for(config, plans, batch), indent=1))
@@ -211,7 +211,8 @@ def _words(name: str) -> str:
 def _verdicts(planned: Mapping[str, Any], device: Device, levers: list[Lever], unit: Unit) -> str:
     peak = planned["peak_bytes"]
     lines = [f"Fits {unit.amount(peak)}?"]
-    for each in (device, *(card for card in cards() if card.memory_bytes != device.memory_bytes)):
+    others = [card for card in cards() if card.memory_bytes != device.memory_bytes]  # which would be told twice
+    for each in (device, *others):
         spare = each.memory_bytes - peak
         if spare >= 0 and not fits(planned, each):
             verdict = "no   the host or the disk has too little"

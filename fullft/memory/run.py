@@ -4,7 +4,7 @@ Owns `memory.json`, and what is said when memory runs out after all.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from fullft import errors
 from fullft.adamw import AdamW
 from fullft.blockwise import require_kernel
 from fullft.calendar import Calendar
+from fullft.checkpoint import Checkpoint
 from fullft.compilation import choose_compilation
 from fullft.config import Config
 from fullft.data import Data
@@ -49,7 +50,13 @@ class RunPlan:
     description: str
 
 
-def plan_run(config: Config, model_config: PreTrainedConfig, data: Data, device: torch.device) -> RunPlan:
+def plan_run(
+    config: Config,
+    model_config: PreTrainedConfig,
+    data: Data,
+    device: torch.device,
+    checkpoint: Checkpoint | None = None,
+) -> RunPlan:
     """Plan a training run before its weights are loaded, and set what was left at auto.
 
     Args:
@@ -57,6 +64,7 @@ def plan_run(config: Config, model_config: PreTrainedConfig, data: Data, device:
         model_config: of the model to train.
         data: gives the largest micro-batches.
         device: where it will train.
+        checkpoint: that the run resumes.
 
     Raises:
         MemoryExhaustedError: with `--fit auto`, when no choice fits.
@@ -68,6 +76,7 @@ def plan_run(config: Config, model_config: PreTrainedConfig, data: Data, device:
     try:
         work = _num_tokens(config, data) * plans.facts(batch.length).flops_per_token
         config, compilation = choose_compilation(config, work, device)
+        config = _with_the_same_graphs(config, checkpoint)
         config, choice = choose(config, plans, batch, there, lambda: measure_speeds(asked, device))
         figures = plans.of(config, batch)
     except FullftError:
@@ -95,6 +104,15 @@ def plan_run(config: Config, model_config: PreTrainedConfig, data: Data, device:
     errors.out_of_memory_advice = advice
     lines = (f"Plan: {unit.amount(peak)} at the peak; {choice}", compilation)
     return RunPlan(config, figures, there, "\n".join(filter(None, lines)))
+
+
+def _with_the_same_graphs(config: Config, checkpoint: Checkpoint | None) -> Config:
+    """Choose as before what is left at auto, if layers are compiled: graphs that recompute more may round otherwise."""
+    if checkpoint is None or config.compile != "true":
+        return config
+    saved = checkpoint.state["options"]
+    left = [name for name in ("activation_checkpointing", "offload") if getattr(config, name) == "auto"]
+    return replace(config, **{name: saved[name] for name in left})
 
 
 def _num_tokens(config: Config, data: Data) -> float:

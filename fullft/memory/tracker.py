@@ -3,7 +3,7 @@
 Owns measuring. It sees each tensor that an operator returns (a `TorchDispatchMode`), counts its storage once however
 many views share it, and notes when the storage dies. What a storage was is often known only later (a gradient is a
 temporary until backward hands it over), so components are settled when tracking ends. The workspaces inside kernels are
-not seen: no operator returns them.
+not seen, but for those of our own operators: no operator returns them.
 """
 
 import weakref
@@ -21,7 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
 from fullft.adamw import AdamW
-from fullft.attention import WITHIN
+from fullft.attention import BODIES
 from fullft.errors import ModelError
 from fullft.model import decoder_layers, decoder_of
 from fullft.offload import home_of, is_on_host
@@ -196,8 +196,8 @@ class MemoryTracker(TorchDispatchMode):
             return args[0].fake_device  # asked for so often that answering here saves an eighth of a plan's time
         if operator is torch.ops.aten._unsafe_view.default and isinstance(args[0], FakeTensor):
             operator = torch.ops.aten.view.default  # the same to storages; fake tensors cache it, but not the other
-        with self._again() if operator in WITHIN else nullcontext():
-            result = WITHIN.get(operator, operator)(*args, **(kwargs or {}))
+        with self._tracking_within() if operator in BODIES else nullcontext():
+            result = BODIES.get(operator, operator)(*args, **(kwargs or {}))
         recomputing = self._moment.phase == "backward" and torch.is_grad_enabled()
         if self._moment.phase == "backward" and not recomputing and self._born:
             self._settle_activations()  # recomputation is over: what it left is what backward now uses
@@ -212,8 +212,8 @@ class MemoryTracker(TorchDispatchMode):
         return result
 
     @contextmanager
-    def _again(self) -> Iterator[None]:
-        """Track what an operator does within."""
+    def _tracking_within(self) -> Iterator[None]:
+        """Track what one of our own operators does, whose scratch memory counts too."""
         super().__enter__()  # type: ignore[no-untyped-call]
         try:
             yield

@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
+PARALLEL := --numprocesses auto --maxprocesses 4
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
@@ -14,13 +15,13 @@ train: .venv/ready ## train: the built-in demo, or ARGS="--model mistralai/Mistr
 	$(BIN)/python train.py $(ARGS)
 
 test: .venv/ready ## run the tests (CPU, no network)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 check: .venv/ready ## what CI runs: lint, format, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 format: .venv/ready ## put the code in its standard form
 	$(BIN)/ruff check --fix .

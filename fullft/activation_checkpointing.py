@@ -6,8 +6,9 @@ more than it needs. The loss and the gradients stay bitwise the same; in graphs,
 """
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -33,7 +34,8 @@ def apply_activation_checkpointing(model: PreTrainedModel, config: Config) -> No
         model: changed in place.
         config: `activation_checkpointing` counts, where `auto`, undecided, is `none`; and `compile`, since in a graph
             it takes no time to recompute what is fused: there `none` is `selective`. Streamed layers (`offload`)
-            recompute by themselves, as a recomputation must fetch their weights again.
+            recompute by themselves, as a recomputation must fetch their weights again. Where layers share weights,
+            `selective` is `full`.
 
     Raises:
         ModelError: the model's decoder layers cannot be found.
@@ -43,18 +45,27 @@ def apply_activation_checkpointing(model: PreTrainedModel, config: Config) -> No
     is_selective = mode == "selective" or config.compile == "true"
     if not (every or is_selective) or "parameters" in parse_offload(config.offload):
         return
-    for number, layer in enumerate(decoder_layers(model)):
+    layers = decoder_layers(model)
+    uses = Counter(id(parameter) for layer in layers for parameter in layer.parameters())
+    wrap: Callable[[Forward], Forward] = recompute
+    wrap_cheap: Callable[[Forward], Forward] = recompute_but_products
+    if max(uses.values(), default=0) > 1 and config.compile != "true":
+        # Autocast copies a weight that layers share once, and adds their gradients up there: so it must be kept, and a
+        # layer that finds it has fewer operators than its recomputation, which selective checkpointing takes amiss.
+        wrap = wrap_cheap = functools.partial(recompute, autocast_keeps_copies=True)
+    for number, layer in enumerate(layers):
         if every and number % every == 0:
-            layer.forward = recompute(layer.forward)
+            layer.forward = wrap(layer.forward)
         elif is_selective:
-            layer.forward = recompute_but_products(layer.forward)
+            layer.forward = wrap_cheap(layer.forward)
 
 
-def recompute(forward: Forward, **options: Any) -> Forward:
+def recompute(forward: Forward, *, autocast_keeps_copies: bool = False, **options: Any) -> Forward:
     """Have backward call a layer again, and forward keep nothing but its inputs.
 
     Args:
         forward: of the layer.
+        autocast_keeps_copies: of weights, until it ends; else those of all layers would wait for the loss.
         options: of `torch.utils.checkpoint.checkpoint`.
     """
 
@@ -62,7 +73,7 @@ def recompute(forward: Forward, **options: Any) -> Forward:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)  # nothing is kept for a backward that will not come
-        with _autocast_keeps_no_copies():
+        with nullcontext() if autocast_keeps_copies else _autocast_keeps_no_copies():
             # The random state is preserved: dropout must draw the same mask twice, or gradients would be wrong.
             return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=True, **options, **kwargs)
 
@@ -113,7 +124,7 @@ def _storage(tensor: torch.Tensor) -> int:
 
 @contextmanager
 def _autocast_keeps_no_copies() -> Iterator[None]:
-    """Have autocast copy a weight for one use, not until it ends: the copies of all layers would wait for the loss."""
+    """Have autocast copy a weight for one use, not until it ends."""
     was_enabled = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:

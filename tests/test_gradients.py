@@ -33,7 +33,7 @@ from fullft.errors import ModelError
 from fullft.head import Product
 from fullft.loss import SummedCrossEntropy
 from fullft.micro_batch import IGNORED, MicroBatch
-from fullft.model import PRECISIONS, decoder_of
+from fullft.model import PRECISIONS, decoder_layers, decoder_of
 
 Gradients = dict[str, torch.Tensor]
 
@@ -164,6 +164,20 @@ def test_checkpointing_leaves_gradients_bitwise_the_same_with_dropout(precision:
         torch.manual_seed(7)
         autocast = PRECISIONS[precision].autocast
         gradients.append(our_gradients(model, UNEVEN, autocast=autocast, global_batch_size=8)[1])
+    plain, recomputed = gradients
+    assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
+
+
+@pytest.mark.parametrize("mode", ["selective", "full", "every_2"])
+def test_layers_that_share_weights_add_their_gradients_up_as_without_checkpointing(mode: str) -> None:
+    """Autocast copies such a weight once, and their gradients meet there, in bf16; Zamba-2 shares whole blocks."""
+    gradients = []
+    for checkpointing in ("none", mode):
+        model = tiny_model("llama", torch.float32)
+        layers = decoder_layers(model)
+        layers[2].mlp = layers[1].mlp = layers[0].mlp
+        apply_activation_checkpointing(model, make_config(activation_checkpointing=checkpointing))
+        gradients.append(our_gradients(model, UNEVEN, autocast=True, global_batch_size=8)[1])
     plain, recomputed = gradients
     assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
 

@@ -111,14 +111,14 @@ def test_attention_is_ours_where_it_agrees(packing: bool, dtype: torch.dtype, mo
         return str(model.config._attn_implementation)
 
     assert implementation() == NAME
-    original = attention._forward
+    original = attention.document_attention
 
     def differ(*arguments: Any) -> torch.Tensor:
         if isinstance(mistake, Exception):
             raise mistake
         return original(*arguments) * mistake
 
-    monkeypatch.setattr(attention, "_forward", differ)
+    monkeypatch.setattr(attention, "document_attention", differ)
     for mistake in (1.01 if dtype == torch.float32 else 1.5, float("nan"), ValueError("positions of three axes")):
         assert implementation() == "sdpa", mistake
 

@@ -96,26 +96,38 @@ class _Products:
         self._kept: set[int] = set()  # storages, which live as long as the call's results are kept
 
     def policy(self, context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        """Decide about an operator that has run."""
-        name, schema = operator.name(), getattr(operator, "_schema", None)
-        given = dict(zip((each.name for each in schema.arguments), args, strict=False)) | kwargs if schema else kwargs
-        # Attention that drops out draws: left out of recomputation, it would leave its numbers to what draws later.
-        is_kept = name in _PRODUCTS or ("attention" in name and not given.get("dropout_p"))
-        if not torch.compiler.is_compiling():  # graphs have no operators in place
-            self._watch(context, operator, given, is_kept)
-        return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
+        """Decide about an operator that has run.
 
-    def _watch(self, context: Any, operator: Any, given: dict[str, Any], is_kept: bool) -> None:
-        """Refuse to go on if what is kept is overwritten: torch does not notice where that is done to a view."""
-        if is_kept:
-            self._kept.update(map(_storage, filter(torch.is_tensor, tree_leaves(context.op_output))))
-        elif operator._schema.is_mutable:
-            written = [each.name for each in operator._schema.arguments if each.is_write]
-            if any(_storage(given[name]) in self._kept for name in written if torch.is_tensor(given.get(name))):
+        Raises:
+            ModelError: it overwrites what is kept. Torch does not notice where that is done to a view.
+        """
+        name = operator.name()
+        # Attention that drops out draws: left out of recomputation, it would leave its numbers to what draws later.
+        if name in _PRODUCTS or ("attention" in name and not _given(operator, args, kwargs).get("dropout_p")):
+            if not torch.compiler.is_compiling():  # graphs have no operators in place
+                self._kept.update(map(_storage, filter(torch.is_tensor, tree_leaves(context.op_output))))
+            return CheckpointPolicy.MUST_SAVE
+        if self._kept and _written(operator):
+            written = filter(torch.is_tensor, map(_given(operator, args, kwargs).get, _written(operator)))
+            if not self._kept.isdisjoint(map(_storage, written)):
                 raise ModelError(
-                    f"the model overwrites what its matrix products give ({operator.name()}), which selective "
-                    "checkpointing keeps: pass --activation_checkpointing full, or none"
+                    f"the model overwrites what its matrix products give ({name}), which selective checkpointing "
+                    "keeps: pass --activation_checkpointing full, or none"
                 )
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _given(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Name an operator's arguments; those of a higher-order one have no names."""
+    schema = getattr(operator, "_schema", None)
+    return dict(zip((each.name for each in schema.arguments), args, strict=False)) | kwargs if schema else kwargs
+
+
+@functools.cache
+def _written(operator: Any) -> list[str]:
+    """Name the arguments that an operator overwrites."""
+    schema = getattr(operator, "_schema", None)
+    return [each.name for each in schema.arguments if each.is_write] if schema else []
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -30,34 +30,51 @@ _PRODUCTS = ("aten::mm", "aten::addmm", "aten::_grouped_mm", "transformers::grou
 def apply_activation_checkpointing(model: PreTrainedModel, config: Config) -> None:
     """Wrap decoder layers so that backward recomputes them.
 
+    Where they share weights and are not compiled, `selective` is `full`.
+
     Args:
         model: changed in place.
-        config: `activation_checkpointing` counts, where `auto`, undecided, is `none`; and `compile`, since in a graph
-            it takes no time to recompute what is fused: there `none` is `selective`. Streamed layers (`offload`)
-            recompute by themselves, as a recomputation must fetch their weights again. Where layers share weights,
-            `selective` is `full`.
+        config: `activation_checkpointing`, `compile` and `offload` count: see `checkpointing_of`.
 
     Raises:
         ModelError: the model's decoder layers cannot be found.
     """
-    mode = config.activation_checkpointing
-    every = int(mode.removeprefix("every_")) if mode.startswith("every_") else int(mode == "full")  # 0: no layer
-    is_selective = mode == "selective" or config.compile == "true"
-    if not (every or is_selective) or "parameters" in parse_offload(config.offload):
+    mode = checkpointing_of(config)
+    if mode == "none":
         return
-    layers = decoder_layers(model)
+    layers, every = decoder_layers(model), recomputed_every(mode)
     uses = Counter(id(parameter) for layer in layers for parameter in layer.parameters())
-    wrap: Callable[[Forward], Forward] = recompute
-    wrap_cheap: Callable[[Forward], Forward] = recompute_but_products
-    if max(uses.values(), default=0) > 1 and config.compile != "true":
-        # Autocast copies a weight that layers share once, and adds their gradients up there: so it must be kept, and a
-        # layer that finds it has fewer operators than its recomputation, which selective checkpointing takes amiss.
-        wrap = wrap_cheap = functools.partial(recompute, autocast_keeps_copies=True)
+    # Autocast copies a weight that layers share once, and adds their gradients up there: the copy must be kept, and a
+    # layer that finds it has fewer operators than its recomputation, which selective checkpointing takes amiss.
+    shares = config.compile != "true" and max(uses.values(), default=0) > 1
+    whole: Callable[[Forward], Forward] = functools.partial(recompute, autocast_keeps_copies=shares)
+    cheap = whole if shares else recompute_but_products
     for number, layer in enumerate(layers):
         if every and number % every == 0:
-            layer.forward = wrap(layer.forward)
-        elif is_selective:
-            layer.forward = wrap_cheap(layer.forward)
+            layer.forward = whole(layer.forward)
+        elif mode == "selective" or config.compile == "true":
+            layer.forward = cheap(layer.forward)
+
+
+def checkpointing_of(config: Config) -> str:
+    """Give what becomes of `activation_checkpointing`, where `auto`, undecided, is `none`.
+
+    Streamed layers have none from here: they recompute by themselves, as a recomputation must fetch their weights
+    again. In a graph it takes no time to recompute what is fused: there `none` is `selective`.
+
+    Args:
+        config: `activation_checkpointing`, `compile` and `offload` count.
+    """
+    if "parameters" in parse_offload(config.offload):
+        return "none"
+    if config.activation_checkpointing in ("none", "auto"):
+        return "selective" if config.compile == "true" else "none"
+    return config.activation_checkpointing
+
+
+def recomputed_every(mode: str) -> int:
+    """Give the n of every n-th layer that a mode recomputes whole: 1 for `full`, 0 where there is none."""
+    return int(mode.removeprefix("every_")) if mode.startswith("every_") else int(mode == "full")
 
 
 def recompute(forward: Forward, *, autocast_keeps_copies: bool = False, **options: Any) -> Forward:

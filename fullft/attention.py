@@ -7,7 +7,7 @@ give what torch's gives, models keep what they have.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -292,7 +292,7 @@ _backward_operator = custom_op("fullft::attention_backward", _backward, mutates_
 _backward_operator.register_fake(lambda _, query, key, value, *__: tuple(map(_like_result, (query, key, value))))
 document_attention.register_autograd(_differentiate, setup_context=_keep)
 # What the operators do: their scratch memory is a step's memory too.
-BODIES = {
+BODIES: dict[Any, Callable[..., Any]] = {
     torch.ops.fullft.attention.default: _forward,
     torch.ops.fullft.attention_backward.default: _backward,
 }

@@ -8,7 +8,6 @@ import base64
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,10 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fullft.activation_checkpointing import checkpointing_of
 from fullft.adamw import AdamW
 from fullft.calendar import Calendar
-from fullft.config import NEWEST, Config, parse_offload
+from fullft.config import NEWEST, Config
 from fullft.disk import staged_folder, sync_folder, write_tensors
 from fullft.errors import CheckpointError, OptionsError
 from fullft.model import PRECISIONS
@@ -232,20 +232,14 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _changed_options(config: Config, saved: dict[str, Any]) -> list[str]:
     now = dataclasses.asdict(config)
     fixed = [name for name, option in by_name(Config).items() if not option.metadata["may_change"]]
-    if config.compile == "true" and _recomputed_by_graphs(now) != _recomputed_by_graphs(saved):
-        fixed += ["activation_checkpointing", "offload"]  # other graphs may round otherwise
+    if config.compile == "true":  # graphs that recompute something else may round otherwise
+        decisive = ("activation_checkpointing", "offload")
+        before = dataclasses.replace(config, **{name: saved[name] for name in decisive})
+        fixed += decisive if checkpointing_of(config) != checkpointing_of(before) else ()
     # What is still at auto is compared when it has been chosen.
     return [
         f"{name} was {saved.get(name)}, is {now[name]}" for name in fixed if now[name] not in (saved.get(name), "auto")
     ]
-
-
-def _recomputed_by_graphs(options: Mapping[str, Any]) -> str:
-    """Tell what compiled layers recompute, which is their graphs' business unless they are streamed."""
-    if "parameters" in parse_offload(options["offload"]):
-        return "nothing"
-    mode = str(options["activation_checkpointing"])
-    return {"none": "selective"}.get(mode, mode)
 
 
 # ---------------------------------------------------------------------------------------------- resuming

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from fullft.activation_checkpointing import recomputed_every
 from fullft.config import Config
 from fullft.memory.facts import Facts, find_facts
 from fullft.memory.plan import Batch, plan_step
@@ -113,9 +114,8 @@ class Choice:
 
 def recomputed_share(activation_checkpointing: str) -> float:
     """Give the share of the layers that backward recomputes whole."""
-    if activation_checkpointing.startswith("every_"):
-        return 1 / int(activation_checkpointing.removeprefix("every_"))
-    return float(activation_checkpointing == "full")
+    every = recomputed_every(activation_checkpointing)
+    return 1 / every if every else 0.0
 
 
 def recomputing_time(config: Config) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fullft.activation_checkpointing import checkpointing_of
 from fullft.config import Config, parse_offload
 from fullft.gpus import PEAK_FLOPS
 from fullft.memory.facts import Facts
@@ -101,13 +102,11 @@ def _candidates(config: Config, plans: Plans, batch: Batch, tier: str) -> Iterat
     if config.optim == "adamw" and "optimizer" not in placed:
         yield _Candidate("--optim adamw_8bit", {"optim": "adamw_8bit"}, {}, "little", "coarser moments")
     if config.activation_checkpointing != "full" and share > 2 * _WORTH_IT:
-        # In graphs what is cheap is recomputed in any case.
-        modes = ["selective"] * (config.activation_checkpointing == "none" and config.compile != "true") + ["full"]
-        for mode in modes:
+        price = "may round otherwise" if config.compile == "true" else "nothing"
+        for mode in ("selective", "full") if checkpointing_of(config) == "none" else ("full",):
             other = replace(config, activation_checkpointing=mode)
             longer = (3 + recomputing_time(other)) / (3 + recomputing_time(config)) - 1
             options = {"activation_checkpointing": mode}
-            price = "may round otherwise" if config.compile == "true" else "nothing"
             yield _Candidate(f"--activation_checkpointing {mode}", options, {}, f"about +{longer:.0%}", price)
     yield from _offloads(config, placed, tier)
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, masking_utils
 from transformers.initialization import no_init_weights
 
 from fullft import loss as loss_module
-from fullft.activation_checkpointing import apply_activation_checkpointing
+from fullft.activation_checkpointing import apply_activation_checkpointing, recomputed_every
 from fullft.attention import apply_document_attention
 from fullft.config import Config, parse_offload
 from fullft.layer_streaming import apply_layer_streaming, settle_layers
@@ -119,8 +119,7 @@ def layer_period(model_config: PreTrainedConfig) -> int:
 
 def _period(model_config: PreTrainedConfig, config: Config) -> int:
     """After how many layers the kinds of layers, and the checkpointed ones among them, repeat."""
-    mode = config.activation_checkpointing
-    return math.lcm(layer_period(model_config), int(mode.removeprefix("every_")) if mode.startswith("every_") else 1)
+    return math.lcm(layer_period(model_config), recomputed_every(config.activation_checkpointing) or 1)
 
 
 def _per_layer_lists(model_config: PreTrainedConfig, layers: int) -> dict[str, list[Any]]:

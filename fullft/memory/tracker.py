@@ -8,7 +8,7 @@ not seen, but for those of our own operators: no operator returns them.
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -196,8 +196,11 @@ class MemoryTracker(TorchDispatchMode):
             return args[0].fake_device  # asked for so often that answering here saves an eighth of a plan's time
         if operator is torch.ops.aten._unsafe_view.default and isinstance(args[0], FakeTensor):
             operator = torch.ops.aten.view.default  # the same to storages; fake tensors cache it, but not the other
-        with self._tracking_within() if operator in BODIES else nullcontext():
-            result = BODIES.get(operator, operator)(*args, **(kwargs or {}))
+        if body := BODIES.get(operator):
+            with self._tracking_within():
+                result = body(*args, **(kwargs or {}))
+        else:
+            result = operator(*args, **(kwargs or {}))
         recomputing = self._moment.phase == "backward" and torch.is_grad_enabled()
         if self._moment.phase == "backward" and not recomputing and self._born:
             self._settle_activations()  # recomputation is over: what it left is what backward now uses

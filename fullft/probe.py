@@ -4,8 +4,8 @@ Owns the checks that need its weights (that it belongs to the data, is causal, k
 head that can be told from its decoder), and the choice of how a CPU attends and where it puts what is large.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -21,8 +21,6 @@ from fullft.recycling import apply_recycling
 # Token ids that every vocabulary has, and with packing the positions of two documents of so many.
 _DOCUMENT = list(range(1, 33))
 _TWO_DOCUMENTS = list(range(len(_DOCUMENT))) * 2
-
-Probe = tuple[list[int], list[int] | None]  # token ids and positions
 
 
 def require_fit(model: PreTrainedModel, largest_token_id: int, longest: int, packing: bool) -> None:
@@ -94,42 +92,45 @@ def _settle_attention(model: PreTrainedModel, packing: bool) -> None:
         return
     try:
         revert_document_attention(model)
-        theirs = _layer_outputs(model, probe)
+        theirs = _trace(model, *probe)
         apply_document_attention(model)
-        are_close = _are_layers_close(model, probe, theirs)
+        agrees = _agrees_in_each_layer(model, theirs, *probe)
     except Exception:  # whatever a family passes on that ours cannot take; without positions: said later
-        are_close = False
-    if not are_close:
+        agrees = False
+    if not agrees:
         revert_document_attention(model)
 
 
-def _layer_outputs(model: PreTrainedModel, probe: Probe) -> list[torch.Tensor]:
-    """Give what each decoder layer makes of a probe."""
-    found = []
+def _trace(model: PreTrainedModel, token_ids: list[int], positions: list[int] | None) -> list[torch.Tensor]:
+    """Give what each decoder layer makes of a sequence, [1, tokens, width], and its logits, [tokens, vocabulary]."""
+    trace = []
 
-    def keep(layer: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> None:
-        found.append(_hidden(outputs))
+    def keep(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], outputs: Any) -> None:
+        trace.append(_hidden(outputs))
 
     with _hooked(model, keep):
-        _probe(model, *probe)
-    return found
+        logits = _probe(model, token_ids, positions)
+    return [*trace, logits]
 
 
-def _are_layers_close(model: PreTrainedModel, probe: Probe, expected: list[torch.Tensor]) -> bool:
-    """Tell whether each layer adds to its inputs what it is expected to, to rounding.
+def _agrees_in_each_layer(
+    model: PreTrainedModel, trace: list[torch.Tensor], token_ids: list[int], positions: list[int] | None
+) -> bool:
+    """Tell whether each layer adds to its inputs what a trace says, to rounding, and the head makes the same of them.
 
-    Each gets the inputs that it got before: in bf16 rounding grows over 30 layers beyond what a leak adds.
+    Each gets the inputs that it got then: in bf16 rounding grows over 30 layers beyond what a leak adds.
     """
-    verdicts, remaining = [], iter(expected)
+    verdicts, remaining = [], iter(trace)
 
-    def compare(layer: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> Any:
-        ours, theirs, before = _hidden(outputs).float(), next(remaining), inputs[0].float()
-        verdicts.append((ours - theirs.float()).norm() <= _tolerance(model) * (theirs.float() - before).norm())
-        return (theirs, *outputs[1:]) if isinstance(outputs, tuple) else theirs
+    def compare(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], outputs: Any) -> Any:
+        before = next(iter((*inputs, *named.values()))).float()
+        ours, then = _hidden(outputs).float(), next(remaining)
+        verdicts.append((ours - then.float()).norm() <= _tolerance(model) * (then.float() - before).norm())
+        return (then, *outputs[1:]) if isinstance(outputs, tuple) else then
 
     with _hooked(model, compare):
-        _probe(model, *probe)
-    return all(map(bool, verdicts))
+        logits = _probe(model, token_ids, positions)
+    return all(map(bool, verdicts)) and _are_close(model, logits, next(remaining))
 
 
 def _hidden(outputs: Any) -> torch.Tensor:
@@ -138,8 +139,12 @@ def _hidden(outputs: Any) -> torch.Tensor:
 
 
 @contextmanager
-def _hooked(model: PreTrainedModel, hook: Callable[[nn.Module, tuple[Any, ...], Any], Any]) -> Iterator[None]:
-    handles = [layer.register_forward_hook(hook) for layer in decoder_layers(model)]
+def _hooked(model: PreTrainedModel, hook: Callable[..., Any]) -> Iterator[None]:
+    """Have a hook see what each decoder layer is given and gives; of a model without known layers, nothing."""
+    layers: Iterable[nn.Module] = ()
+    with suppress(ModelError):
+        layers = decoder_layers(model)
+    handles = [layer.register_forward_hook(hook, with_kwargs=True) for layer in layers]
     try:
         yield
     finally:
@@ -168,10 +173,12 @@ def _require_isolation(model: PreTrainedModel) -> None:
     """Check that a document gives the same logits behind any other one, to the bit, and nearly the same alone."""
     count = len(_DOCUMENT)
     try:
-        behind = _probe(model, _DOCUMENT + _DOCUMENT, _TWO_DOCUMENTS)[count:]
-        behind_another = _probe(model, _DOCUMENT[::-1] + _DOCUMENT, _TWO_DOCUMENTS)[count:]
+        behind, behind_another = (
+            [each[..., count:, :] for each in _trace(model, other + _DOCUMENT, _TWO_DOCUMENTS)]
+            for other in (_DOCUMENT, _DOCUMENT[::-1])
+        )
     except TypeError as error:
         raise ModelError(f"{type(model).__name__} takes no position_ids: train it without --packing") from error
-    alone = _probe(model, _DOCUMENT, _TWO_DOCUMENTS[:count])
-    if not torch.equal(behind, behind_another) or not _are_close(model, behind, alone):
+    is_alike = torch.equal(behind[-1], behind_another[-1])
+    if not is_alike or not _agrees_in_each_layer(model, behind, _DOCUMENT, _TWO_DOCUMENTS[:count]):
         raise ModelError(f"{type(model).__name__} lets packed documents see each other: train it without --packing")

@@ -123,15 +123,50 @@ def test_attention_is_ours_where_it_agrees(packing: bool, dtype: torch.dtype, mo
         assert implementation() == "sdpa", mistake
 
 
-def test_attention_is_ours_where_rounding_grows_through_many_layers() -> None:
+def model_whose_rounding_grows() -> PreTrainedModel:
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 40}
-    model = model_of(AutoConfig.for_model("llama", vocab_size=VOCABULARY, initializer_range=0.5, **shape)).bfloat16()
+    return model_of(AutoConfig.for_model("llama", vocab_size=VOCABULARY, initializer_range=0.5, **shape)).bfloat16()
+
+
+def are_logits_close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    return bool((ours - theirs).abs().max() < 5e-2 * theirs.abs().max())
+
+
+def test_attention_is_ours_where_rounding_grows_through_many_layers() -> None:
+    model = model_whose_rounding_grows()
     ids = torch.arange(1, 33)[None]
     theirs = model(ids, use_cache=False).logits.float()
     require_fit(model, VOCABULARY - 1, 64, packing=True)
     assert model.config._attn_implementation == NAME
-    ours = model(ids, use_cache=False).logits.float()
-    assert (ours - theirs).abs().max() > 5e-2 * theirs.abs().max()  # else the logits could be compared
+    assert not are_logits_close(model(ids, use_cache=False).logits.float(), theirs)  # else these could be compared
+
+
+def test_documents_are_isolated_where_products_of_other_lengths_round_otherwise() -> None:
+    """A processor may have another kernel for 32 tokens than for 64, as those with AMX do."""
+    model = model_whose_rounding_grows()
+    ids, positions = torch.arange(1, 33).repeat(1, 2), torch.arange(32).repeat(1, 2)
+
+    def round_otherwise(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        return output * (1 + 2**-7) if output.shape[1] == 32 else output
+
+    for name, module in model.named_modules():
+        if name.endswith("mlp"):
+            module.register_forward_hook(round_otherwise)
+    require_fit(model, VOCABULARY - 1, 64, packing=True)
+    behind = model(ids, position_ids=positions, use_cache=False).logits[:, 32:].float()
+    alone = model(ids[:, :32], position_ids=positions[:, :32], use_cache=False).logits.float()
+    assert not are_logits_close(behind, alone)  # else these could be compared
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_whose_positions_go_on_is_not_packed(dtype: torch.dtype) -> None:
+    """Its second document does not depend on the first, but on how long that is."""
+    model = tiny_model("gpt2", dtype)
+    require_fit(model, VOCABULARY - 1, 64, packing=True)
+    model.transformer.wpe.register_forward_pre_hook(lambda _, inputs: torch.arange(inputs[0].shape[-1])[None])
+    require_fit(model, VOCABULARY - 1, 64, packing=False)
+    with pytest.raises(ModelError, match="without --packing"):
+        require_fit(model, VOCABULARY - 1, 64, packing=True)
 
 
 def test_a_model_without_positions_is_not_packed() -> None:

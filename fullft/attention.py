@@ -1,9 +1,9 @@
 """Attention within documents: each of those that are packed into a sequence attends to itself alone.
 
-Owns that attention on CPUs, where torch's fused kernel takes a mask for what is packed, and works on all of it: on
-short documents ours takes a quarter of the time or less. Forward keeps queries, keys and values, and backward computes
-the probabilities anew, so that what is kept does not depend on the documents. Elsewhere, and wherever it would not
-give what torch's gives, models keep what they have.
+Owns that attention on CPUs, where torch's fused kernel takes a mask for what is packed, and works on all of it. Forward
+has that kernel work on documents instead; its backward would be slower than the products of ours, which compute the
+probabilities anew: queries, keys and values are kept, so that what is kept does not depend on the documents. Elsewhere,
+and wherever it would not give what torch's gives, models keep what they have.
 """
 
 import math
@@ -138,14 +138,15 @@ def _mask(position_ids: torch.Tensor | None, query: torch.Tensor) -> torch.Tenso
 def _forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, position_ids: torch.Tensor | None
 ) -> torch.Tensor:
-    """Attend.
-
-    Keys and values of fewer heads than the queries are not repeated: queries that share a head are rows of one product.
-    """
-    layout = _layout(position_ids, query)
-    queries = layout.queries.gather(query, key.shape[1])
-    keys, values = (layout.keys.gather(each, key.shape[1]) for each in (key, value))
-    _attend_in_place(layout, queries, keys, values, scaling)
+    """Attend, by torch's kernel for documents of about one length at a time."""
+    by_group = _layout(position_ids, query).by_group
+    queries, keys, values = (by_group.gather(each, key.shape[1]) for each in (query, key, value))
+    for number, _ in _numbered(by_group.spans):
+        its_queries = queries.span(number)
+        attended = scaled_dot_product_attention(
+            its_queries, keys.span(number), values.span(number), is_causal=True, scale=scaling, enable_gqa=True
+        )
+        its_queries.copy_(attended)
     return queries.restored()
 
 
@@ -157,30 +158,29 @@ def _backward(
     position_ids: torch.Tensor | None,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Give the gradients of queries, keys and values."""
+    """Give the gradients of queries, keys and values.
+
+    Keys and values of fewer heads than the queries are not repeated: queries that share a head are rows of one product.
+    """
     layout = _layout(position_ids, query)
-    queries = layout.queries.gather(query, key.shape[1])
-    grad_outputs = layout.queries.gather(grad_output, key.shape[1], zero_padding=True)  # so that no key gets any of it
-    keys, values = (layout.keys.gather(each, key.shape[1]) for each in (key, value))
-    _differentiate_in_place(layout, grad_outputs, queries, keys, values, scaling)
+    queries = layout.by_block.gather(query, key.shape[1])
+    grad_outputs = layout.by_block.gather(grad_output, key.shape[1], zero_padding=True)  # so that no key gets any of it
+    keys, values = (layout.by_group.gather(each, key.shape[1]) for each in (key, value))
+    _differentiate_in_place(layout.by_block.spans, grad_outputs, queries, keys, values, scaling)
     return grad_outputs.restored(), keys.restored(), values.restored()
 
 
-def _attend_in_place(layout: Layout, queries: Gathered, keys: Gathered, values: Gathered, scaling: float) -> None:
-    """Put what queries attend to in their place."""
-    scratch = _Scratch(queries, scores=1)
-    for number, block in _numbered(layout.blocks):
-        its_queries = queries.piece(number)
-        probabilities = _probabilities(its_queries, _seen(keys, block), block, scaling, scratch)
-        torch.bmm(probabilities, _seen(values, block), out=its_queries)
-
-
 def _differentiate_in_place(
-    layout: Layout, grad_outputs: Gathered, queries: Gathered, keys: Gathered, values: Gathered, scaling: float
+    blocks: Sequence[Span],
+    grad_outputs: Gathered,
+    queries: Gathered,
+    keys: Gathered,
+    values: Gathered,
+    scaling: float,
 ) -> None:
     """Put gradients where what has been read for the last time was: the queries' in the place of the output's."""
-    scratch = _Scratch(queries, scores=2, sums=2)
-    for number, block in _numbered(layout.blocks):
+    scratch = _Scratch(queries)
+    for number, block in _numbered(blocks):
         its_queries, grad_output = queries.piece(number), grad_outputs.piece(number)
         its_keys, its_values = _seen(keys, block), _seen(values, block)
         probabilities = _probabilities(its_queries, its_keys, block, scaling, scratch)
@@ -199,9 +199,9 @@ def _differentiate_in_place(
         scratch.add(1, grad_keys, keys, block)
 
 
-def _numbered(blocks: Sequence[Span]) -> Iterator[tuple[int, Span]]:
-    """Number the blocks; on fake tensors one stands for all."""
-    return enumerate(blocks[:1] if active_fake_mode() is not None else blocks)
+def _numbered(spans: Sequence[Span]) -> Iterator[tuple[int, Span]]:
+    """Number the spans; on fake tensors one stands for all."""
+    return enumerate(spans[:1] if active_fake_mode() is not None else spans)
 
 
 def _seen(keys: Gathered, block: Span) -> torch.Tensor:
@@ -212,15 +212,15 @@ def _seen(keys: Gathered, block: Span) -> torch.Tensor:
 class _Scratch:
     """Memory that the blocks use one after the other: as much as any documents could take."""
 
-    def __init__(self, gathered: Gathered, *, scores: int, sums: int = 0) -> None:
+    def __init__(self, gathered: Gathered) -> None:
         (batch, heads, length, width), key_heads, like = gathered.shape, gathered.key_heads, gathered.rows
         queries = min(_BLOCK_QUERIES, padded(length))
         keys = max(min(_GROUP_TOKENS, most_padded(batch * length)), padded(length))
-        self._scores = like.new_empty(scores, heads * queries * keys)
-        self._gradient = like.new_empty(key_heads * keys * width if sums else 0)
+        self._scores = like.new_empty(2, heads * queries * keys)
+        self._gradient = like.new_empty(key_heads * keys * width)
         # In fp32 at least: the blocks of a document add up.
         wide = torch.promote_types(like.dtype, torch.float32)
-        self._sums = like.new_empty(sums, key_heads * keys * width, dtype=wide)
+        self._sums = like.new_empty(2, key_heads * keys * width, dtype=wide)
         self.bias = like.new_full((queries, queries), float("-inf")).triu_(1)
 
     def scores(self, number: int, shape: Sequence[int]) -> torch.Tensor:

@@ -76,9 +76,9 @@ class Layout:
     """Where the vectors of a micro-batch lie.
 
     Attributes:
-        blocks: of queries, in the order in which they are worked on: the last of a document first.
-        queries: the order of what queries have, block by block.
-        keys: the order of what keys have, group by group of documents.
+        by_group: the order of vectors by groups of documents.
+        by_block: their order by blocks of documents, as these are worked on one after the other: the last of a document
+            first.
     """
 
     def __init__(self, documents: Documents, most_queries: int, most_together: int) -> None:
@@ -90,8 +90,8 @@ class Layout:
             most_together: tokens of a group of several documents.
         """
         groups = list(_groups(documents, most_together))
-        self.blocks = [block for group in groups for block in _blocks(group, most_queries)]
-        self.queries, self.keys = Order(self.blocks), Order(groups)
+        self.by_group = Order(groups)
+        self.by_block = Order([block for group in groups for block in _blocks(group, most_queries)])
 
 
 def _groups(documents: Documents, most_together: int) -> Iterator[Span]:
@@ -213,13 +213,17 @@ class Gathered(NamedTuple):
     key_heads: int
     order: Order
 
+    def span(self, number: int) -> torch.Tensor:
+        """View the vectors of the span of that number: [documents, heads, positions, width]."""
+        return self._rows(number).view(len(self.order.spans[number].documents), self.shape[1], -1, self.shape[3])
+
     def piece(self, number: int) -> torch.Tensor:
-        """View the vectors of the span of that number: [documents × key heads, vectors that share one, width]."""
-        _, heads, _, width = self.shape
+        """View them as [documents × key heads, vectors that share one, width]."""
+        return self._rows(number).view(len(self.order.spans[number].documents) * self.key_heads, -1, self.shape[3])
+
+    def _rows(self, number: int) -> torch.Tensor:
         first, end = self.order.bounds[number : number + 2]
-        return self.rows[heads * first : heads * end].view(
-            len(self.order.spans[number].documents) * self.key_heads, -1, width
-        )
+        return self.rows[self.shape[1] * first : self.shape[1] * end]
 
     def restored(self) -> torch.Tensor:
         """Copy what is in them now to where it belongs.

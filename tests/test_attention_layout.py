@@ -25,8 +25,8 @@ MEMORY = {
 @pytest.mark.parametrize("vectors", MEMORY.values(), ids=MEMORY.keys())
 def test_vectors_come_block_by_block_and_go_back(vectors: torch.Tensor, most_queries: int) -> None:
     layout = Layout(DOCUMENTS, most_queries=most_queries, most_together=6)
-    gathered = layout.queries.gather(vectors, KEY_HEADS)
-    for number, block in enumerate(layout.blocks):
+    gathered = layout.by_block.gather(vectors, KEY_HEADS)
+    for number, block in enumerate(layout.by_block.spans):
         piece = gathered.piece(number)
         expected = [
             vectors[row, head : head + HEADS // KEY_HEADS, positions].flatten(0, 1)
@@ -45,11 +45,11 @@ def test_vectors_come_block_by_block_and_go_back(vectors: torch.Tensor, most_que
 
 def test_zeros_can_stand_for_what_is_no_token() -> None:
     layout = Layout(DOCUMENTS, most_queries=4, most_together=6)
-    gathered = layout.queries.gather(torch.ones(BATCH, HEADS, LENGTH, WIDTH), KEY_HEADS, zero_padding=True)
-    pieces = [gathered.piece(number) for number in range(len(layout.blocks))]
+    gathered = layout.by_block.gather(torch.ones(BATCH, HEADS, LENGTH, WIDTH), KEY_HEADS, zero_padding=True)
+    pieces = [gathered.piece(number) for number in range(len(layout.by_block.spans))]
     assert sum(piece.numel() for piece in pieces) > BATCH * HEADS * LENGTH * WIDTH
     assert sum(piece.sum().item() for piece in pieces) == BATCH * HEADS * LENGTH * WIDTH
-    for piece, block in zip(pieces, layout.blocks, strict=True):
+    for piece, block in zip(pieces, layout.by_block.spans, strict=True):
         for document, its_own in zip(block.documents, piece.chunk(len(block.documents)), strict=True):
             own = its_own.unflatten(1, (-1, block.size))[..., max(0, document.length - block.first) :, :]
             assert not own.any()
@@ -66,19 +66,19 @@ def test_keys_come_by_documents_of_about_one_length() -> None:
     documents = ((3, 5, 3, 10), (5, 7, 9))
     vectors = torch.randn(BATCH, LENGTH, KEY_HEADS, WIDTH).transpose(1, 2)
     of_twenty, of_six = (Layout(documents, most_queries=4, most_together=most) for most in (20, 6))
-    gathered = of_twenty.keys.gather(vectors, KEY_HEADS)
+    gathered = of_twenty.by_group.gather(vectors, KEY_HEADS)
     assert torch.equal(gathered.piece(0), torch.cat([vectors[0, :, 0:3], vectors[0, :, 8:11]]))
     assert torch.equal(gathered.piece(1), torch.cat([vectors[0, :, 3:8], vectors[1, :, 0:5]]))
     of_nine = torch.cat([vectors[1, :, 12:21], vectors[1, :, 20:21]], 1)  # its last token twice, for it goes with ten
     assert torch.equal(gathered.piece(2), torch.cat([vectors[0, :, 11:21], of_nine]))
-    assert {block.group for block in of_twenty.blocks} == set(range(4))
+    assert {block.group for block in of_twenty.by_block.spans} == set(range(4))
     # Two of 5 tokens are too many for six, and one of 7 is worked on all the same.
-    gathered = of_six.keys.gather(vectors, KEY_HEADS)
+    gathered = of_six.by_group.gather(vectors, KEY_HEADS)
     assert [gathered.piece(number).shape[0] // KEY_HEADS for number in range(6)] == [2, 1, 1, 1, 1, 1]
 
 
 def test_blocks_of_a_document_come_last_ones_first() -> None:
-    blocks = Layout(((9, 2),), most_queries=4, most_together=100).blocks
+    blocks = Layout(((9, 2),), most_queries=4, most_together=100).by_block.spans
     assert [(block.first, block.end, block.is_whole) for block in blocks] == [
         (8, 10, False),
         (4, 8, False),

@@ -118,14 +118,16 @@ def test_in_bf16_it_differs_by_rounding_and_other_documents_need_no_other_graph(
     exact = [loss_and_gradients(model, batch) for batch in batches]
     apply_activation_checkpointing(model, COMPILED)
     apply_compilation(model, COMPILED)
-    graphs = []
+    graphs, errors = [], []
     for batch, theirs, fp32 in zip(batches, expected, exact, strict=True):
         ours = loss_and_gradients(model, batch, BF16)
         graphs.append(counters["stats"]["unique_graphs"])
         loss, gradients = distance(ours, theirs)
         assert loss < 1e-3
         assert gradients < 0.05
-        assert distance(ours, fp32)[1] < 1.2 * distance(theirs, fp32)[1]  # and no further from the truth
+        errors.append((distance(ours, fp32)[1], distance(theirs, fp32)[1]))
+    mine, others = map(sum, zip(*errors, strict=True))
+    assert mine < 1.2 * others  # no further from the truth
     assert graphs[0] == graphs[2] == 1  # for all layers, which are alike
 
 

@@ -132,7 +132,9 @@ def are_logits_close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     return bool((ours - theirs).abs().max() < 5e-2 * theirs.abs().max())
 
 
-def test_attention_is_ours_where_rounding_grows_through_many_layers() -> None:
+def test_attention_is_ours_where_rounding_grows_through_many_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = attention.document_attention
+    monkeypatch.setattr(attention, "document_attention", lambda *arguments: original(*arguments) * (1 + 2**-7))
     model = model_whose_rounding_grows()
     ids = torch.arange(1, 33)[None]
     theirs = model(ids, use_cache=False).logits.float()

@@ -2,7 +2,7 @@
 
 Owns the memory of large tensors. The system's allocator gives large blocks back at once, and the system clears every
 page anew when it is next touched: a tenth of a step of a model of 135M parameters, for its head alone. What is smaller
-the allocator is told to keep. Accelerators keep theirs by themselves.
+the allocator is told to keep, until it keeps too much. Accelerators keep theirs by themselves.
 """
 
 import ctypes
@@ -20,11 +20,15 @@ from torch import nn
 from torch._guards import detect_fake_mode as active_fake_mode
 from transformers import PreTrainedModel
 
+from fullft.memory.proc import memory_field
+
 _LARGE = 1 << 25  # bytes: what glibc does not keep; its own largest, as more would fragment its heap
 # Of glibc's malloc.h: from which size on memory is given back at once, and from how much of the rest on.
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
 _OWN_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 _ALIGNMENT = 64  # bytes: a cache line, as torch's own
+# How much the process may grow by gaps in the heap. Returning them takes 0.05 s, and a micro-batch's pages are cleared.
+_MOST_GROWTH = 1.125
 _free: list[np.ndarray[Any, Any]] = []
 
 
@@ -70,17 +74,42 @@ def apply_recycling(model: PreTrainedModel) -> None:
         model: changed in place, if it is on a CPU.
     """
     if model.device.type == "cpu":
-        _keep_freed_memory()
-        recycle_gradient(model.get_input_embeddings())
+        embeddings = model.get_input_embeddings()
+        if _keep_freed_memory():
+            embeddings.register_forward_pre_hook(_Heap().return_gaps)  # the first module of a micro-batch
+        recycle_gradient(embeddings)
 
 
-def _keep_freed_memory() -> None:
-    """Have glibc keep for the next micro-batch what the last one's backward has freed, unless it was told otherwise."""
+def _keep_freed_memory() -> bool:
+    """Have glibc keep for the next micro-batch what the last one's backward has freed, unless it was told otherwise.
+
+    Returns:
+        Whether it does.
+    """
     if sys.platform != "linux" or any(map(os.environ.get, _OWN_SETTINGS)):
-        return
-    if hasattr(library := ctypes.CDLL(None), "mallopt"):  # musl has none
-        library.mallopt(_MMAP_THRESHOLD, _LARGE)
-        library.mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
+        return False
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "mallopt"):  # musl has none
+        return False
+    library.mallopt(_MMAP_THRESHOLD, _LARGE)
+    library.mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
+    return True
+
+
+class _Heap:
+    """What glibc keeps: micro-batch by micro-batch there are more gaps in it that the next one's tensors do not fit."""
+
+    def __init__(self) -> None:
+        self._most: float | None = None  # bytes of the process; None until a micro-batch has taken what it needs
+
+    def return_gaps(self, *_: Any) -> None:
+        """Return to the system what is free in the heap, if the process has grown by it."""
+        resident = memory_field("VmRSS") or 0
+        if self._most is None:
+            self._most = _MOST_GROWTH * resident
+        elif resident > self._most:
+            ctypes.CDLL(None).malloc_trim(0)
+            self._most = None
 
 
 def recycle_gradient(embeddings: nn.Module) -> None:

@@ -161,3 +161,35 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     kept = pages_cleared("kept")
     # Rarely something comes to lie on top of the heap, and it stays in any case.
     assert any(10 * kept < pages_cleared("as it comes") for _ in range(3))
+
+
+@pytest.mark.skipif(not _clears_page_by_page(), reason="of glibc and small pages")
+def test_gaps_in_what_stays_are_returned_once_the_process_has_grown_by_them() -> None:
+    source = """
+import torch
+from fullft import recycling
+from fullft.memory.proc import memory_field
+
+model = torch.nn.Module()
+model.device, model.get_input_embeddings = torch.device("cpu"), lambda embeddings=torch.nn.Embedding(1, 1): embeddings
+recycling.apply_recycling(model)
+
+def begin_micro_batch():
+    before = memory_field("VmRSS")
+    model.get_input_embeddings()(torch.tensor([0]))
+    return round((before - memory_field("VmRSS")) / 2**20)
+
+returned = [begin_micro_batch()]
+tensors = [torch.ones(1 << 18) for _ in range(400)]  # 1 MiB each
+kept = tensors[::2]
+del tensors
+returned += [begin_micro_batch(), begin_micro_batch()]
+kept += [torch.ones(1 << 15) for _ in range(8)]  # a growth of less than an eighth
+print(*returned, begin_micro_batch(), all(each.min() == 1 for each in kept))
+"""
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
+    *returned, is_intact = done.stdout.split()
+    before, grown, after, later = map(int, returned)
+    assert grown > 150
+    assert max(before, after, later) < 20
+    assert is_intact == "True"

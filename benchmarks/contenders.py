@@ -61,7 +61,7 @@ Result = dict[str, Any]
 # ---------------------------------------------------------------------------------------------- the task
 
 _MIXED, _SPLIT = "--precision bf16-mixed", "--precision bf16-true --master_weights split"
-_AT_A_TIME = "--per_device_train_batch_size 3 --gradient_accumulation_steps 1"  # all that a step's rows are packed into
+_AT_A_TIME = "--per_device_train_batch_size 3 --gradient_accumulation_steps 1"  # about all that a step is packed into
 # Each line is a row of the table: what it gives `train.py` beside `COMMON`. Trainer takes its rows from the first.
 OURS = {
     "ours, bf16-mixed": _MIXED,

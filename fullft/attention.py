@@ -1,9 +1,9 @@
 """Attention within documents: each of those that are packed into a sequence attends to itself alone.
 
 Owns that attention on CPUs, where torch's fused kernel takes a mask for what is packed, and works on all of it. Forward
-has that kernel work on documents instead; its backward would be slower than the products of ours, which compute the
-probabilities anew: queries, keys and values are kept, so that what is kept does not depend on the documents. Elsewhere,
-and wherever it would not give what torch's gives, models keep what they have.
+has that kernel work on documents instead. Its backward would be slower than our products, which compute the
+probabilities anew; queries, keys and values are kept for them, as much whatever the documents. Elsewhere, and wherever
+it would not give what torch's gives, models keep what they have.
 """
 
 import math
@@ -142,11 +142,13 @@ def _forward(
     by_group = _layout(position_ids, query).by_group
     queries, keys, values = (by_group.gather(each, key.shape[1]) for each in (query, key, value))
     for number, _ in _numbered(by_group.spans):
-        its_queries = queries.span(number)
-        attended = scaled_dot_product_attention(
-            its_queries, keys.span(number), values.span(number), is_causal=True, scale=scaling, enable_gqa=True
+        its_queries, its_keys, its_values = (each.span(number) for each in (queries, keys, values))
+        # Without a name it is gone before the next span, and before all are restored, which takes as much and more.
+        its_queries.copy_(
+            scaled_dot_product_attention(
+                its_queries, its_keys, its_values, is_causal=True, scale=scaling, enable_gqa=True
+            )
         )
-        its_queries.copy_(attended)
     return queries.restored()
 
 

@@ -90,8 +90,9 @@ class Layout:
             most_together: tokens of a group of several documents.
         """
         groups = list(_groups(documents, most_together))
+        blocks = [block for group in groups for block in _blocks(group, most_queries)]
         self.by_group = Order(groups)
-        self.by_block = Order([block for group in groups for block in _blocks(group, most_queries)])
+        self.by_block = Order(blocks) if blocks != groups else self.by_group
 
 
 def _groups(documents: Documents, most_together: int) -> Iterator[Span]:

@@ -94,7 +94,7 @@ def _settle_attention(model: PreTrainedModel, packing: bool) -> None:
         revert_document_attention(model)
         theirs = _trace(model, *probe)
         apply_document_attention(model)
-        agrees = _agrees_in_each_layer(model, theirs, *probe)
+        agrees = _agrees_in_each_layer(model, theirs, _tolerance(model), *probe)
     except Exception:  # whatever a family passes on that ours cannot take; without positions: said later
         agrees = False
     if not agrees:
@@ -114,7 +114,11 @@ def _trace(model: PreTrainedModel, token_ids: list[int], positions: list[int] | 
 
 
 def _agrees_in_each_layer(
-    model: PreTrainedModel, trace: list[torch.Tensor], token_ids: list[int], positions: list[int] | None
+    model: PreTrainedModel,
+    trace: list[torch.Tensor],
+    tolerance: float,
+    token_ids: list[int],
+    positions: list[int] | None,
 ) -> bool:
     """Tell whether each layer adds to its inputs what a trace says, to rounding, and the head makes the same of them.
 
@@ -123,10 +127,11 @@ def _agrees_in_each_layer(
     verdicts, remaining = [], iter(trace)
 
     def compare(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], outputs: Any) -> Any:
-        before = next(iter((*inputs, *named.values()))).float()
-        ours, then = _hidden(outputs).float(), next(remaining)
-        verdicts.append((ours - then.float()).norm() <= _tolerance(model) * (then.float() - before).norm())
-        return (then, *outputs[1:]) if isinstance(outputs, tuple) else then
+        before = inputs[0] if inputs else named["hidden_states"]
+        expected = next(remaining)
+        error, added = (_hidden(outputs) - expected).float().norm(), (expected - before).float().norm()
+        verdicts.append(error <= tolerance * added)
+        return (expected, *outputs[1:]) if isinstance(outputs, tuple) else expected
 
     with _hooked(model, compare):
         logits = _probe(model, token_ids, positions)
@@ -170,15 +175,15 @@ def _require_causal_attention(model: PreTrainedModel) -> None:
 
 
 def _require_isolation(model: PreTrainedModel) -> None:
-    """Check that a document gives the same logits behind any other one, to the bit, and nearly the same alone."""
+    """Check that a document gives the same behind any other one, to the bit, and layer by layer nearly so alone."""
     count = len(_DOCUMENT)
     try:
-        behind, behind_another = (
-            [each[..., count:, :] for each in _trace(model, other + _DOCUMENT, _TWO_DOCUMENTS)]
-            for other in (_DOCUMENT, _DOCUMENT[::-1])
-        )
+        traces = [_trace(model, other + _DOCUMENT, _TWO_DOCUMENTS) for other in (_DOCUMENT, _DOCUMENT[::-1])]
     except TypeError as error:
         raise ModelError(f"{type(model).__name__} takes no position_ids: train it without --packing") from error
+    behind, behind_another = ([each[..., count:, :] for each in trace] for trace in traces)
     is_alike = torch.equal(behind[-1], behind_another[-1])
-    if not is_alike or not _agrees_in_each_layer(model, behind, _DOCUMENT, _TWO_DOCUMENTS[:count]):
+    # Products of another size: a router, too, may choose another expert for a token.
+    tolerance = 4 * _tolerance(model)
+    if not is_alike or not _agrees_in_each_layer(model, behind, tolerance, _DOCUMENT, _TWO_DOCUMENTS[:count]):
         raise ModelError(f"{type(model).__name__} lets packed documents see each other: train it without --packing")

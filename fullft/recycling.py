@@ -27,7 +27,8 @@ _LARGE = 1 << 25  # bytes: what glibc does not keep; its own largest, as more wo
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
 _OWN_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 _ALIGNMENT = 64  # bytes: a cache line, as torch's own
-# How much the process may grow by gaps in the heap. Returning them takes 0.05 s, and a micro-batch's pages are cleared.
+# The factor by which the process may grow by gaps in the heap. Returning them takes 0.05 s, and the pages that the next
+# micro-batch touches are cleared.
 _MOST_GROWTH = 1.125
 _free: list[np.ndarray[Any, Any]] = []
 
@@ -97,19 +98,25 @@ def _keep_freed_memory() -> bool:
 
 
 class _Heap:
-    """What glibc keeps: micro-batch by micro-batch there are more gaps in it that the next one's tensors do not fit."""
+    """What glibc keeps: with every micro-batch it has more gaps, which the tensors of the next one do not fit into."""
 
     def __init__(self) -> None:
-        self._most: float | None = None  # bytes of the process; None until a micro-batch has taken what it needs
+        self._most = 0.0  # bytes that the process may take
+        self._were_returned = False  # gaps, just before the last micro-batch
 
     def return_gaps(self, *_: Any) -> None:
-        """Return to the system what is free in the heap, if the process has grown by it."""
-        resident = memory_field("VmRSS") or 0
-        if self._most is None:
-            self._most = _MOST_GROWTH * resident
+        """Return to the system what is free in the heap, if the process has grown by it.
+
+        To be called before each micro-batch. What one takes after the gaps have gone is what is needed; of those of
+        many lengths, what the largest so far has taken.
+        """
+        resident = memory_field("RssAnon") or 0
+        if self._were_returned:
+            self._most = max(self._most, _MOST_GROWTH * resident)
+            self._were_returned = False
         elif resident > self._most:
             ctypes.CDLL(None).malloc_trim(0)
-            self._most = None
+            self._were_returned = True
 
 
 def recycle_gradient(embeddings: nn.Module) -> None:

@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 def _all_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recycling, "_LARGE", 1)
     monkeypatch.setattr(recycling, "_free", [])
-    monkeypatch.setattr(recycling, "_keep_freed_memory", lambda: None)  # it would last beyond the tests here
+    monkeypatch.setattr(recycling, "_keep_freed_memory", lambda: False)  # it would last beyond the tests here
 
 
 def place(tensor: torch.Tensor) -> int:
@@ -175,10 +175,11 @@ model.device, model.get_input_embeddings = torch.device("cpu"), lambda embedding
 recycling.apply_recycling(model)
 
 def begin_micro_batch():
-    before = memory_field("VmRSS")
+    before = memory_field("RssAnon")
     model.get_input_embeddings()(torch.tensor([0]))
-    return round((before - memory_field("VmRSS")) / 2**20)
+    return round((before - memory_field("RssAnon")) / 2**20)
 
+begin_micro_batch()
 returned = [begin_micro_batch()]
 tensors = [torch.ones(1 << 18) for _ in range(400)]  # 1 MiB each
 kept = tensors[::2]

@@ -143,7 +143,7 @@ def _forward(
     queries, keys, values = (by_group.gather(each, key.shape[1]) for each in (query, key, value))
     for number, _ in _numbered(by_group.spans):
         its_queries, its_keys, its_values = (each.span(number) for each in (queries, keys, values))
-        # Without a name it is gone before the next span, and before all are restored, which takes as much and more.
+        # The result has no name: it is gone before the next span's, and before all are restored, which takes more.
         its_queries.copy_(
             scaled_dot_product_attention(
                 its_queries, its_keys, its_values, is_causal=True, scale=scaling, enable_gqa=True

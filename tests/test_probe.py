@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from fullft import attention
 from fullft.attention import NAME
 from fullft.errors import ModelError, OptionsError
-from fullft.model import decoder_of
+from fullft.model import decoder_layers, decoder_of
 from fullft.probe import require_fit
 
 
@@ -160,10 +160,15 @@ def test_documents_are_isolated_where_products_of_other_lengths_round_otherwise(
     assert not are_logits_close(behind, alone)  # else these could be compared
 
 
+@pytest.mark.parametrize("layers_are_known", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_whose_positions_go_on_is_not_packed(dtype: torch.dtype) -> None:
+def test_a_model_whose_positions_go_on_is_not_packed(dtype: torch.dtype, layers_are_known: bool) -> None:
     """Its second document does not depend on the first, but on how long that is."""
     model = tiny_model("gpt2", dtype)
+    if not layers_are_known:  # then logits are all that can be compared
+        model.config.n_layer += 1
+        with pytest.raises(ModelError, match="no decoder layers"):
+            decoder_layers(model)
     require_fit(model, VOCABULARY - 1, 64, packing=True)
     model.transformer.wpe.register_forward_pre_hook(lambda _, inputs: torch.arange(inputs[0].shape[-1])[None])
     require_fit(model, VOCABULARY - 1, 64, packing=False)

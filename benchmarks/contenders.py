@@ -61,17 +61,17 @@ Result = dict[str, Any]
 # ---------------------------------------------------------------------------------------------- the task
 
 _MIXED, _SPLIT = "--precision bf16-mixed", "--precision bf16-true --master_weights split"
-_AT_A_TIME = "--per_device_train_batch_size 3 --gradient_accumulation_steps 1"  # about all that a step is packed into
+_AT_ONCE = "--per_device_train_batch_size {sequences} --gradient_accumulation_steps 1"  # all that a step is packed into
 # Each line is a row of the table: what it gives `train.py` beside `COMMON`. Trainer takes its rows from the first.
 OURS = {
     "ours, bf16-mixed": _MIXED,
     "ours, bf16-mixed, packing": f"{_MIXED} --packing",
     "ours, bf16-mixed, packing, compiled": f"{_MIXED} --packing --compile true",
-    "ours, bf16-mixed, packing, compiled, 3 sequences at a time": f"{_MIXED} --packing --compile true {_AT_A_TIME}",
+    "ours, bf16-mixed, packing, compiled, steps of one micro-batch": f"{_MIXED} --packing --compile true {_AT_ONCE}",
     "ours, bf16-true": _SPLIT,
     "ours, bf16-true, packing": f"{_SPLIT} --packing",
     "ours, bf16-true, packing, compiled": f"{_SPLIT} --packing --compile true",
-    "ours, bf16-true, packing, compiled, 3 sequences at a time": f"{_SPLIT} --packing --compile true {_AT_A_TIME}",
+    "ours, bf16-true, packing, compiled, steps of one micro-batch": f"{_SPLIT} --packing --compile true {_AT_ONCE}",
     "ours, bf16-true, packing, selective checkpointing": f"{_SPLIT} --packing --activation_checkpointing selective",
     "ours, bf16-true, packing, full checkpointing": f"{_SPLIT} --packing --activation_checkpointing full",
     "ours, bf16-true, packing, compiled, full checkpointing": (
@@ -131,7 +131,7 @@ class Task:
         flags = ["--model", str(self.source), "--dataset", str(self.file), "--output_dir", str(self.output_dir(name))]
         accumulation = self.packed_accumulation if is_packed(name) else ROWS_PER_STEP
         flags += [*COMMON.split(), "--gradient_accumulation_steps", str(accumulation)]
-        return [*flags, *OURS[name].split()]
+        return [*flags, *OURS[name].format(sequences=self.packed_accumulation).split()]
 
     def batches(self, name: str) -> Batches:
         """Give the batches that `train.py` trains on."""

@@ -6,9 +6,8 @@ lands, so that accumulation and clipping stay exact in every placement.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -29,9 +28,10 @@ from fullft.offload import (
     paged,
 )
 
-# Elements that a CPU squares at a time: few enough for its cache. It belongs to the numerics: another size sums in
-# another order.
+# Elements that a CPU squares at a time: few enough in fp64 for its cache. One thread sums a row of them; its length
+# belongs to the numerics, for another one sums in another order, and from 2^15 on torch would have threads share it.
 NORM_TILE = 1 << 17
+NORM_ROW = 1 << 14
 _DEPARTING = 4  # chunks on their way off the device
 
 
@@ -61,7 +61,7 @@ class Gradients:
         self._begun: set[int] = set()  # whose sums hold gradients of this step
         self._departures = _Departures(storage.device, self._largest_chunk())
         self._use = use
-        self._released: dict[int, list[torch.Tensor]] = {}  # squares of gradients that are gone
+        self._released: dict[int, list[torch.Tensor]] = {}  # sums of squares of gradients that are gone
         self._hooks = []
         for parameter in parameters:
             if tier == "released":
@@ -141,9 +141,8 @@ class Gradients:
     def _release(self, parameter: nn.Parameter) -> None:
         """Use a gradient up, and free it."""
         assert parameter.grad is not None
-        with _one_thread():
-            flat = parameter.grad.detach().view(-1)
-            self._released[id(parameter)] = [each for chunk in flat.split(CHUNK) for each in _squares(chunk)]
+        flat = parameter.grad.detach().view(-1)
+        self._released[id(parameter)] = [_sum_of_squares(chunk) for chunk in flat.split(CHUNK)]
         self._use(parameter)
         parameter.grad = None
 
@@ -169,35 +168,28 @@ class Gradients:
         ]
         squares = {id(parameter): self._released.get(id(parameter), []) for parameter in self.parameters}
         chunks = ChunkStream(self._storage.device).run({"gradient": field} for _, field in jobs)
-        with _one_thread():
-            for (key, _), chunk in zip(jobs, chunks, strict=True):
-                squares[key] += _squares(chunk["gradient"][: None if only is None else NORM_TILE])
-            sums = [torch.stack(each).sum() for each in squares.values() if each]
-            if not sums:
-                raise ValueError("no parameter has a gradient")
-            return torch.stack(sums).sum().sqrt()
+        for (key, _), chunk in zip(jobs, chunks, strict=True):
+            squares[key].append(_sum_of_squares(chunk["gradient"][: None if only is None else NORM_TILE]))
+        sums = [torch.stack(each).sum() for each in squares.values() if each]
+        if not sums:
+            raise ValueError("no parameter has a gradient")
+        return torch.stack(sums).sum().sqrt()
 
 
-def _squares(gradient: torch.Tensor) -> list[torch.Tensor]:
-    """Give the sums of squares of a flat chunk's tiles, in fp64."""
+def _sum_of_squares(gradient: torch.Tensor) -> torch.Tensor:
+    """Sum a flat chunk's squares, in fp64, in an order that does not depend on how many threads there are."""
     if gradient.device.type != "cpu":
         wide = torch.float32 if gradient.device.type == "mps" else torch.float64
-        return [torch.linalg.vector_norm(gradient, dtype=wide).square()]
+        norm: torch.Tensor = torch.linalg.vector_norm(gradient, dtype=wide)
+        return norm.square()
     # vector_norm would hold an fp64 copy of all of it; a tile's stays in the cache.
-    buffer = torch.empty(min(NORM_TILE, gradient.numel()), dtype=torch.float64)
-    tiles = [(buffer[: tile.numel()], tile) for tile in gradient.split(NORM_TILE)]
-    return [torch.dot(wide.copy_(tile), wide) for wide, tile in tiles]
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Sum in an order that does not depend on how many threads there are; one is as fast as memory."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    count = len(gradient) // NORM_ROW
+    rows, rest = gradient[: count * NORM_ROW].view(count, NORM_ROW), gradient[count * NORM_ROW :]
+    buffer = torch.empty(min(count, NORM_TILE // NORM_ROW), NORM_ROW, dtype=torch.float64)
+    tiles = rows.split(NORM_TILE // NORM_ROW)
+    norms = [torch.linalg.vector_norm(buffer[: len(tile)].copy_(tile), dim=1) for tile in tiles]
+    norms.append(torch.linalg.vector_norm(rest.double(), keepdim=True))
+    return torch.cat(norms).square_().sum()
 
 
 def add_(total: torch.Tensor, values: torch.Tensor) -> None:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from fullft.memory.proc import memory_field
 
 _LARGE = 1 << 25  # bytes: what glibc does not keep; its own largest, as more would fragment its heap
+_LARGE_AT_FIRST = 1 << 23  # the same, in the first micro-batch
 # Of glibc's malloc.h: from which size on memory is given back at once, and from how much of the rest on.
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
 _OWN_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
@@ -77,7 +78,7 @@ def apply_recycling(model: PreTrainedModel) -> None:
     if model.device.type == "cpu":
         embeddings = model.get_input_embeddings()
         if _keep_freed_memory():
-            embeddings.register_forward_pre_hook(_Heap().return_gaps)  # the first module of a micro-batch
+            embeddings.register_forward_pre_hook(_Heap().before_micro_batch)  # the first module of a micro-batch
         recycle_gradient(embeddings)
 
 
@@ -92,7 +93,7 @@ def _keep_freed_memory() -> bool:
     library = ctypes.CDLL(None)
     if not hasattr(library, "mallopt"):  # musl has none
         return False
-    library.mallopt(_MMAP_THRESHOLD, _LARGE)
+    library.mallopt(_MMAP_THRESHOLD, _LARGE_AT_FIRST)
     library.mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
     return True
 
@@ -101,15 +102,21 @@ class _Heap:
     """What glibc keeps: with every micro-batch it has more gaps, which the tensors of the next one do not fit into."""
 
     def __init__(self) -> None:
+        self._is_first = True  # the micro-batch to come
         self._most = 0.0  # bytes that the process may take
         self._were_returned = False  # gaps, just before the last micro-batch
 
-    def return_gaps(self, *_: Any) -> None:
+    def before_micro_batch(self, *_: Any) -> None:
         """Return to the system what is free in the heap, if the process has grown by it.
 
-        To be called before each micro-batch. What one takes after the gaps have gone is what is needed; of those of
-        many lengths, what the largest so far has taken.
+        What a micro-batch takes after the gaps have gone is what is needed; of those of many lengths, what the largest
+        so far has taken.
         """
+        # Much else is made for good among the tensors of the first one, graphs above all: beside it lay gaps that no
+        # tensor fitted into, or by chance did, a gigabyte of them in a step that takes three.
+        if not self._is_first:
+            ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LARGE)
+        self._is_first = False
         resident = memory_field("RssAnon") or 0
         if self._were_returned:
             self._most = max(self._most, _MOST_GROWTH * resident)

@@ -44,6 +44,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> int:
         monkeypatch.setattr(module, "CHUNK", SMALL_CHUNK)
     monkeypatch.setattr(adamw, "CPU_TILE", SMALL_CHUNK // 4)
     monkeypatch.setattr(gradients, "NORM_TILE", SMALL_CHUNK // 4)
+    monkeypatch.setattr(gradients, "NORM_ROW", SMALL_CHUNK // 32)
     return SMALL_CHUNK
 
 

@@ -147,9 +147,12 @@ from fullft import recycling
 
 if sys.argv[1] == "kept":
     recycling._keep_freed_memory()
+    heap = recycling._Heap()
+    heap.before_micro_batch()
+    heap.before_micro_batch()  # all but the first micro-batch's
 for _ in range(3):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    activations = [torch.ones(1 << 20) for _ in range(100)]
+    activations = [torch.ones(1 << 22) for _ in range(25)]
     del activations
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
@@ -194,3 +197,27 @@ print(*returned, begin_micro_batch(), all(each.min() == 1 for each in kept))
     assert grown > 150
     assert max(before, after, later) < 20
     assert is_intact == "True"
+
+
+@pytest.mark.skipif(not _clears_page_by_page(), reason="of glibc and small pages")
+def test_what_is_made_for_good_among_the_first_ones_tensors_leaves_no_gaps() -> None:
+    source = """
+import torch
+from fullft import recycling
+from fullft.memory.proc import memory_field
+
+recycling._keep_freed_memory()
+heap = recycling._Heap()
+for _ in range(2):
+    heap.before_micro_batch()
+    before = memory_field("RssAnon")
+    tensors, made = [], []
+    for _ in range(10):
+        tensors.append(torch.ones(1 << 22))  # 16 MiB
+        made.append(torch.ones(1 << 14))
+    del tensors
+    print(round((memory_field("RssAnon") - before) / 2**20))
+"""
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
+    first, second = map(int, done.stdout.split())
+    assert first < 20 < 100 < second  # from the second on they are kept, for the next ones to use

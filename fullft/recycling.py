@@ -2,7 +2,8 @@
 
 Owns the memory of large tensors. The system's allocator gives large blocks back at once, and the system clears every
 page anew when it is next touched: a tenth of a step of a model of 135M parameters, for its head alone. What is smaller
-the allocator is told to keep, until it keeps too much. Accelerators keep theirs by themselves.
+the allocator is told to keep, from the second micro-batch on and until it keeps too much. Accelerators keep theirs by
+themselves.
 """
 
 import ctypes
@@ -23,7 +24,7 @@ from transformers import PreTrainedModel
 from fullft.memory.proc import memory_field
 
 _LARGE = 1 << 25  # bytes: what glibc does not keep; its own largest, as more would fragment its heap
-_LARGE_AT_FIRST = 1 << 23  # the same, in the first micro-batch
+_LARGE_AT_FIRST = 1 << 22  # the same until a micro-batch has passed; with less, much is cleared anew within that one
 # Of glibc's malloc.h: from which size on memory is given back at once, and from how much of the rest on.
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
 _OWN_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
@@ -102,7 +103,7 @@ class _Heap:
     """What glibc keeps: with every micro-batch it has more gaps, which the tensors of the next one do not fit into."""
 
     def __init__(self) -> None:
-        self._is_first = True  # the micro-batch to come
+        self._micro_batches = 0
         self._most = 0.0  # bytes that the process may take
         self._were_returned = False  # gaps, just before the last micro-batch
 
@@ -112,13 +113,15 @@ class _Heap:
         What a micro-batch takes after the gaps have gone is what is needed; of those of many lengths, what the largest
         so far has taken.
         """
-        # Much else is made for good among the tensors of the first one, graphs above all: beside it lay gaps that no
-        # tensor fitted into, or by chance did, a gigabyte of them in a step that takes three.
-        if not self._is_first:
+        if not torch.is_grad_enabled():  # no measure: evaluation takes less
+            return
+        self._micro_batches += 1
+        # The first one is the measured worst step's: among its tensors lie the tracker's records, and the gaps beside
+        # those fit no tensor. Whether they came to 0.9 GiB or to none was chance.
+        if self._micro_batches == 2:
             ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LARGE)
-        self._is_first = False
         resident = memory_field("RssAnon") or 0
-        if self._were_returned:
+        if self._were_returned and self._micro_batches > 2:
             self._most = max(self._most, _MOST_GROWTH * resident)
             self._were_returned = False
         elif resident > self._most:

@@ -28,8 +28,9 @@ from fullft.offload import (
     paged,
 )
 
-# Elements that a CPU squares at a time: few enough in fp64 for its cache. One thread sums a row of them; its length
-# belongs to the numerics, for another one sums in another order, and from 2^15 on torch would have threads share it.
+# Elements that a CPU squares, or widens to add them, at a time: few enough for its cache. One thread sums a row of the
+# squares; a row that is alone must be shorter than 2^15, from where on torch has threads share it. Rows belong to the
+# numerics: those of another length sum in another order.
 NORM_TILE = 1 << 17
 NORM_ROW = 1 << 14
 _DEPARTING = 4  # chunks on their way off the device
@@ -151,7 +152,7 @@ class Gradients:
         """Take the 2-norm over all gradients, summed per parameter in a fixed order in fp64.
 
         Args:
-            only: look at a tile of each of these alone, which needs the same memory; None looks at all.
+            only: look at a tile of each of these alone, which needs as much memory but for some KiB; None looks at all.
 
         Returns:
             A float64 scalar on the device (float32 on Apple's, which has no float64).
@@ -181,7 +182,7 @@ def _sum_of_squares(gradient: torch.Tensor) -> torch.Tensor:
     if gradient.device.type != "cpu":
         wide = torch.float32 if gradient.device.type == "mps" else torch.float64
         norm: torch.Tensor = torch.linalg.vector_norm(gradient, dtype=wide)
-        return norm.square()
+        return norm.square_()
     # vector_norm would hold an fp64 copy of all of it; a tile's stays in the cache.
     count = len(gradient) // NORM_ROW
     rows, rest = gradient[: count * NORM_ROW].view(count, NORM_ROW), gradient[count * NORM_ROW :]

@@ -12,7 +12,7 @@ from transformers import Trainer, get_scheduler
 
 from fullft.adamw import AdamW
 from fullft.config import Config, OptionsError, parse_config
-from fullft.gradients import NORM_TILE
+from fullft.gradients import NORM_ROW, NORM_TILE
 from fullft.model import PRECISIONS
 from fullft.offload import Storage
 from fullft.optimizer import build_schedule, estimate_state_bytes, parameter_groups
@@ -64,7 +64,9 @@ def test_constant_takes_a_warmup_too() -> None:
 
 def random_gradients(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
     torch.manual_seed(0)
-    parameters = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in ((300, 70), (1,), (5, 3, 2), (1 << 20,))]
+    # Of the norm: tiles and rows, whole ones and what is left of them.
+    shapes = ((300, 70), (1,), (5, 3, 2), (1 << 20,), (0,), (NORM_ROW,), (NORM_TILE + 2 * NORM_ROW + 5,))
+    parameters = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes]
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
     return parameters
@@ -77,22 +79,26 @@ def adamw(parameters: list[nn.Parameter]) -> AdamW:
     return AdamW(groups, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, moments=lambda each: each.dtype, storage=storage)
 
 
-def test_the_norm_is_summed_in_fp64() -> None:
-    parameters = random_gradients()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_norm_is_summed_in_fp64(dtype: torch.dtype) -> None:
+    parameters = random_gradients(dtype)
     exact = math.sqrt(sum((parameter.grad.double() ** 2).sum().item() for parameter in parameters))
     norm = adamw(parameters).clip_gradients(max_norm=0)
     assert norm.dtype == torch.float64
     assert norm.item() == pytest.approx(exact, rel=1e-13)
 
 
-def test_the_norm_does_not_depend_on_the_number_of_threads() -> None:
-    optimizer = adamw(random_gradients())
-    norms = []
-    for threads in (3, 2, 1):
-        torch.set_num_threads(threads)
-        norms.append(optimizer.clip_gradients(max_norm=0))
-        assert torch.get_num_threads() == threads
-    assert torch.equal(norms[0], norms[1]) and torch.equal(norms[1], norms[2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_norm_does_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> None:
+    optimizer, norms = adamw(random_gradients(dtype)), set()
+    former = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            norms.add(optimizer.clip_gradients(max_norm=0).item())
+    finally:
+        torch.set_num_threads(former)
+    assert len(norms) == 1
 
 
 def test_a_rehearsed_norm_looks_at_a_tile_only() -> None:

@@ -171,10 +171,15 @@ class Gradients:
         chunks = ChunkStream(self._storage.device).run({"gradient": field} for _, field in jobs)
         for (key, _), chunk in zip(jobs, chunks, strict=True):
             squares[key].append(_sum_of_squares(chunk["gradient"][: None if only is None else NORM_TILE]))
-        sums = [torch.stack(each).sum() for each in squares.values() if each]
+        sums = [_sum_in_order(each) for each in squares.values() if each]
         if not sums:
             raise ValueError("no parameter has a gradient")
-        return torch.stack(sums).sum().sqrt()
+        return _sum_in_order(sums).sqrt()
+
+
+def _sum_in_order(scalars: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Sum any number of scalars, in an order that does not depend on how many threads there are."""
+    return torch.stack([row.sum() for row in torch.stack(list(scalars)).split(NORM_ROW)]).sum()
 
 
 def _sum_of_squares(gradient: torch.Tensor) -> torch.Tensor:

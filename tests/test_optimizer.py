@@ -12,7 +12,7 @@ from transformers import Trainer, get_scheduler
 
 from fullft.adamw import AdamW
 from fullft.config import Config, OptionsError, parse_config
-from fullft.gradients import NORM_ROW, NORM_TILE
+from fullft.gradients import NORM_ROW, NORM_TILE, _sum_in_order
 from fullft.model import PRECISIONS
 from fullft.offload import Storage
 from fullft.optimizer import build_schedule, estimate_state_bytes, parameter_groups
@@ -99,6 +99,21 @@ def test_the_norm_does_not_depend_on_the_number_of_threads(dtype: torch.dtype) -
     finally:
         torch.set_num_threads(former)
     assert len(norms) == 1
+
+
+def test_nor_does_it_with_tens_of_thousands_of_parameters() -> None:
+    """Such as experts with matrices of their own; torch has threads share so long a sum."""
+    scalars = list(torch.rand(100_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    former, ours, torchs = torch.get_num_threads(), set(), set()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            ours.add(_sum_in_order(scalars).item())
+            torchs.add(torch.stack(scalars).sum().item())
+    finally:
+        torch.set_num_threads(former)
+    assert len(ours) == 1 < len(torchs)
+    assert ours.pop() == pytest.approx(math.fsum(scalars), rel=1e-13)
 
 
 def test_a_rehearsed_norm_looks_at_a_tile_only() -> None:

@@ -117,11 +117,12 @@ class _Heap:
             return
         self._micro_batches += 1
         # The first one is the measured worst step's: among its tensors lie the tracker's records, and the gaps beside
-        # those fit no tensor. Whether they came to 0.9 GiB or to none was chance.
+        # those fit no tensor. Whether they came to 0.9 GiB or to none was chance. Nor is it a measure for what follows.
         if self._micro_batches == 2:
             ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LARGE)
+            self._were_returned = False
         resident = memory_field("RssAnon") or 0
-        if self._were_returned and self._micro_batches > 2:
+        if self._were_returned:
             self._most = max(self._most, _MOST_GROWTH * resident)
             self._were_returned = False
         elif resident > self._most:

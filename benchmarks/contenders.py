@@ -61,7 +61,7 @@ Result = dict[str, Any]
 # ---------------------------------------------------------------------------------------------- the task
 
 _MIXED, _SPLIT = "--precision bf16-mixed", "--precision bf16-true --master_weights split"
-_AT_ONCE = "--per_device_train_batch_size {sequences} --gradient_accumulation_steps 1"  # all that a step is packed into
+_AT_ONCE = "--per_device_train_batch_size {sequences} --gradient_accumulation_steps 1"  # about a step
 # Each line is a row of the table: what it gives `train.py` beside `COMMON`. Trainer takes its rows from the first.
 OURS = {
     "ours, bf16-mixed": _MIXED,
@@ -118,7 +118,7 @@ class Task:
         return round(self.tokens / self.rows)
 
     @property
-    def packed_accumulation(self) -> int:
+    def packed_sequences(self) -> int:
         """Packed sequences that hold about as many tokens as a step's rows."""
         return max(1, round(ROWS_PER_STEP * self.tokens / self.rows / MAX_LENGTH))
 
@@ -129,9 +129,9 @@ class Task:
     def flags(self, name: str) -> list[str]:
         """Give a command line for `train.py`."""
         flags = ["--model", str(self.source), "--dataset", str(self.file), "--output_dir", str(self.output_dir(name))]
-        accumulation = self.packed_accumulation if is_packed(name) else ROWS_PER_STEP
+        accumulation = self.packed_sequences if is_packed(name) else ROWS_PER_STEP
         flags += [*COMMON.split(), "--gradient_accumulation_steps", str(accumulation)]
-        return [*flags, *OURS[name].format(sequences=self.packed_accumulation).split()]
+        return [*flags, *OURS[name].format(sequences=self.packed_sequences).split()]
 
     def batches(self, name: str) -> Batches:
         """Give the batches that `train.py` trains on."""
@@ -316,7 +316,7 @@ def trl_packing(task: Task) -> Trainer:
     """
     from trl import SFTConfig, SFTTrainer  # type: ignore[import-not-found, unused-ignore]  # may be missing
 
-    shared = _arguments(task, 1, task.packed_accumulation)
+    shared = _arguments(task, 1, task.packed_sequences)
     return SFTTrainer(
         _load(task),
         SFTConfig(**shared, packing=True, max_length=MAX_LENGTH, gradient_checkpointing=False),  # on by default

@@ -359,7 +359,7 @@ def report(task: Task, repeats: int, picture: Path | None) -> bool:
     results = read(task, repeats)
     print(
         f"\nSmolLM2-135M-Instruct, {_processor()}: one pass over {task.rows} rows of {task.mean_length} tokens on "
-        f"average, {ROWS_PER_STEP} a step (packed: {task.packed_accumulation} x {MAX_LENGTH} tokens);\nreal tokens "
+        f"average, {ROWS_PER_STEP} a step (packed: {task.packed_sequences} x {MAX_LENGTH} tokens);\nreal tokens "
         f"per second after {WARM_UP} step, median and range of up to {repeats} runs; peak: resident set\n"
     )
     _print_table(speed_table(results))

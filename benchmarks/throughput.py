@@ -3,6 +3,7 @@
     python benchmarks/throughput.py --dataset alpaca.json --plot docs/throughput.png   # an hour on two cores
     python benchmarks/throughput.py --dataset alpaca.json --only ours                  # those with this in their names
     python benchmarks/throughput.py --dataset alpaca.json --only ours --profile        # what a step of theirs goes to
+    ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 python benchmarks/throughput.py ...            # for everybody without AMX
 
 Owns two tables and one picture: real (non-padding) tokens per second of SmolLM2-135M on the CPU, and the parts of a
 step. Every system makes one pass over the same rows with the same AdamW (the compiled Trainer another one before, since
@@ -60,6 +61,7 @@ from fullft.environment import KERNEL_CACHES
 from fullft.packing import pack
 from fullft.rows import load_rows
 
+ISA = "ONEDNN_MAX_CPU_ISA"  # oneDNN's own setting, and everybody's products in bf16 are oneDNN's
 WARM_UP = 1  # steps that do not count
 LIMIT = "limit"
 DRAWS = 1000  # of rows, to choose from: any few leave more gaps when packed than the thousands of a long run
@@ -130,7 +132,7 @@ def _fingerprint(lines: str) -> str:
     own = (ROOT / "benchmarks" / name for name in ("contenders.py", "matrix_products.py", "stopwatch.py"))
     files = [ROOT / "train.py", *sorted(ROOT.glob("fullft/**/*.py")), *own]
     libraries = [version(name) for name in ("torch", "transformers", "accelerate", *(["trl"] if has_trl() else []))]
-    parts = [lines, *libraries, *(file.read_text(encoding="utf-8") for file in files)]
+    parts = [lines, os.environ.get(ISA, ""), *libraries, *(file.read_text(encoding="utf-8") for file in files)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
 
 
@@ -347,7 +349,8 @@ def plot(results: Results, file: Path) -> None:
 
 def _processor() -> str:
     threads = torch.get_num_threads()
-    return f"{threads} CPU thread{'s' if threads > 1 else ''}"
+    held_to = f", held to {os.environ[ISA]}" if os.environ.get(ISA) else ""
+    return f"{threads} CPU thread{'s' if threads > 1 else ''}{held_to}"
 
 
 def _print_table(rows: list[tuple[str, ...]]) -> None:

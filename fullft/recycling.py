@@ -78,31 +78,30 @@ def apply_recycling(model: PreTrainedModel) -> None:
     """
     if model.device.type == "cpu":
         embeddings = model.get_input_embeddings()
-        if _keep_freed_memory():
-            embeddings.register_forward_pre_hook(_Heap().before_micro_batch)  # the first module of a micro-batch
+        if (glibc := _glibc()) is not None:
+            embeddings.register_forward_pre_hook(_Heap(glibc).before_micro_batch)  # the first module of a micro-batch
         recycle_gradient(embeddings)
 
 
-def _keep_freed_memory() -> bool:
-    """Have glibc keep for the next micro-batch what the last one's backward has freed, unless it was told otherwise.
-
-    Returns:
-        Whether it does.
-    """
+def _glibc() -> ctypes.CDLL | None:
+    """Give the system's allocator, if it is glibc's and was not told otherwise what to keep."""
     if sys.platform != "linux" or any(map(os.environ.get, _OWN_SETTINGS)):
-        return False
+        return None
     library = ctypes.CDLL(None)
-    if not hasattr(library, "mallopt"):  # musl has none
-        return False
-    library.mallopt(_MMAP_THRESHOLD, _LARGE_AT_FIRST)
-    library.mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
-    return True
+    return library if hasattr(library, "mallopt") else None  # musl has none
 
 
 class _Heap:
-    """What glibc keeps: with every micro-batch it has more gaps, which the tensors of the next one do not fit into."""
+    """What glibc keeps: for the next micro-batch, what the last one's backward has freed.
 
-    def __init__(self) -> None:
+    With every micro-batch it has more gaps, which the tensors of the next one do not fit into.
+    """
+
+    def __init__(self, glibc: ctypes.CDLL) -> None:
+        """Have it keep what is freed from now on, but the large of the first micro-batch."""
+        glibc.mallopt(_MMAP_THRESHOLD, _LARGE_AT_FIRST)
+        glibc.mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
+        self._glibc = glibc
         self._micro_batches = 0
         self._most = 0.0  # bytes that the process may take
         self._were_returned = False  # gaps, just before the last micro-batch
@@ -119,14 +118,14 @@ class _Heap:
         # The first one is the measured worst step's: among its tensors lie the tracker's records, and the gaps beside
         # those fit no tensor. Whether they came to 0.9 GiB or to none was chance. Nor is it a measure for what follows.
         if self._micro_batches == 2:
-            ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LARGE)
+            self._glibc.mallopt(_MMAP_THRESHOLD, _LARGE)
             self._were_returned = False
         resident = memory_field("RssAnon") or 0
         if self._were_returned:
             self._most = max(self._most, _MOST_GROWTH * resident)
             self._were_returned = False
         elif resident > self._most:
-            ctypes.CDLL(None).malloc_trim(0)
+            self._glibc.malloc_trim(0)
             self._were_returned = True
 
 

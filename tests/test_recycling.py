@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 def _all_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recycling, "_LARGE", 1)
     monkeypatch.setattr(recycling, "_free", [])
-    monkeypatch.setattr(recycling, "_keep_freed_memory", lambda: False)  # it would last beyond the tests here
+    monkeypatch.setattr(recycling, "_glibc", lambda: None)  # it would last beyond the tests here
 
 
 def place(tensor: torch.Tensor) -> int:
@@ -146,8 +146,7 @@ import torch
 from fullft import recycling
 
 if sys.argv[1] == "kept":
-    recycling._keep_freed_memory()
-    heap = recycling._Heap()
+    heap = recycling._Heap(recycling._glibc())
     heap.before_micro_batch()
     heap.before_micro_batch()  # all but the first micro-batch's
 for _ in range(3):
@@ -207,8 +206,7 @@ import torch
 from fullft import recycling
 from fullft.memory.proc import memory_field
 
-recycling._keep_freed_memory()
-heap = recycling._Heap()
+heap = recycling._Heap(recycling._glibc())
 for _ in range(2):
     with torch.no_grad():
         heap.before_micro_batch()  # of an evaluation: it does not count

@@ -60,7 +60,7 @@ Result = dict[str, Any]
 
 # ---------------------------------------------------------------------------------------------- the task
 
-_MIXED, _SPLIT = "--precision bf16-mixed", "--precision bf16-true --master_weights split"
+_MIXED, _SPLIT, _FP32 = "--precision bf16-mixed", "--precision bf16-true --master_weights split", "--precision fp32"
 _AT_ONCE = "--per_device_train_batch_size {sequences} --gradient_accumulation_steps 1"  # about a step
 # Each line is a row of the table: what it gives `train.py` beside `COMMON`. Trainer takes its rows from the first.
 OURS = {
@@ -77,7 +77,8 @@ OURS = {
     "ours, bf16-true, packing, compiled, full checkpointing": (
         f"{_SPLIT} --packing --compile true --activation_checkpointing full"
     ),
-    "ours, fp32, packing, compiled": "--precision fp32 --packing --compile true",
+    "ours, fp32, packing, compiled": f"{_FP32} --packing --compile true",
+    "ours, fp32, packing, compiled, steps of one micro-batch": f"{_FP32} --packing --compile true {_AT_ONCE}",
 }
 # Nothing is left to the memory that happens to be free, and nothing but training is done.
 COMMON = (

@@ -349,8 +349,10 @@ def plot(results: Results, file: Path) -> None:
 
 def _processor() -> str:
     threads = torch.get_num_threads()
-    held_to = f", held to {os.environ[ISA]}" if os.environ.get(ISA) else ""
-    return f"{threads} CPU thread{'s' if threads > 1 else ''}{held_to}"
+    kind = " with AMX" if torch.cpu.get_capabilities().get("amx_bf16") else ""
+    if os.environ.get(ISA):
+        kind = f", held to {os.environ[ISA]}"
+    return f"{threads} CPU thread{'s' if threads > 1 else ''}{kind}"
 
 
 def _print_table(rows: list[tuple[str, ...]]) -> None:

@@ -325,10 +325,11 @@ def plot(results: Results, file: Path) -> None:
     names = [name for name in results if name != LIMIT]
     medians = [statistics.median(map(speed, results[name])) for name in names]
     limit = limit_of(results, PACKED)
-    figure, axes = pyplot.subplots(figsize=(9, 1.4 + 0.42 * len(names)), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.3 * len(names)), layout="constrained")
     colours = ["#1f5a99" if name.startswith("ours") else "#a8a8a8" for name in names]
     bars = axes.barh(names, medians, color=colours, height=0.68)
     axes.bar_label(bars, labels=[f"{median:,.0f}" for median in medians], padding=4, fontsize=9)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     if limit is not None:
         axes.axvline(limit, color="#d9602b", linestyle="--", linewidth=1.3)

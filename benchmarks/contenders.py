@@ -53,7 +53,7 @@ TRAINERS = {
     "Trainer, grouped by length, 8 rows at a time, compiled": (8, True),
 }
 ROWS_ALIKE = max(size for size, _ in TRAINERS.values())  # rows of like length that the benchmark takes together
-TRL = "TRL SFTTrainer, packing"
+TRLS = {"TRL SFTTrainer, packing": False, "TRL SFTTrainer, packing, compiled": True}
 
 Row = dict[str, Any]
 Result = dict[str, Any]
@@ -307,20 +307,25 @@ def dynamic_padding(task: Task, batch_size: int, compiled: bool) -> Trainer:
     )
 
 
-def trl_packing(task: Task) -> Trainer:
+def trl_packing(task: Task, compiled: bool) -> Trainer:
     """TRL's packing as it comes (best-fit decreasing, no padding), on our tokens and targets.
 
     On a CPU it gives the model restarting positions and no mask, from which transformers makes a block-diagonal mask
     for SDPA: packed documents do not see each other. Its loss never holds all logits, but recomputes them in backward,
     and there, without CUDA, multiplies in fp32 (`trl/kernels/chunked_logprob.py`, 1.16); what would avoid that, a loss
     function of one's own, makes it run the forward a second time.
+
+    Args:
+        task: what to train on.
+        compiled: let it compile the model; a pass over all rows goes before, since its lengths vary too.
     """
     from trl import SFTConfig, SFTTrainer  # type: ignore[import-not-found, unused-ignore]  # may be missing
 
-    shared = _arguments(task, 1, task.packed_sequences)
+    shared = _arguments(task, 1, task.packed_sequences) | {"num_train_epochs": 2 if compiled else 1}
+    own = {"packing": True, "max_length": MAX_LENGTH, "gradient_checkpointing": False}  # which is on by default
     return SFTTrainer(
         _load(task),
-        SFTConfig(**shared, packing=True, max_length=MAX_LENGTH, gradient_checkpointing=False),  # on by default
+        SFTConfig(**shared, **own, torch_compile=compiled),
         train_dataset=datasets.Dataset.from_list(_rows_in_order(task)),
         processing_class=_tokenizer(task),
     )
@@ -332,7 +337,7 @@ PEERS: dict[str, Callable[[Task], Trainer]] = {
         name: partial(dynamic_padding, batch_size=size, compiled=compiled)
         for name, (size, compiled) in TRAINERS.items()
     },
-    TRL: trl_packing,
+    **{name: partial(trl_packing, compiled=compiled) for name, compiled in TRLS.items()},
 }
 
 

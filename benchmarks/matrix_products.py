@@ -19,11 +19,15 @@ PACKED, ROW, FP32 = "packed", "row", "packed, fp32"
 
 
 def kinds_of_limit(task: Task) -> dict[str, tuple[int, torch.dtype]]:
-    """Give the tokens of a micro-batch and the products' dtype, for each kind of limit."""
+    """Give the tokens of a product and its dtype, for each kind of limit.
+
+    Packed, they are all of a step's, however they are trained: no larger ones are possible, and none are faster.
+    """
+    step = task.packed_sequences * MAX_LENGTH
     return {
-        PACKED: (MAX_LENGTH, torch.bfloat16),
+        PACKED: (step, torch.bfloat16),
         ROW: (task.mean_length, torch.bfloat16),
-        FP32: (MAX_LENGTH, torch.float32),
+        FP32: (step, torch.float32),
     }
 
 
@@ -56,12 +60,12 @@ def measure_limit(task: Task) -> dict[str, dict[str, float]]:
 def _limit_of(
     shapes: Counter[tuple[int, int, bool]], attention: float, tokens: int, targets: int, dtype: torch.dtype
 ) -> dict[str, float]:
-    """Add up the products of one micro-batch.
+    """Add up the products of so many tokens.
 
     Args:
         shapes: how many layers have so many inputs and outputs; the head is marked.
         attention: its operations per token.
-        tokens: of the micro-batch.
+        tokens: of a product.
         targets: tokens among them that the head works on.
         dtype: of the products.
     """

@@ -3,13 +3,14 @@
     python benchmarks/throughput.py --dataset alpaca.json --plot docs/throughput.png   # an hour on two cores
     python benchmarks/throughput.py --dataset alpaca.json --only ours                  # those with this in their names
     python benchmarks/throughput.py --dataset alpaca.json --only ours --profile        # what a step of theirs goes to
-    ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 python benchmarks/throughput.py ...            # for everybody without AMX
+    ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 python benchmarks/throughput.py ...            # all of them kept from using AMX
 
 Owns two tables and one picture: real (non-padding) tokens per second of SmolLM2-135M on the CPU, and the parts of a
-step. Every system makes one pass over the same rows with the same AdamW (the compiled Trainer another one before, since
-its lengths vary: it compiles at the first two), in a process of its own, and the repeats go round all systems, so that
-a slow hour of the machine slows them all. The limit is measured in the same round. A finished run is not repeated while
-the program stays as it is, so that a command that was stopped goes on. Ends with 1 if losses differ that should not.
+step. Every system makes one pass over the same rows with the same AdamW (the compiled peers another one before, since
+their lengths vary: they compile at the first two), in a process of its own, and the repeats go round all systems, so
+that a slow hour of the machine slows them all. The limit is measured in the same round. A finished run is not repeated
+while the program stays as it is, so that a command that was stopped goes on. Ends with 1 if losses differ that should
+not.
 """
 
 # ruff: noqa: E402
@@ -41,7 +42,7 @@ from contenders import (
     ROWS_ALIKE,
     ROWS_PER_STEP,
     TRAINERS,
-    TRL,
+    TRLS,
     Result,
     Task,
     is_packed,
@@ -128,11 +129,11 @@ def _pack(lengths: list[int]) -> tuple[int, float]:
 
 
 def _fingerprint(lines: str) -> str:
-    """Hash all else that changes the figures, so that results of unlike programs, libraries or rows never mix."""
+    """Hash what changes the figures, so that results of unlike programs, libraries, rows or processors never mix."""
     own = (ROOT / "benchmarks" / name for name in ("contenders.py", "matrix_products.py", "stopwatch.py"))
     files = [ROOT / "train.py", *sorted(ROOT.glob("fullft/**/*.py")), *own]
     libraries = [version(name) for name in ("torch", "transformers", "accelerate", *(["trl"] if has_trl() else []))]
-    parts = [lines, os.environ.get(ISA, ""), *libraries, *(file.read_text(encoding="utf-8") for file in files)]
+    parts = [lines, _processor(), *libraries, *(file.read_text(encoding="utf-8") for file in files)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
 
 
@@ -258,7 +259,7 @@ def speed_table(results: Results) -> list[tuple[str, ...]]:
             )
         )
     if not has_trl():
-        rows.append((TRL, 'missing: pip install "trl>=1.16"', *[""] * 6))
+        rows.extend((name, 'missing: pip install "trl>=1.16"', *[""] * 6) for name in TRLS)
     return rows
 
 
@@ -323,21 +324,23 @@ def plot(results: Results, file: Path) -> None:
     from matplotlib import pyplot
 
     names = [name for name in results if name != LIMIT]
-    medians = [statistics.median(map(speed, results[name])) for name in names]
-    limit = limit_of(results, PACKED)
+    speeds_of = [[speed(result) for result in results[name]] for name in names]
+    medians = [statistics.median(speeds) for speeds in speeds_of]
+    spreads = [(median - min(speeds), max(speeds) - median) for median, speeds in zip(medians, speeds_of, strict=True)]
     figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.3 * len(names)), layout="constrained")
     colours = ["#1f5a99" if name.startswith("ours") else "#a8a8a8" for name in names]
-    bars = axes.barh(names, medians, color=colours, height=0.68)
+    ranges = {"xerr": list(zip(*spreads, strict=True)), "error_kw": {"elinewidth": 0.9, "ecolor": "#404040"}}
+    bars = axes.barh(names, medians, color=colours, height=0.68, **ranges)
     axes.bar_label(bars, labels=[f"{median:,.0f}" for median in medians], padding=4, fontsize=9)
-    axes.margins(y=0.01)
+    axes.margins(x=0.08, y=0.01)
     axes.invert_yaxis()
-    if limit is not None:
-        axes.axvline(limit, color="#d9602b", linestyle="--", linewidth=1.3)
-        label = f"limit in bf16: matrix products alone, {limit:,.0f}"
-        axes.annotate(label, (limit, 1), xycoords=("data", "axes fraction"), xytext=(-5, 4),
-                      textcoords="offset points", ha="right", color="#d9602b", fontsize=9)  # fmt: skip
-    axes.set_xlim(0, 1.1 * max(*medians, limit or 0))
-    axes.set_xlabel("real tokens per second (without padding), median")
+    for kind, dtype in ((FP32, "fp32"), (PACKED, "bf16")):
+        limit = limit_of(results, kind)
+        if limit is not None:
+            axes.axvline(limit, color="#d9602b", linestyle="--", linewidth=1.3)
+            axes.text(limit, 1.01, f"limit in {dtype}, {limit:,.0f}", transform=axes.get_xaxis_transform(), ha="center",
+                      color="#d9602b", fontsize=9)  # fmt: skip
+    axes.set_xlabel("real tokens per second (without padding), median and range; limit: matrix products alone")
     axes.grid(axis="x", linewidth=0.5, alpha=0.5)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -350,7 +353,8 @@ def plot(results: Results, file: Path) -> None:
 
 def _processor() -> str:
     threads = torch.get_num_threads()
-    kind = " with AMX" if torch.cpu.get_capabilities().get("amx_bf16") else ""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older torch has none
+    kind = " with AMX" if capabilities.get("amx_bf16") else ""
     if os.environ.get(ISA):
         kind = f", held to {os.environ[ISA]}"
     return f"{threads} CPU thread{'s' if threads > 1 else ''}{kind}"
@@ -399,7 +403,7 @@ def main() -> None:
         return run_child(arguments.child, arguments.task, Path(arguments.out), arguments.profile)
 
     task = prepare(str(arguments.dataset), arguments.steps)
-    names = [name for name in (*PEERS, *OURS, LIMIT) if arguments.only in name and (name != TRL or has_trl())]
+    names = [name for name in (*PEERS, *OURS, LIMIT) if arguments.only in name and (name not in TRLS or has_trl())]
     if arguments.profile:
         if arguments.steps < 3:
             parser.error("--profile records the third step: take more --steps")

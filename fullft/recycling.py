@@ -84,7 +84,7 @@ def apply_recycling(model: PreTrainedModel) -> None:
 
 
 def _glibc() -> ctypes.CDLL | None:
-    """Give the system's allocator, if it is glibc's and was not told otherwise what to keep."""
+    """Give the system's allocator, if it is glibc's and nothing in the environment says what it keeps."""
     if sys.platform != "linux" or any(map(os.environ.get, _OWN_SETTINGS)):
         return None
     library = ctypes.CDLL(None)
@@ -92,13 +92,10 @@ def _glibc() -> ctypes.CDLL | None:
 
 
 class _Heap:
-    """What glibc keeps: for the next micro-batch, what the last one's backward has freed.
-
-    With every micro-batch it has more gaps, which the tensors of the next one do not fit into.
-    """
+    """Has glibc keep what a micro-batch frees for the next one, and returns the gaps that the next one cannot fill."""
 
     def __init__(self, glibc: ctypes.CDLL) -> None:
-        """Have it keep what is freed from now on, but the large of the first micro-batch."""
+        """Tell glibc, for the whole process, to keep what is freed; large blocks not before the second micro-batch."""
         glibc.mallopt(_MMAP_THRESHOLD, _LARGE_AT_FIRST)
         glibc.mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
         self._glibc = glibc

@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 def _all_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recycling, "_LARGE", 1)
     monkeypatch.setattr(recycling, "_free", [])
-    monkeypatch.setattr(recycling, "_glibc", lambda: None)  # it would last beyond the tests here
+    monkeypatch.setattr(recycling, "_glibc", lambda: None)  # its settings would outlast the tests here
 
 
 def place(tensor: torch.Tensor) -> int:

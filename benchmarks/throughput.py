@@ -223,6 +223,11 @@ def limit_of(results: Results, kind: str, figure: str = "tokens_per_second") -> 
     return statistics.median(values) if values else None
 
 
+def ratio(speeds: list[float], others: list[float]) -> float:
+    """Give the median of the rounds' ratios: what slows a whole round is in both."""
+    return statistics.median(own / other for own, other in zip(speeds, others, strict=False))
+
+
 def speed_table(results: Results) -> list[tuple[str, ...]]:
     """Make the rows of the table of speeds."""
     rows: list[tuple[str, ...]] = [
@@ -238,20 +243,20 @@ def speed_table(results: Results) -> list[tuple[str, ...]]:
         ),
         ("---", *["---:"] * 7),
     ]
-    trainers = [statistics.median(map(speed, results[name])) for name in TRAINERS if name in results]
-    for name, own in results.items():
-        if name == LIMIT:
-            continue
+    speeds_of = {name: [speed(result) for result in own] for name, own in results.items() if name != LIMIT}
+    trainers = [speeds_of[name] for name in TRAINERS if name in results]
+    trainer = max(trainers, key=statistics.median, default=None)
+    for name, speeds in speeds_of.items():
+        own = results[name]
         is_fp32 = name in OURS and "--precision fp32" in OURS[name]  # Trainer is not measured in it
         limit = limit_of(results, FP32 if is_fp32 else PACKED)
-        speeds = [speed(result) for result in own]
         median = statistics.median(speeds)
         rows.append(
             (
                 name,
                 f"{median:,.0f}",
                 f"{min(speeds):,.0f}-{max(speeds):,.0f}",
-                "" if is_fp32 else f"{median / max(trainers):.2f}" if trainers else "?",
+                "" if is_fp32 else f"{ratio(speeds, trainer):.2f}" if trainer else "?",
                 f"{median / limit:.0%}" if limit else "?",
                 f"{1 - sum(own[0]['tokens']) / sum(own[0]['positions']):.1%}",
                 f"{statistics.median(result['peak_bytes'] for result in own) / 2**30:.2f}",
@@ -370,7 +375,8 @@ def report(task: Task, repeats: int, picture: Path | None) -> bool:
     print(
         f"\nSmolLM2-135M-Instruct, {_processor()}: one pass over {task.rows} rows of {task.mean_length} tokens on "
         f"average, {ROWS_PER_STEP} a step (packed: {task.packed_sequences} x {MAX_LENGTH} tokens);\nreal tokens "
-        f"per second after {WARM_UP} step, median and range of up to {repeats} runs; peak: resident set\n"
+        f"per second after {WARM_UP} step, median and range of up to {repeats} runs; x: the median of the rounds' "
+        "ratios; peak: resident set\n"
     )
     _print_table(speed_table(results))
     print(

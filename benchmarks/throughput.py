@@ -211,6 +211,11 @@ def speed(result: Result) -> float:
     return float(sum(result["tokens"][WARM_UP:]) / sum(sum(lap.values()) for lap in result["laps"][WARM_UP:]))
 
 
+def kind_for(name: str) -> str:
+    """Say which kind of limit a system has."""
+    return FP32 if "--precision fp32" in OURS.get(name, "") else PACKED
+
+
 def limit_of(results: Results, kind: str, figure: str = "tokens_per_second") -> float | None:
     """Give the median of a figure of the limit.
 
@@ -248,8 +253,7 @@ def speed_table(results: Results) -> list[tuple[str, ...]]:
     trainer = max(trainers, key=statistics.median, default=None)
     for name, speeds in speeds_of.items():
         own = results[name]
-        is_fp32 = name in OURS and "--precision fp32" in OURS[name]  # Trainer is not measured in it
-        limit = limit_of(results, FP32 if is_fp32 else PACKED)
+        is_fp32, limit = kind_for(name) == FP32, limit_of(results, kind_for(name))  # Trainer is not measured in fp32
         median = statistics.median(speeds)
         rows.append(
             (
@@ -322,7 +326,7 @@ def compare_losses(results: Results) -> tuple[list[str], bool]:
 
 
 def plot(results: Results, file: Path) -> None:
-    """Draw each system's median speed, and the limit."""
+    """Draw each system's median speed and its range, and the limit: its matrix products alone."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -337,15 +341,18 @@ def plot(results: Results, file: Path) -> None:
     ranges = {"xerr": list(zip(*spreads, strict=True)), "error_kw": {"elinewidth": 0.9, "ecolor": "#404040"}}
     bars = axes.barh(names, medians, color=colours, height=0.68, **ranges)
     axes.bar_label(bars, labels=[f"{median:,.0f}" for median in medians], padding=4, fontsize=9)
-    axes.margins(x=0.08, y=0.01)
+    axes.margins(x=0.3, y=0.01)
     axes.invert_yaxis()
-    for kind, dtype in ((FP32, "fp32"), (PACKED, "bf16")):
+    for row, name in enumerate(names):
+        kind = kind_for(name)
         limit = limit_of(results, kind)
-        if limit is not None:
-            axes.axvline(limit, color="#d9602b", linestyle="--", linewidth=1.3)
-            axes.text(limit, 1.01, f"limit in {dtype}, {limit:,.0f}", transform=axes.get_xaxis_transform(), ha="center",
-                      color="#d9602b", fontsize=9)  # fmt: skip
-    axes.set_xlabel("real tokens per second (without padding), median and range; limit: matrix products alone")
+        if limit is None:
+            continue
+        axes.vlines(limit, row - 0.5, row + 0.5, color="#d9602b", linewidth=1.3)
+        if row == 0 or kind != kind_for(names[row - 1]):  # the first of those that it is for
+            axes.annotate(f"limit in {'fp32' if kind == FP32 else 'bf16'}, {limit:,.0f}", (limit, row), xytext=(6, 0),
+                          textcoords="offset points", va="center", color="#d9602b", fontsize=9)  # fmt: skip
+    axes.set_xlabel("real tokens per second (without padding), median and range")
     axes.grid(axis="x", linewidth=0.5, alpha=0.5)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)

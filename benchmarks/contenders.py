@@ -61,7 +61,7 @@ Result = dict[str, Any]
 # ---------------------------------------------------------------------------------------------- the task
 
 _MIXED, _SPLIT, _FP32 = "--precision bf16-mixed", "--precision bf16-true --master_weights split", "--precision fp32"
-_AT_ONCE = "--per_device_train_batch_size {sequences} --gradient_accumulation_steps 1"  # about a step
+_AT_ONCE = "--per_device_train_batch_size {sequences} --gradient_accumulation_steps 1"  # as many tokens as a step has
 # Each line is a row of the table: what it gives `train.py` beside `COMMON`. Trainer takes its rows from the first.
 OURS = {
     "ours, bf16-mixed": _MIXED,

@@ -21,7 +21,7 @@ PACKED, ROW, FP32 = "packed", "row", "packed, fp32"
 def kinds_of_limit(task: Task) -> dict[str, tuple[int, torch.dtype]]:
     """Give the tokens of a product and its dtype, for each kind of limit.
 
-    Packed, they are all of a step's, however they are trained: no larger ones are possible, and none are faster.
+    Packed, they are all of a step's, however these are trained: no larger ones are possible, and smaller were slower.
     """
     step = task.packed_sequences * MAX_LENGTH
     return {

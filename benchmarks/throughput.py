@@ -1,6 +1,6 @@
 """How fast it trains beside the usual listing, Hugging Face Trainer and TRL, and how fast this processor could.
 
-    python benchmarks/throughput.py --dataset alpaca.json --plot docs/throughput.png   # an hour on two cores
+    python benchmarks/throughput.py --dataset alpaca.json --plot docs/throughput.png   # 90 minutes on two cores
     python benchmarks/throughput.py --dataset alpaca.json --only ours                  # those with this in their names
     python benchmarks/throughput.py --dataset alpaca.json --only ours --profile        # what a step of theirs goes to
     ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 python benchmarks/throughput.py ...            # all of them kept from using AMX
@@ -211,6 +211,11 @@ def speed(result: Result) -> float:
     return float(sum(result["tokens"][WARM_UP:]) / sum(sum(lap.values()) for lap in result["laps"][WARM_UP:]))
 
 
+def speeds_of(results: Results) -> dict[str, list[float]]:
+    """Give each system's speeds, repeat by repeat."""
+    return {name: [speed(result) for result in own] for name, own in results.items() if name != LIMIT}
+
+
 def kind_for(name: str) -> str:
     """Say which kind of limit a system has."""
     return FP32 if "--precision fp32" in OURS.get(name, "") else PACKED
@@ -248,19 +253,17 @@ def speed_table(results: Results) -> list[tuple[str, ...]]:
         ),
         ("---", *["---:"] * 7),
     ]
-    speeds_of = {name: [speed(result) for result in own] for name, own in results.items() if name != LIMIT}
-    trainers = [speeds_of[name] for name in TRAINERS if name in results]
-    trainer = max(trainers, key=statistics.median, default=None)
-    for name, speeds in speeds_of.items():
-        own = results[name]
-        is_fp32, limit = kind_for(name) == FP32, limit_of(results, kind_for(name))  # Trainer is not measured in fp32
-        median = statistics.median(speeds)
+    all_speeds = speeds_of(results)
+    trainer = max((all_speeds[name] for name in TRAINERS if name in results), key=statistics.median, default=None)
+    for name, speeds in all_speeds.items():
+        own, kind, median = results[name], kind_for(name), statistics.median(speeds)
+        limit = limit_of(results, kind)
         rows.append(
             (
                 name,
                 f"{median:,.0f}",
                 f"{min(speeds):,.0f}-{max(speeds):,.0f}",
-                "" if is_fp32 else f"{ratio(speeds, trainer):.2f}" if trainer else "?",
+                "" if kind == FP32 else f"{ratio(speeds, trainer):.2f}" if trainer else "?",  # no Trainer in fp32
                 f"{median / limit:.0%}" if limit else "?",
                 f"{1 - sum(own[0]['tokens']) / sum(own[0]['positions']):.1%}",
                 f"{statistics.median(result['peak_bytes'] for result in own) / 2**30:.2f}",
@@ -332,10 +335,9 @@ def plot(results: Results, file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = [name for name in results if name != LIMIT]
-    speeds_of = [[speed(result) for result in results[name]] for name in names]
-    medians = [statistics.median(speeds) for speeds in speeds_of]
-    spreads = [(median - min(speeds), max(speeds) - median) for median, speeds in zip(medians, speeds_of, strict=True)]
+    names, all_speeds = zip(*speeds_of(results).items(), strict=True)
+    medians = [statistics.median(speeds) for speeds in all_speeds]
+    spreads = [(median - min(speeds), max(speeds) - median) for median, speeds in zip(medians, all_speeds, strict=True)]
     figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.3 * len(names)), layout="constrained")
     colours = ["#1f5a99" if name.startswith("ours") else "#a8a8a8" for name in names]
     ranges = {"xerr": list(zip(*spreads, strict=True)), "error_kw": {"elinewidth": 0.9, "ecolor": "#404040"}}

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before any library reads them.
@@ -35,6 +35,13 @@ def tokenizer() -> PreTrainedTokenizerBase:
 def general_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put back what a run in this process leaves to be said when memory runs out."""
     monkeypatch.setattr(errors, "out_of_memory_advice", errors._general_advice)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Put back the one thread, for a test that took another number of them."""
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 from collections import namedtuple
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,13 +43,9 @@ EXPLODES = {"learning_rate": 1e30, "warmup_steps": 0, "max_steps": 3}
 
 
 @pytest.fixture(autouse=True)
-def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An empty folder, and one thread: so small a model computes no faster on two."""
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each test."""
     monkeypatch.chdir(tmp_path)
-    former = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(former)
 
 
 @pytest.fixture(scope="module")

@@ -50,13 +50,9 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """So small a model computes no faster on two threads, and far slower where others want the same two cores."""
+def one_thread_of_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As these tests have themselves."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    former = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(former)
 
 
 def train_small(*words: str) -> None:

@@ -11,8 +11,8 @@ another optimizer, packing) is decided while building; the loop does not know of
 import gc
 import sys
 
-from fullft.config import Config, parse_config
-from fullft.environment import prepare_environment
+from fullft.config.config import Config, parse_config
+from fullft.cpu.kernel_caches import prepare_environment
 from fullft.errors import report_uncaught_errors
 
 if __name__ == "__main__":
@@ -23,7 +23,7 @@ if __name__ == "__main__":
     prepare_environment(CONFIG)
     gc.disable()  # a quarter of the imports' time would be collections that find nothing
     if CONFIG.plan:
-        from fullft.memory.report import show_plan
+        from fullft.memory.screen import show_plan
 
         show_plan(CONFIG)
         sys.exit()
@@ -31,25 +31,25 @@ if __name__ == "__main__":
 # ruff: noqa: E402
 import torch
 
-from fullft.activation_checkpointing import apply_activation_checkpointing
-from fullft.calendar import Calendar
-from fullft.checkpoint import open_checkpoint, restore, save_checkpoint
-from fullft.compilation import apply_compilation
-from fullft.data import load_data
-from fullft.evaluation import Samples, evaluate
-from fullft.export import check_export, export_model
-from fullft.find import find_config, find_model, load_tokenizer
-from fullft.layer_streaming import apply_layer_streaming
-from fullft.loss import SummedCrossEntropy
+from fullft.config.steps import Calendar
+from fullft.data.batches import load_data
 from fullft.memory.run import measure_run, plan_run, record_memory
-from fullft.metrics import Metrics, describe_results
-from fullft.model import PRECISIONS, describe_model, pick_device
-from fullft.offload import Storage
-from fullft.optimizer import build_optimizer, build_schedule, describe_optimizer
-from fullft.output_dir import prepare_output_dir
-from fullft.probe import require_fit
-from fullft.signals import StopRequest
-from fullft.weights import load_model
+from fullft.model.checks import require_fit
+from fullft.model.load import load_model
+from fullft.model.loss import SummedCrossEntropy
+from fullft.model.parts import PRECISIONS, describe_model, pick_device
+from fullft.model.source import find_config, find_model, load_tokenizer
+from fullft.optim.build import build_optimizer, build_schedule, describe_optimizer
+from fullft.run.evaluation import Samples, evaluate
+from fullft.run.log import Metrics, describe_results
+from fullft.run.signals import StopRequest
+from fullft.saving.checkpoint import open_checkpoint, restore, save_checkpoint
+from fullft.saving.export import check_export, export_model
+from fullft.saving.output_dir import prepare_output_dir
+from fullft.storage.tiers import Storage
+from fullft.transforms.activation_checkpointing import apply_activation_checkpointing
+from fullft.transforms.compilation import apply_compilation
+from fullft.transforms.streaming import apply_layer_streaming
 
 
 def main(config: Config) -> None:

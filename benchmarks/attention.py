@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the package need not be installed, as for train.py
 # ruff: noqa: E402
-from fullft.attention import _mask, document_attention
+from fullft.attention.documents import _mask, document_attention
 
 # What a sequence holds: documents of their lengths.
 CASES = {

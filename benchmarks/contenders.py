@@ -34,13 +34,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the package need not be installed, as for train.py
 
 import train
-from fullft.adamw import AdamW
-from fullft.config import parse_config
-from fullft.data import Batches, load_data
-from fullft.loss import SummedCrossEntropy
-from fullft.memory.allocator import peak_bytes
-from fullft.metrics import Metrics
-from fullft.micro_batch import IGNORED
+from fullft.config.config import parse_config
+from fullft.data.batches import Batches, load_data
+from fullft.data.micro_batch import IGNORED
+from fullft.memory.snapshot import peak_bytes
+from fullft.model.loss import SummedCrossEntropy
+from fullft.optim.adamw import AdamW
+from fullft.run.log import Metrics
 
 ROWS_PER_STEP = 16
 MAX_LENGTH = 1024  # of a row, and of a packed sequence

@@ -11,8 +11,8 @@ are longer than the length and cut there, so that each has exactly that length: 
 to be free decide. Of each run one step warms up and the median of three counts. Peaks are those of `memory.json`, the
 tracker's beside the plan's.
 
-GFLOP/s are tokens per second times what `fullft.model.flops_per_token` counts. As papers do, it lets attention look at
-the whole sequence, while ours leaves out nearly all that causality hides, half of it: great lengths are flattered.
+GFLOP/s are tokens per second times `flops_per_token` of `model/parts.py`. As papers do, it lets attention look at the
+whole sequence, while ours leaves out nearly all that causality hides, half of it: great lengths are flattered.
 """
 
 # ruff: noqa: E402
@@ -38,7 +38,7 @@ FOLDER = WORK / "growth"  # of the point at work; removed after it
 sys.path.insert(0, str(ROOT))  # the package need not be installed, as for train.py
 os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "HF_DATASETS_CACHE": str(FOLDER / "cache")}
 
-from fullft.environment import limit_kernel_caches
+from fullft.cpu.kernel_caches import limit_kernel_caches
 
 limit_kernel_caches()  # as `train.py` does before it imports torch
 
@@ -46,9 +46,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import train
-from fullft.config import DEMO_FOLDER, parse_config
-from fullft.find import DEMO_MODEL
-from fullft.model import count_parameters, flops_per_token
+from fullft.config.config import DEMO_FOLDER, parse_config
+from fullft.model.parts import count_parameters, flops_per_token
+from fullft.model.source import DEMO_MODEL
 
 # All axes pass through the base; the widest model has 1.0B parameters.
 AXES: dict[str, tuple[int, ...]] = {

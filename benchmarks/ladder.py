@@ -33,19 +33,19 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
-from fullft.activation_checkpointing import apply_activation_checkpointing
-from fullft.adamw import AdamW
-from fullft.attention import apply_document_attention
-from fullft.config import Config, find_problems, parse_offload, resolve
-from fullft.layer_streaming import apply_layer_streaming, settle_layers
-from fullft.loss import SummedCrossEntropy
+from fullft.attention.documents import apply_document_attention
+from fullft.config.config import Config, find_problems, parse_offload, resolve
+from fullft.data.micro_batch import MicroBatch
 from fullft.memory.plan import Batch, plan_step
-from fullft.memory.step import take_worst_step
-from fullft.micro_batch import MicroBatch
-from fullft.model import PRECISIONS
-from fullft.model_configs import bundled_config
-from fullft.offload import Storage, home_of, host_pieces
-from fullft.optimizer import build_optimizer
+from fullft.memory.worst_step import take_worst_step
+from fullft.model.configs import bundled_config
+from fullft.model.loss import SummedCrossEntropy
+from fullft.model.parts import PRECISIONS
+from fullft.optim.adamw import AdamW
+from fullft.optim.build import build_optimizer
+from fullft.storage.tiers import Storage, home_of, host_pieces
+from fullft.transforms.activation_checkpointing import apply_activation_checkpointing
+from fullft.transforms.streaming import apply_layer_streaming, settle_layers
 
 WORK = ROOT / "benchmarks" / "work"
 MODEL = "HuggingFaceTB/SmolLM2-135M"

@@ -22,16 +22,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
-from fullft.activation_checkpointing import apply_activation_checkpointing
-from fullft.attention import apply_document_attention
-from fullft.config import Config, resolve
-from fullft.data import MicroBatch
+from fullft.attention.documents import apply_document_attention
+from fullft.config.config import Config, resolve
+from fullft.data.batches import MicroBatch
 from fullft.memory.facts import find_facts
 from fullft.memory.plan import Batch, plan_step, shortened
-from fullft.memory.step import take_worst_step
-from fullft.model_configs import bundled_config
-from fullft.offload import Storage
-from fullft.optimizer import build_optimizer
+from fullft.memory.worst_step import take_worst_step
+from fullft.model.configs import bundled_config
+from fullft.optim.build import build_optimizer
+from fullft.storage.tiers import Storage
+from fullft.transforms.activation_checkpointing import apply_activation_checkpointing
 
 PAGE = ROOT / "docs" / "lesson.md"
 MISTRAL, LLAMA_70B = "mistralai/Mistral-7B-v0.1", "meta-llama/Llama-3.1-70B"

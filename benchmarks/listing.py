@@ -38,12 +38,12 @@ sys.path.insert(0, str(ROOT))  # the package need not be installed, as for train
 # ruff: noqa: E402
 from smollm2_model import WORK, build_smollm2
 
-from fullft.config import parse_config
-from fullft.data import load_data
-from fullft.loss import SummedCrossEntropy
-from fullft.micro_batch import IGNORED, MicroBatch
-from fullft.offload import Storage
-from fullft.optimizer import build_optimizer
+from fullft.config.config import parse_config
+from fullft.data.batches import load_data
+from fullft.data.micro_batch import IGNORED, MicroBatch
+from fullft.model.loss import SummedCrossEntropy
+from fullft.optim.build import build_optimizer
+from fullft.storage.tiers import Storage
 
 MAX_LENGTH = 512
 SAMPLE = 16  # rows: one global batch of the listing

@@ -44,22 +44,22 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from fullft.activation_checkpointing import apply_activation_checkpointing
-from fullft.attention import apply_document_attention
-from fullft.config import Config, parse_offload, resolve
-from fullft.data import MicroBatch
-from fullft.environment import KERNEL_CACHES
-from fullft.layer_streaming import apply_layer_streaming, settle_layers
-from fullft.memory import step
+from fullft.attention.documents import apply_document_attention
+from fullft.config.config import Config, parse_offload, resolve
+from fullft.cpu.kernel_caches import KERNEL_CACHES
+from fullft.cpu.recycling import apply_recycling
+from fullft.data.batches import MicroBatch
+from fullft.memory import worst_step as step
 from fullft.memory.plan import Batch, plan_step
 from fullft.memory.proc import memory_field
-from fullft.memory.step import take_worst_step
 from fullft.memory.tracker import COMPONENTS, MemoryTracker
-from fullft.model import PRECISIONS
-from fullft.model_configs import bundled_config
-from fullft.offload import Storage
-from fullft.optimizer import build_optimizer
-from fullft.recycling import apply_recycling
+from fullft.memory.worst_step import take_worst_step
+from fullft.model.configs import bundled_config
+from fullft.model.parts import PRECISIONS
+from fullft.optim.build import build_optimizer
+from fullft.storage.tiers import Storage
+from fullft.transforms.activation_checkpointing import apply_activation_checkpointing
+from fullft.transforms.streaming import apply_layer_streaming, settle_layers
 
 SMOLLM2 = ROOT / "benchmarks" / "work" / "smollm2-135m"
 # Mappings of their own for all but the smallest tensors, and nothing kept back.

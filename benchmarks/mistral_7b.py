@@ -77,21 +77,21 @@ from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedModel
 from transformers.utils import logging
 
-from fullft.activation_checkpointing import apply_activation_checkpointing
-from fullft.adamw import AdamW, state_layout
-from fullft.attention import apply_document_attention
-from fullft.config import Config, parse_config, parse_offload
-from fullft.find import find_model
-from fullft.layer_streaming import apply_layer_streaming
-from fullft.loss import SummedCrossEntropy
-from fullft.master_weights import join
-from fullft.micro_batch import MicroBatch
-from fullft.model import decoder_layers
-from fullft.model_configs import bundled_config
-from fullft.offload import CHUNK, DiskArray, Storage, home_of, host_pieces
-from fullft.optimizer import build_optimizer, build_schedule, moments_of
-from fullft.probe import require_fit
-from fullft.weights import load_model
+from fullft.attention.documents import apply_document_attention
+from fullft.config.config import Config, parse_config, parse_offload
+from fullft.data.micro_batch import MicroBatch
+from fullft.model.checks import require_fit
+from fullft.model.configs import bundled_config
+from fullft.model.load import load_model
+from fullft.model.loss import SummedCrossEntropy
+from fullft.model.parts import decoder_layers
+from fullft.model.precision import join
+from fullft.model.source import find_model
+from fullft.optim.adamw import AdamW, state_layout
+from fullft.optim.build import build_optimizer, build_schedule, moments_of
+from fullft.storage.tiers import CHUNK, DiskArray, Storage, home_of, host_pieces
+from fullft.transforms.activation_checkpointing import apply_activation_checkpointing
+from fullft.transforms.streaming import apply_layer_streaming
 
 WORK = ROOT / "benchmarks" / "work"
 MODEL = "mistralai/Mistral-7B-v0.1"

@@ -20,9 +20,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the package need not be installed, as for train.py
 # ruff: noqa: E402
-from fullft.adamw import AdamW, Placement
-from fullft.blockwise import BLOCK, adamw_8bit_
-from fullft.offload import Storage
+from fullft.optim.adamw import AdamW, Placement
+from fullft.optim.adamw_8bit import BLOCK, adamw_8bit_
+from fullft.storage.tiers import Storage
 
 LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY = 1e-5, (0.9, 0.999), 1e-8, 0.01
 

@@ -32,9 +32,9 @@ from transformers.utils import logging
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the package need not be installed, as for train.py
 # ruff: noqa: E402
-from fullft.config import Config, parse_config
-from fullft.data import load_data
-from fullft.micro_batch import IGNORED
+from fullft.config.config import Config, parse_config
+from fullft.data.batches import load_data
+from fullft.data.micro_batch import IGNORED
 
 WORK = ROOT / "benchmarks" / "work"
 DEMO = ROOT / "fullft" / "demo"

@@ -131,16 +131,16 @@ def train_lora(flags: list[str], folder: Path) -> None:
         return
     import torch
 
-    from fullft.calendar import Calendar
-    from fullft.config import parse_config
-    from fullft.data import load_data
-    from fullft.evaluation import evaluate
-    from fullft.find import load_tokenizer
-    from fullft.loss import SummedCrossEntropy
-    from fullft.memory.allocator import peak_bytes
-    from fullft.offload import Storage
-    from fullft.optimizer import build_schedule
-    from fullft.weights import load_model
+    from fullft.config.config import parse_config
+    from fullft.config.steps import Calendar
+    from fullft.data.batches import load_data
+    from fullft.memory.snapshot import peak_bytes
+    from fullft.model.load import load_model
+    from fullft.model.loss import SummedCrossEntropy
+    from fullft.model.source import load_tokenizer
+    from fullft.optim.build import build_schedule
+    from fullft.run.evaluation import evaluate
+    from fullft.storage.tiers import Storage
 
     config, device = parse_config(flags), torch.device("cpu")
     data = load_data(config, load_tokenizer(config, str(config.model)))

@@ -36,7 +36,7 @@ CACHE, ROWS, LLAMA, OUTPUT = FOLDER / "cache", FOLDER / "rows.jsonl", FOLDER / "
 sys.path.insert(0, str(ROOT))  # the package need not be installed, as for train.py
 os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "HF_DATASETS_CACHE": str(CACHE)}
 
-from fullft.environment import limit_kernel_caches
+from fullft.cpu.kernel_caches import limit_kernel_caches
 
 limit_kernel_caches()  # as `train.py` does before it imports torch
 
@@ -44,12 +44,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 import train
-from fullft import checkpoint, data, export, weights
-from fullft.config import Config, parse_config
-from fullft.find import load_tokenizer
-from fullft.offload import Storage
-from fullft.rows import load_rows
-from fullft.templates import find_format
+from fullft.config.config import Config, parse_config
+from fullft.data import batches as data
+from fullft.data.formats import find_format
+from fullft.data.sources import load_rows
+from fullft.model import load as weights
+from fullft.model.source import load_tokenizer
+from fullft.saving import checkpoint, export
+from fullft.storage.tiers import Storage
 
 NUM_ROWS = 20_000  # to tokenise: as many as keep the tokenizer busy for seconds
 TEXTS_PER_CALL = 1000  # that the tokenizer alone is given

@@ -56,11 +56,11 @@ from stopwatch import PARTS
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from fullft.config import parse_config
-from fullft.data import load_data
-from fullft.environment import KERNEL_CACHES
-from fullft.packing import pack
-from fullft.rows import load_rows
+from fullft.config.config import parse_config
+from fullft.cpu.kernel_caches import KERNEL_CACHES
+from fullft.data.batches import load_data
+from fullft.data.packing import pack
+from fullft.data.sources import load_rows
 
 ISA = "ONEDNN_MAX_CPU_ISA"  # oneDNN's own setting, and everybody's products in bf16 are oneDNN's
 WARM_UP = 1  # steps that do not count

@@ -15,8 +15,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from fullft import adamw, errors, gradients, offload
-from fullft.config import DEMO_FOLDER
+from fullft import errors
+from fullft.config.config import DEMO_FOLDER
+from fullft.optim import adamw, gradients
+from fullft.storage import tiers as offload
 
 ROOT = Path(__file__).parent.parent
 SMALL_CHUNK = 4096  # a whole number of pages of every dtype

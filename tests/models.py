@@ -14,13 +14,13 @@ from transformers import (
     Qwen2Config,
 )
 
-from fullft.adamw import AdamW
-from fullft.config import Config, resolve
-from fullft.loss import SummedCrossEntropy
-from fullft.micro_batch import MicroBatch
-from fullft.model import decoder_of
-from fullft.offload import Storage
-from fullft.optimizer import build_optimizer
+from fullft.config.config import Config, resolve
+from fullft.data.micro_batch import MicroBatch
+from fullft.model.loss import SummedCrossEntropy
+from fullft.model.parts import decoder_of
+from fullft.optim.adamw import AdamW
+from fullft.optim.build import build_optimizer
+from fullft.storage.tiers import Storage
 
 VOCABULARY = 1024  # the demo tokenizer's
 SHAPE = {

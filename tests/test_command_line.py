@@ -22,10 +22,9 @@ from models import tiny_model
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel, PreTrainedTokenizerBase, T5Config, T5ForConditionalGeneration
 
-import fullft.hub
+import fullft.run.environment
 import train
-from fullft.checkpoint import verify
-from fullft.config import DEMO_FOLDER, parse_config
+from fullft.config.config import DEMO_FOLDER, parse_config
 from fullft.errors import (
     CheckpointError,
     DataError,
@@ -37,7 +36,8 @@ from fullft.errors import (
     as_user_error,
     report_errors,
 )
-from fullft.signals import StopRequest
+from fullft.run.signals import StopRequest
+from fullft.saving.checkpoint import verify
 
 # A run of the demo in miniature; words of a test come after these, and beat them.
 SMALL = "--per_device_train_batch_size 2 --gradient_accumulation_steps 1 --val_size 0 --max_steps 2".split()
@@ -135,9 +135,9 @@ def test_the_hub_is_asked_once_and_briefly(
     endpoints = {"refuses": refusing_hub, "silent": silent_hub, "closed": "http://127.0.0.1:9", "malformed": "hub"}
     monkeypatch.setenv("HF_ENDPOINT", endpoints[kind])
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setattr(fullft.hub, "PROBE_SECONDS", 0.5)
+    monkeypatch.setattr(fullft.run.environment, "PROBE_SECONDS", 0.5)
     start = time.monotonic()
-    fullft.hub.go_offline_if_unreachable("a/b", None)
+    fullft.run.environment.go_offline_if_unreachable("a/b", None)
     assert time.monotonic() - start < 2
     # A refusal is an answer: the hub is there, and its client shall say what it refuses.
     assert os.environ.get("HF_HUB_OFFLINE") == (None if kind == "refuses" else "1")
@@ -147,16 +147,16 @@ def test_the_hub_is_asked_once_and_briefly(
 
 def test_the_hub_is_not_asked_about_local_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
-    monkeypatch.setattr(fullft.hub, "_answers", lambda: asked.append(True) or True)
+    monkeypatch.setattr(fullft.run.environment, "_answers", lambda: asked.append(True) or True)
     monkeypatch.delenv("HF_HUB_OFFLINE")
     Path("rows.jsonl").write_text("{}")
-    fullft.hub.go_offline_if_unreachable(None, "rows.jsonl")
+    fullft.run.environment.go_offline_if_unreachable(None, "rows.jsonl")
     assert not asked and os.environ["HF_HUB_OFFLINE"] == "1"
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    fullft.hub.go_offline_if_unreachable("a/b", "rows.jsonl")
+    fullft.run.environment.go_offline_if_unreachable("a/b", "rows.jsonl")
     assert asked and "HF_HUB_OFFLINE" not in os.environ
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # the user's own word counts
-    fullft.hub.go_offline_if_unreachable("a/b")
+    fullft.run.environment.go_offline_if_unreachable("a/b")
     assert asked == [True] and os.environ["HF_HUB_OFFLINE"] == "0"
 
 

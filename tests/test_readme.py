@@ -4,14 +4,14 @@ import re
 
 from conftest import ROOT
 
-from fullft.config import Config
-from fullft.options import options_table
+from fullft.config.config import Config
+from fullft.config.options import options_table
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_table_of_options_is_the_one_that_the_code_prints() -> None:
-    shown = README.split("<!-- options: python -m fullft.config -->")[1].split("<!-- /options -->")[0]
+    shown = README.split("<!-- options: python -m fullft.config.config -->")[1].split("<!-- /options -->")[0]
     assert shown.strip() == options_table(Config).strip()
 
 

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
-from fullft.checkpoint import list_checkpoints, verify
-from fullft.config import parse_config
+from fullft.config.config import parse_config
 from fullft.errors import CheckpointError, NonFiniteError, OptionsError
+from fullft.saving.checkpoint import list_checkpoints, verify
 
 LOGGED = {
     "step",

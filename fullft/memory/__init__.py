@@ -1,1 +1,0 @@
-"""Where every byte goes: measured while training, planned before it, and told."""

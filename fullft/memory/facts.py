@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from fullft.config import Config
+from fullft.config.config import Config
 from fullft.memory.plan import layer_period, num_layers, shortened
-from fullft.model import count_parameters, decoder_layers, flops_per_token
-from fullft.optimizer import estimate_state_bytes
+from fullft.model.parts import count_parameters, decoder_layers, flops_per_token
+from fullft.optim.build import estimate_state_bytes
 
 LORA_RANK = 8
 # The projections to queries and values, or the matrix that they are part of, as families call them.

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fullft.activation_checkpointing import checkpointing_of
-from fullft.config import Config, parse_offload
-from fullft.gpus import PEAK_FLOPS
+from fullft.config.config import Config, parse_offload
+from fullft.hardware import PEAK_FLOPS
+from fullft.memory.choose import Plans, recomputed_share, recomputing_time
 from fullft.memory.facts import Facts
-from fullft.memory.fit import Plans, recomputed_share, recomputing_time
+from fullft.memory.machine import Device
 from fullft.memory.plan import Batch, num_layers
-from fullft.memory.room import Device
 from fullft.memory.tracker import COMPONENTS
+from fullft.transforms.activation_checkpointing import checkpointing_of
 
 # ---------------------------------------------------------------------------------------------- levers
 

@@ -20,17 +20,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, masking_utils
 from transformers.initialization import no_init_weights
 
-from fullft import loss as loss_module
-from fullft.activation_checkpointing import apply_activation_checkpointing, recomputed_every
-from fullft.attention import apply_document_attention
-from fullft.config import Config, parse_offload
-from fullft.layer_streaming import apply_layer_streaming, settle_layers
-from fullft.memory.step import take_worst_step
+from fullft.attention.documents import apply_document_attention
+from fullft.config.config import Config, parse_offload
+from fullft.data.micro_batch import MicroBatch
 from fullft.memory.tracker import COMPONENTS, Profile
-from fullft.micro_batch import MicroBatch
-from fullft.model import PRECISIONS, count_parameters, pick_device
-from fullft.offload import Storage
-from fullft.optimizer import build_optimizer
+from fullft.memory.worst_step import take_worst_step
+from fullft.model import loss as loss_module
+from fullft.model.parts import PRECISIONS, count_parameters, pick_device
+from fullft.optim.build import build_optimizer
+from fullft.storage.tiers import Storage
+from fullft.transforms.activation_checkpointing import apply_activation_checkpointing, recomputed_every
+from fullft.transforms.streaming import apply_layer_streaming, settle_layers
 
 # Part of the step, phase, whether the layer is counted from the first or from behind the last one, and that count.
 Slot = tuple[int, str, bool, int]

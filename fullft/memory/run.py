@@ -12,25 +12,25 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fullft import errors
-from fullft.adamw import AdamW
-from fullft.blockwise import require_kernel
-from fullft.calendar import Calendar
-from fullft.checkpoint import Checkpoint
-from fullft.compilation import choose_compilation
-from fullft.config import Config
-from fullft.data import Data
-from fullft.disk import write_text
+from fullft.config.config import Config
+from fullft.config.steps import Calendar
+from fullft.data.batches import Data
 from fullft.errors import FullftError, MemoryExhaustedError
-from fullft.memory.allocator import process_figures, publish_recording, recording
-from fullft.memory.fit import Plans, choose, fits
+from fullft.memory.choose import Plans, choose, fits
 from fullft.memory.levers import find_levers
+from fullft.memory.machine import Device, find_device, measure_speeds
+from fullft.memory.picture import plot_memory
 from fullft.memory.plan import Batch
-from fullft.memory.plot import plot_memory
-from fullft.memory.report import compare
-from fullft.memory.room import Device, find_device, measure_speeds
-from fullft.memory.step import take_worst_step
+from fullft.memory.screen import compare
+from fullft.memory.snapshot import process_figures, publish_recording, recording
 from fullft.memory.tracker import Profile
 from fullft.memory.units import GIB, Unit, unit_for
+from fullft.memory.worst_step import take_worst_step
+from fullft.optim.adamw import AdamW
+from fullft.optim.adamw_8bit import require_kernel
+from fullft.saving.checkpoint import Checkpoint
+from fullft.saving.files import write_text
+from fullft.transforms.compilation import choose_compilation
 
 
 @dataclass(frozen=True)

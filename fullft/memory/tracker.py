@@ -20,11 +20,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
-from fullft.adamw import AdamW
-from fullft.attention import BODIES
+from fullft.attention.documents import BODIES
 from fullft.errors import ModelError
-from fullft.model import decoder_layers, decoder_of
-from fullft.offload import home_of, is_on_host
+from fullft.model.parts import decoder_layers, decoder_of
+from fullft.optim.adamw import AdamW
+from fullft.storage.tiers import home_of, is_on_host
 
 COMPONENTS = ("parameters", "gradients", "optimizer_states", "activations", "logits", "temporaries", "other")
 # Beside the components of the device's memory: what the run holds in the host's, where that is another one.

@@ -5,10 +5,10 @@ Owns the arithmetic of `--offload`: no trace, so that hopeless choices cost a pl
 
 from dataclasses import dataclass
 
-from fullft.config import Config, parse_offload
+from fullft.config.config import Config, parse_offload
 from fullft.memory.facts import Facts
-from fullft.memory.room import Speeds
-from fullft.model import PRECISIONS
+from fullft.memory.machine import Speeds
+from fullft.model.parts import PRECISIONS
 
 TIERS = ("device", "host", "disk")
 

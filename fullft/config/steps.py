@@ -1,0 +1,68 @@
+"""The calendar of a run: how many steps it has, and at which of them something is due.
+
+Owns step arithmetic alone. Steps are optimizer steps, counted from 1.
+"""
+
+import math
+from dataclasses import dataclass
+
+from fullft.config.config import Config
+
+
+@dataclass(frozen=True)
+class Calendar:
+    """Answers "due now?" for each step.
+
+    Attributes:
+        config: the options of the group "records", and the length of the run.
+        steps_per_epoch: global batches in the training rows, the last one perhaps smaller.
+    """
+
+    config: Config
+    steps_per_epoch: int
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        if self.config.max_steps > 0:
+            return self.config.max_steps
+        return math.ceil(self.config.num_train_epochs * self.steps_per_epoch)
+
+    def epoch(self, step: int) -> float:
+        """Epochs done after a step."""
+        return step / self.steps_per_epoch
+
+    def log_due(self, step: int) -> bool:
+        """Whether to log: the first step, every `logging_steps`, and the last."""
+        return step == 1 or step % self.config.logging_steps == 0 or step == self.total_steps
+
+    def evaluation_due(self, step: int) -> bool:
+        """Whether to evaluate during training; the last step is always evaluated, under any strategy."""
+        return step == self.total_steps or self._due(self.config.eval_strategy, int(self.config.eval_steps or 1), step)
+
+    def checkpoint_due(self, step: int) -> bool:
+        """Whether to save a checkpoint."""
+        last = step == self.total_steps and self.config.save_strategy != "no"
+        return last or self._due(self.config.save_strategy, self.config.save_steps, step)
+
+    @property
+    def num_checkpoints(self) -> int:
+        """How many checkpoints a whole run saves."""
+        if self.config.save_strategy == "no":
+            return 0
+        return math.ceil(self.total_steps / self._every(self.config.save_strategy, self.config.save_steps))
+
+    def _every(self, strategy: str, every: int) -> int:
+        return self.steps_per_epoch if strategy == "epoch" else every
+
+    def _due(self, strategy: str, every: int, step: int) -> bool:
+        return strategy != "no" and step % self._every(strategy, every) == 0
+
+    def describe(self) -> str:
+        """Say what one step consists of, and how many there are."""
+        config = self.config
+        return (
+            f"{config.per_device_train_batch_size} x {config.gradient_accumulation_steps} x 1 device = "
+            f"{config.global_batch_size} sequences per step, {self.steps_per_epoch} steps per epoch, "
+            f"{self.total_steps} steps"
+        )

@@ -1,0 +1,301 @@
+"""The plan as people and programs read it: tables, JSON, verdicts per card, planned beside measured.
+
+Owns words and layout. Bytes are integers until they are printed; GiB is 2^30, GB is 10^9.
+"""
+
+import atexit
+import gc
+import json
+import textwrap
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from fullft.config.config import Config
+from fullft.errors import FullftError, ModelError, OptionsError
+from fullft.memory.choose import Plans, choose, fits
+from fullft.memory.facts import Facts
+from fullft.memory.levers import (
+    ALL,
+    GPUS,
+    MFU,
+    ROWS,
+    Lever,
+    estimate_adapters,
+    estimate_work,
+    estimate_zero,
+    find_levers,
+)
+from fullft.memory.machine import Device, cards, find_device, measure_speeds
+from fullft.memory.plan import Batch
+from fullft.memory.tracker import COMPONENTS
+from fullft.memory.traffic import Traffic, estimate_traffic
+from fullft.memory.units import Unit, unit_for
+from fullft.model.parts import pick_device
+from fullft.model.source import find_config
+from fullft.transforms.compilation import choose_compilation
+
+_WIDTH = 100  # of paragraphs
+
+
+def show_plan(config: Config) -> None:
+    """Print where every byte of a run would go, without loading a weight.
+
+    Args:
+        config: resolved options; with `json` the contract's object is all that is printed.
+
+    Raises:
+        ModelError: the config cannot be found, or describes nothing that can be trained.
+        OptionsError: sequences are longer than the model has positions.
+    """
+    atexit.register(gc.freeze)  # the process ends with this: spares it a last look at every object there is, some 0.7 s
+    plans = Plans(find_config(config))
+    batch = largest_batch(config, plans)
+    here = pick_device()
+    device = find_device(config, here)
+    try:
+        facts, compilation = plans.facts(batch.length), ""
+        if config.device_memory is None:  # else nobody knows what compiler there is beside that memory
+            config, compilation = choose_compilation(config, estimate_work(config, facts, batch).training_flops, here)
+            compilation += " (with the rows assumed below)" if compilation and config.max_steps <= 0 else ""
+        config, chosen = choose(config, plans, batch, device, lambda: measure_speeds(config, here))
+        planned = plans.of(config, batch)
+        if config.json:
+            print(json.dumps(plan_object(config, planned, facts, device) | _asked_for(config, plans, batch), indent=1))
+        else:
+            print("\n\n".join(describe_plan(config, plans, batch, device, (f"Chosen: {chosen}.", compilation))))
+    except FullftError:
+        raise
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ModelError(
+            f"{config.model} cannot be planned, its model cannot be built or run ({text[:300]})"
+        ) from error
+
+
+def largest_batch(config: Config, plans: Plans) -> Batch:
+    """Give the micro-batches of a run whose longest rows are as long as allowed.
+
+    Raises:
+        OptionsError: sequences are longer than the model has positions.
+    """
+    text = plans.model_config.get_text_config(decoder=True)
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions and config.max_length > positions:
+        raise OptionsError(
+            f"max_length: a sequence of {config.max_length} tokens is longer than the model's {positions} positions: "
+            f"pass --max_length {positions}"
+        )
+    return Batch(config.per_device_train_batch_size, config.max_length, config.max_length if config.val_size else 0)
+
+
+def plan_object(config: Config, planned: Mapping[str, Any], facts: Facts, device: Device) -> dict[str, Any]:
+    """Make what `--plan --json` prints: the figures of `memory.json`, and what they belong to.
+
+    Args:
+        config: without any auto, but `compile` where the memory is elsewhere.
+        planned: from `plan_step`.
+        facts: of the model.
+        device: the one at hand; the usual cards follow it.
+    """
+    verdicts = [
+        {"device": each.name, "memory_bytes": each.memory_bytes, "fits": fits(planned, each)}
+        for each in (device, *cards())
+    ]
+    moved = asdict(sum(estimate_traffic(config, facts), Traffic()))
+    traffic = {"traffic_per_step": moved} if config.offload != "none" else {}
+    head = {"model": config.model or "the built-in demo", "num_parameters": planned["num_parameters"]}
+    return head | dict(planned) | {"options": asdict(config), "verdicts": verdicts} | traffic
+
+
+def _asked_for(config: Config, plans: Plans, batch: Batch) -> dict[str, Any]:
+    """Add to the contract's object what `--gpus` and `--gpu_hour_price` ask for; estimates, as on the screen."""
+    asked: dict[str, Any] = {}
+    if config.gpus is not None:
+        stages = {f"stage_{stage}": estimate_zero(config, plans, batch, stage, config.gpus) for stage in (1, 2, 3)}
+        asked["zero_bytes_per_gpu"] = {"gpus": config.gpus} | stages
+    if config.gpu_hour_price is not None:
+        hours = _gpu_hours(config, plans, batch)
+        asked["gpu_hours"] = hours
+        asked["cost"] = hours and {name: spent * config.gpu_hour_price for name, spent in hours.items()}
+    return asked
+
+
+def _gpu_hours(config: Config, plans: Plans, batch: Batch) -> dict[str, float] | None:
+    """Estimate the run's GPU-hours; None in fp32, where GPUs differ too much."""
+    if config.precision == "fp32":
+        return None
+    work = estimate_work(config, plans.facts(batch.length), batch)
+    return {name: work.hours(peak) for name, peak in GPUS.items()}
+
+
+# ---------------------------------------------------------------------------------------------- the screen
+
+
+def describe_plan(config: Config, plans: Plans, batch: Batch, device: Device, chosen: Iterable[str]) -> list[str]:
+    """Write the screen that `--plan` shows, part by part.
+
+    Args:
+        config: without any auto.
+        plans: of the model.
+        batch: the largest micro-batches.
+        device: the one at hand.
+        chosen: lines that say what was chosen, and why; empty ones say nothing.
+    """
+    planned = plans.of(config, batch)
+    unit = unit_for(planned["peak_bytes"])
+    levers = find_levers(config, plans, batch, device)
+    return [
+        _assumptions(config, planned, batch, chosen, unit),
+        _components(config, plans, batch, unit),
+        _verdicts(planned, device, levers, unit),
+        *([_levers(levers, unit)] if levers else []),
+        _several_gpus(config, plans, batch, unit),
+        "\n".join(
+            [_time(config, plans, batch), *([_traffic(config, plans, batch)] if config.offload != "none" else [])]
+        ),
+    ]
+
+
+def _assumptions(config: Config, planned: Mapping[str, Any], batch: Batch, chosen: Iterable[str], unit: Unit) -> str:
+    accumulated = f"{config.gradient_accumulation_steps} per step" + ("; packed" if config.packing else "")
+    masters = f" with master weights {config.master_weights}" if config.precision == "bf16-true" else ""
+    paragraphs = (
+        f"Full fine-tuning of {config.model or 'the built-in demo'}: all {planned['num_parameters']:,} parameters",
+        f"Assumed: micro-batches of {batch.sequences} x {batch.length} tokens, {accumulated}; "
+        f"{config.precision}{masters}, {config.optim}. Kernels' workspaces come on top. {unit.legend()}.",
+        *chosen,
+    )
+    return "\n".join(textwrap.fill(each, _WIDTH, subsequent_indent="  ") for each in paragraphs if each)
+
+
+def _components(config: Config, plans: Plans, batch: Batch, unit: Unit) -> str:
+    planned = plans.of(config, batch)
+    lora, qlora = estimate_adapters(config, plans, batch)
+    facts, count = plans.facts(batch.length), planned["num_parameters"]
+
+    def amounts(size: int) -> str:
+        decimal = f"{size / unit.decimal_size:>10,.2f} {unit.decimal}"
+        return f"{unit.number(size):>9} {unit.name}{decimal}{size / count:>9.2f}"
+
+    lines = [
+        f"{'':18}{'------- full fine-tuning, predicted -------':>48}  {'-- rank 8, estimated --':>23}",
+        f"{'component':18}{'own maximum':>13}{'at the peak':>13}{'':>13}{'B/param':>9}  {'LoRA':>11}{'QLoRA':>12}",
+    ]
+    for name in COMPONENTS:
+        own, size = planned["components"][name], planned["at_peak"][name]
+        lines.append(
+            f"{_words(name):18}{unit.number(own):>9} {unit.name}{amounts(size)}"
+            f"  {unit.number(lora[name]):>7} {unit.name}{unit.number(qlora[name]):>8} {unit.name}"
+        )
+    peak = planned["peak_bytes"]
+    lines.append(
+        f"{'all, in ' + _words(planned['peak_phase']):31}{amounts(peak)}"
+        f"  {unit.number(sum(lora.values())):>7} {unit.name}{unit.number(sum(qlora.values())):>8} {unit.name}"
+    )
+    for name, where in (("host_bytes", "kept on the host besides"), ("disk_bytes", "kept on disk besides")):
+        if planned[name]:
+            lines.append(f"{where:31}{amounts(planned[name])}")
+    lines.append(f"{'trained':18}{count:>39,}{'':9}  {facts.lora_parameters:>11,}{facts.lora_parameters:>12,}")
+    phases = ", ".join(f"{_words(phase)} {unit.number(size)}" for phase, size in planned["phases"].items())
+    lines.append(f"Largest per phase: {phases} {unit.name}.")
+    if config.precision == "bf16-mixed":
+        lines.append("Temporaries: mostly autocast's bf16 copies of the weights, which --precision bf16-true spares.")
+    return "\n".join(lines)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _verdicts(planned: Mapping[str, Any], device: Device, levers: list[Lever], unit: Unit) -> str:
+    peak = planned["peak_bytes"]
+    lines = [f"Fits {unit.amount(peak)}?"]
+    others = [card for card in cards() if card.memory_bytes != device.memory_bytes]  # which would be told twice
+    for each in (device, *others):
+        spare = each.memory_bytes - peak
+        if spare >= 0 and not fits(planned, each):
+            verdict = "no   the host or the disk has too little"
+        elif spare >= 0:
+            verdict = f"yes  {unit.number(spare):>7} {unit.name} to spare"
+        else:
+            help_ = next((lever.flags for lever in levers if lever.peak_bytes <= each.memory_bytes), None)
+            if help_ is not None:
+                is_long = help_.startswith("--offload")
+                help_ = "with all the levers" if help_ == ALL else "with more offloaded" if is_long else f"with {help_}"
+            verdict = f"no   {unit.number(-spare):>7} {unit.name} short    {help_ or ''}".rstrip()
+        lines.append(f"  {each.name[:20]:20}{unit.number(each.memory_bytes):>8} {unit.name}  {verdict}")
+    return "\n".join(lines)
+
+
+def _levers(levers: list[Lever], unit: Unit) -> str:
+    lines = [f"{'Levers, cheapest in time first':36}{'saves':>11}{'then needs':>13}   {'time':12}but"]
+    for lever in levers:
+        lines.append(
+            f"  {lever.flags:34}{unit.number(lever.saved_bytes):>7} {unit.name}{unit.number(lever.peak_bytes):>9} "
+            f"{unit.name}   {lever.time:12}{lever.price}".rstrip()
+        )
+    return "\n".join(lines)
+
+
+def _several_gpus(config: Config, plans: Plans, batch: Batch, unit: Unit) -> str:
+    counts = sorted({1, 2, 4, 8, *([config.gpus] if config.gpus else [])})
+    lines = [
+        f"{f'{unit.name} per GPU with ZeRO (estimated)':38}"
+        + "".join(f"{f'{n} GPU' + 's' * (n > 1):>11}" for n in counts)
+    ]
+    for stage, spread in ((1, "optimizer states"), (2, "and gradients"), (3, "and parameters")):
+        sizes = [estimate_zero(config, plans, batch, stage, gpus) for gpus in counts]
+        lines.append(
+            f"  {f'stage {stage}: spreads {spread}':36}" + "".join(f"{unit.number(size):>11}" for size in sizes)
+        )
+    return "\n".join(lines)
+
+
+def _time(config: Config, plans: Plans, batch: Batch) -> str:
+    work = estimate_work(config, plans.facts(batch.length), batch)
+    of_all = "" if config.max_steps > 0 else f" ({config.num_train_epochs:g} epochs of {ROWS} assumed)"
+    line = f"Time, estimated: {work.rows:,} rows{of_all} of at most {batch.length} tokens, {work.flops:.1e} FLOP"
+    if (hours := _gpu_hours(config, plans, batch)) is None:
+        return f"{line}\n  GPU-hours are given for bf16 alone: GPUs differ too much in fp32"
+    shown = ", ".join(
+        f"{name} {spent:.2g}" + (f" (cost {spent * config.gpu_hour_price:.2f})" if config.gpu_hour_price else "")
+        for name, spent in hours.items()
+    )
+    beside = ", with recomputation" if work.flops > work.training_flops else ""
+    beside += ", offloading aside" if config.offload != "none" else ""
+    return f"{line}\n  GPU-hours at {MFU:.0%} of peak{beside}: {shown}"
+
+
+def _traffic(config: Config, plans: Plans, batch: Batch) -> str:
+    moved = sum(estimate_traffic(config, plans.facts(batch.length)), Traffic())
+    link = f"{moved.to_device / 1e9:,.1f} GB to the device and {moved.from_device / 1e9:,.1f} GB from it"
+    disk = f"{moved.disk_read / 1e9:,.1f} GB read from disk, {moved.disk_write / 1e9:,.1f} GB written"
+    return f"Moved per step: {link}" + (f"; {disk}" if moved.disk_write else "")
+
+
+# ---------------------------------------------------------------------------------------------- after a run
+
+
+def compare(planned: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
+    """Write planned and measured bytes side by side, per component at the peak.
+
+    Args:
+        planned: the figures of `memory.json`, from the plan.
+        measured: the same, from the tracker.
+    """
+    unit = unit_for(planned["peak_bytes"])
+    lines = [f"{'Memory at the peak':18}{'planned':>14}{'measured':>14}{'difference':>12}"]
+    rows = [(name, planned["at_peak"][name], measured["at_peak"][name]) for name in COMPONENTS]
+    rows.append(("all", planned["peak_bytes"], measured["peak_bytes"]))
+    places = (("on the host", "host_bytes"), ("on disk", "disk_bytes"))
+    rows += [(name, planned[key], measured[key]) for name, key in places if planned[key] or measured[key]]
+    for name, expected, found in rows:
+        share = f"{(found - expected) / expected:+.2%}" if expected else ("0.00%" if found == 0 else "new")
+        amounts = "".join(f"{size / unit.size:>10,.2f} {unit.name}" for size in (expected, found))
+        lines.append(f"{_words(name):18}{amounts}{share:>12}")
+    lines.append(
+        f"Peak in {_words(planned['peak_phase'])} (planned), {_words(measured['peak_phase'])} (measured). "
+        f"{unit.legend()}."
+    )
+    return "\n".join(lines)

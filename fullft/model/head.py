@@ -1,0 +1,154 @@
+"""The head: what a model makes of its decoder's outputs, in the family's own code, but for one matrix product.
+
+Owns bypassing the decoder, and that product: its logits, the matrix's copy for autocast and its gradient are a step's
+largest tensors, and go where those of an earlier micro-batch were.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch._guards import detect_fake_mode as active_fake_mode
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+
+from fullft.cpu import recycling
+from fullft.optim.gradients import add_
+
+_ROWS = 8192  # of the matrix, whose gradient in the narrow dtype is there at a time
+
+
+class Head:
+    """The model without its decoder: the family's own code, scaled and soft-capped logits included."""
+
+    def __init__(self, model: PreTrainedModel, decoder: nn.Module, output_type: type[ModelOutput]) -> None:
+        """Bind the head; nothing is changed.
+
+        Args:
+            model: that it is the head of.
+            decoder: what it is without.
+            output_type: of the decoder's outputs.
+        """
+        self._model, self._decoder, self._output_type = model, decoder, output_type
+
+    def __call__(self, hidden: torch.Tensor, product: "Product | None" = None) -> torch.Tensor:
+        """Turn hidden states into logits.
+
+        Args:
+            hidden: [1, tokens, width].
+            product: in place of the matrix product that the model would take.
+
+        Returns:
+            [1, tokens, vocabulary].
+        """
+        outputs = self._output_type(last_hidden_state=hidden)
+        with ExitStack() as bypasses:
+            bypasses.enter_context(_bypassed(self._decoder, lambda *_, **__: outputs))
+            if product is not None:
+                bypasses.enter_context(_bypassed(product.linear, product))
+            logits: torch.Tensor = self._model(use_cache=False).logits
+        return logits
+
+
+@contextmanager
+def _bypassed(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    former = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if former is None:
+            del module.forward
+        else:
+            module.forward = former
+
+
+def find_linear(model: PreTrainedModel) -> nn.Linear | None:
+    """Find the head's matrix product, if it is a plain and trained one without a bias.
+
+    Args:
+        model: a causal language model.
+    """
+    linear = model.get_output_embeddings()
+    is_plain = type(linear) is nn.Linear and "forward" not in linear.__dict__ and linear.bias is None
+    return linear if is_plain and linear.weight.requires_grad else None
+
+
+class Product:
+    """The product of hidden states with the head's matrix, chunk by chunk, which adds the matrix's gradient up.
+
+    Attributes:
+        linear: that it takes the place of.
+        gradient: [vocabulary, width] of the chunks so far, in fp32 where there are several; None without any.
+    """
+
+    def __init__(self, linear: nn.Linear, num_chunks: int) -> None:
+        """Copy the matrix if it is to be multiplied in another dtype.
+
+        Args:
+            linear: from `find_linear`.
+            num_chunks: that will come.
+        """
+        self.linear = linear
+        self.gradient: torch.Tensor | None = None
+        weight = self._matrix = linear.weight.detach()
+        if torch.is_autocast_enabled(weight.device.type):
+            dtype = torch.get_autocast_dtype(weight.device.type)
+            self._matrix = recycling.empty(weight.shape, dtype, weight.device).copy_(weight)
+        self._sums = torch.promote_types(weight.dtype, torch.float32) if num_chunks > 1 else weight.dtype
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Multiply hidden states [..., width] into logits [..., vocabulary], in autocast's dtype if it is on."""
+        logits: torch.Tensor = _Product.apply(hidden, self)  # type: ignore[no-untyped-call]
+        return logits
+
+    def multiply(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Take the product for [..., width]."""
+        # No view of anything: who overwrites a view has autograd copy its gradient.
+        logits = recycling.empty((*hidden.shape[:-1], len(self._matrix)), self._matrix.dtype, hidden.device)
+        torch.mm(hidden.flatten(0, -2).to(logits.dtype), self._matrix.t(), out=logits.flatten(0, -2))
+        return logits
+
+    def multiply_back(self, gradient: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Add to the matrix's gradient, and give that of the hidden states.
+
+        Args:
+            gradient: [..., vocabulary].
+            hidden: [..., width].
+        """
+        gradient = gradient.flatten(0, -2).to(self._matrix.dtype)
+        narrow = hidden.flatten(0, -2).to(self._matrix.dtype)
+        is_first = self.gradient is None
+        if self.gradient is None:
+            self.gradient = recycling.empty(self._matrix.shape, self._sums, hidden.device)
+        if is_first and self._sums == narrow.dtype:
+            torch.mm(gradient.t(), narrow, out=self.gradient)
+        else:
+            self._add(self.gradient, gradient, narrow, is_first)
+        return torch.mm(gradient, self._matrix).to(hidden.dtype).view(hidden.shape)
+
+    @staticmethod
+    def _add(total: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tensor, is_first: bool) -> None:
+        """Add a chunk's gradient to a wider total, some rows of the matrix at a time."""
+        buffer = hidden.new_empty(min(_ROWS, len(total)), hidden.shape[1])
+        starts = range(0, len(total), _ROWS)
+        for start in starts if active_fake_mode() is None else starts[:1]:  # a plan needs one of them
+            sums = total[start : start + _ROWS]
+            ours = torch.mm(gradient[:, start : start + _ROWS].t(), hidden, out=buffer[: len(sums)])
+            sums.copy_(ours) if is_first else add_(sums.view(-1), ours.view(-1))
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, product: Product) -> torch.Tensor:  # noqa: D102
+        ctx.save_for_backward(hidden)
+        ctx.product = product
+        return product.multiply(hidden)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # noqa: D102
+        (hidden,) = ctx.saved_tensors
+        return ctx.product.multiply_back(gradient, hidden), None

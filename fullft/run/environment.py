@@ -1,0 +1,68 @@
+"""Whether the Hugging Face hub can be reached: asked once, briefly.
+
+Left alone, the hub's client retries for about 23 seconds per missing file. Owns only this probe; downloading stays
+with transformers and datasets, which read `HF_HUB_OFFLINE` when they are imported: call this before that.
+"""
+
+import os
+import threading
+
+from fullft.config.config import Config
+from fullft.model.configs import bundled_config
+
+PROBE_SECONDS = 4.0
+
+
+def prepare_hub(config: Config) -> None:
+    """Go offline unless a run needs the hub and reaches it; a plan needs it only for a config that is not bundled.
+
+    Args:
+        config: `model`, `dataset` and `plan` count.
+    """
+    if not config.plan:
+        go_offline_if_unreachable(config.model, config.dataset)
+    elif config.model is None or bundled_config(config.model) is None:
+        go_offline_if_unreachable(config.model)
+
+
+def go_offline_if_unreachable(*names: str | None) -> None:
+    """Make the hub's libraries use their cache alone when the hub does not answer within `PROBE_SECONDS`.
+
+    Args:
+        names: hub ids or local paths; without a hub id among them nothing is asked.
+    """
+    if os.environ.get("HF_HUB_OFFLINE"):
+        return  # the user's own word counts
+    # When all is local, nobody is asked, and the libraries are spared their own look-ups.
+    local = all(name is None or os.path.exists(os.path.expanduser(name)) for name in names)
+    if local or not _answers():
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def _answers() -> bool:
+    # In a daemon thread, since a name look-up has no timeout of its own.
+    answered, asked = threading.Event(), threading.Event()
+    threading.Thread(target=_ask, args=(answered, asked), daemon=True).start()
+    asked.wait(PROBE_SECONDS)
+    return answered.is_set()
+
+
+def _ask(answered: threading.Event, asked: threading.Event) -> None:
+    import ssl
+    import urllib.error
+    import urllib.request
+
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    try:
+        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=PROBE_SECONDS)
+        answered.set()
+    except urllib.error.HTTPError:
+        answered.set()  # a refusal is an answer
+    except urllib.error.URLError as error:
+        # So is a certificate that this Python cannot check: the hub's client brings certificates of its own.
+        if isinstance(error.reason, ssl.SSLError):
+            answered.set()
+    except Exception:  # a malformed address or answer, a broken connection: no hub
+        pass
+    finally:
+        asked.set()

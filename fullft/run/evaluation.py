@@ -1,0 +1,134 @@
+"""Evaluation: the loss on held-out rows, and what the model writes.
+
+Owns everything that runs the model without training it. Leaves dropout's random stream and the training mode as found.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from fullft.data.batches import Batches, Data
+from fullft.data.micro_batch import IGNORED
+from fullft.model.loss import SummedCrossEntropy
+
+_TEXT_PROMPT_TOKENS = 16
+_MAX_NEW_TOKENS = 48
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def evaluate(model: PreTrainedModel, batches: Batches | None, autocast: torch.autocast) -> torch.Tensor | None:
+    """Take the mean loss over all target tokens of the held-out rows.
+
+    Args:
+        model: it is evaluated where it is, in the dtype that it has.
+        batches: None when no row is held out.
+        autocast: the context that training computes in.
+
+    Returns:
+        A scalar on the model's device, in nats per token; None without rows.
+    """
+    if batches is None:
+        return None
+    summed_cross_entropy = SummedCrossEntropy(model)
+    decoder = summed_cross_entropy.decoder
+    losses, num_target_tokens = [], 0
+    with _evaluating(model):
+        for micro_batch in batches.by_length():
+            inputs = micro_batch.to(model.device)
+            with autocast:
+                losses.append(summed_cross_entropy(decoder(**inputs.inputs, use_cache=False), inputs))
+            num_target_tokens += micro_batch.num_target_tokens
+    return torch.stack(losses).sum() / num_target_tokens
+
+
+@dataclass
+class Sample:
+    """One prompt, and what the model makes of it before and after training."""
+
+    prompt: str
+    held_out: bool
+    before: str | None = None
+    after: str | None = None
+
+
+class Samples:
+    """The same few prompts, completed before and after training."""
+
+    def __init__(self, data: Data, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+        """Choose prompts: one that is trained on, and two held-out ones.
+
+        Args:
+            data: where the prompts come from.
+            tokenizer: decodes them.
+            model: one whose layers are streamed completes none: it would fetch all of them for every token.
+        """
+        self.tokenizer = tokenizer
+        chosen = [(False, data.train.rows[0])]
+        if data.evaluation is not None:
+            chosen += [(True, row) for row in data.evaluation.rows.select(range(min(2, len(data.evaluation.rows))))]
+        if hasattr(model, "layer_stream"):
+            chosen = []
+        self.prompts = [_prompt_ids(row["input_ids"], row["labels"]) for _, row in chosen]
+        self.samples = [
+            Sample(tokenizer.decode(ids), held_out) for ids, (held_out, _) in zip(self.prompts, chosen, strict=True)
+        ]
+
+    def complete(self, model: PreTrainedModel, autocast: torch.autocast, *, after: bool) -> None:
+        """Complete every prompt greedily.
+
+        Args:
+            model: as it is now.
+            autocast: the context that training computes in.
+            after: whether training is over.
+        """
+        eos = self.tokenizer.eos_token_id
+        # Own settings: a checkpoint's may sample, or be too long for a progress report.
+        generation = GenerationConfig(
+            max_new_tokens=_MAX_NEW_TOKENS, do_sample=False, eos_token_id=eos, pad_token_id=eos
+        )
+        positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2**31
+        for ids, sample in zip(self.prompts, self.samples, strict=True):
+            ids = ids[-(max(1, positions - _MAX_NEW_TOKENS)) :]  # what is generated needs positions too
+            prompt = torch.tensor([ids], device=model.device)
+            with _evaluating(model), autocast:
+                output = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=generation)
+            text = self.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+            setattr(sample, "after" if after else "before", text)
+
+    def describe(self) -> str:
+        """Show each prompt with its completions."""
+        lines = []
+        for sample in self.samples:
+            kind = "held out" if sample.held_out else "trained on"
+            lines.append(f"Prompt ({kind}): {_one_line(sample.prompt)}")
+            lines += [
+                f"  {when}: {_one_line(text)}"
+                for when, text in (("before", sample.before), ("after ", sample.after))
+                if text is not None
+            ]
+        return "\n".join(lines)
+
+
+def _prompt_ids(input_ids: list[int], labels: list[int]) -> list[int]:
+    """Cut a row before its first target; plain text, which is all target, after a few tokens."""
+    first_target = next(position for position, label in enumerate(labels) if label != IGNORED)
+    return input_ids[: first_target if first_target > 1 else _TEXT_PROMPT_TOKENS]
+
+
+def _one_line(text: str) -> str:
+    shown = repr(text)[1:-1]
+    return shown if len(shown) <= 300 else f"{shown[:200]} ... {shown[-90:]}"

@@ -1,0 +1,302 @@
+"""Metrics: the progress bar, `log.jsonl`, plots and reports. Every `.item()` of a run is in here.
+
+Owns what is told about a run while it trains and when it ends. Decides nothing: the loop says what happened.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from fullft.config.config import Config, to_yaml
+from fullft.config.steps import Calendar
+from fullft.errors import NonFiniteError, OptionsError
+from fullft.hardware import peak_flops
+from fullft.memory.snapshot import peak_bytes
+from fullft.model.parts import count_parameters, flops_per_token
+from fullft.run.evaluation import Samples
+from fullft.saving.files import write_text
+
+_NON_FINITE_REMEDY = (
+    "resume from the last checkpoint with a lower --learning_rate or a longer --warmup_steps (--allow_changes), or "
+    "look for broken rows"
+)
+
+
+class Metrics:
+    """Tells what happens, and keeps it. A context manager around the loop."""
+
+    def __init__(
+        self, config: Config, calendar: Calendar, model: PreTrainedModel, mean_length: float, first_step: int
+    ) -> None:
+        """Prepare the records; nothing is written yet.
+
+        Args:
+            config: the options of the group "records", and `output_dir`.
+            calendar: tells when to log.
+            model: whose size, device and speed are reported.
+            mean_length: tokens of the average sequence.
+            first_step: above 1 for a resumed run; what the log holds from there on is dropped.
+        """
+        self.config, self.calendar, self.device, self.first_step = config, calendar, model.device, first_step
+        self.folder = Path(str(config.output_dir))
+        self.num_parameters = count_parameters(model)
+        self.flops_per_token = flops_per_token(model, mean_length)
+        self.peak_flops = peak_flops(model.device) if config.precision != "fp32" else None
+        self.records: list[dict[str, Any]] = []
+        self.loss = self.grad_norm = math.nan
+        self.seconds = self._interval_seconds = 0.0
+        self.num_tokens = self._interval_tokens = 0
+
+    def __enter__(self) -> "Metrics":
+        """Open the log and the bar."""
+        write_text(self.folder / "config.yaml", to_yaml(self.config))
+        self._reports = _build_reports(self.config)
+        self.records = [r for r in _read_log(self.folder / "log.jsonl") if r["step"] < self.first_step]
+        lines = "".join(json.dumps(record) + "\n" for record in self.records)
+        write_text(self.folder / "log.jsonl", lines)
+        self._bar = tqdm(
+            total=self.calendar.total_steps,
+            initial=self.first_step - 1,
+            unit="step",
+            desc="Training",
+            dynamic_ncols=True,
+            mininterval=0.1 if sys.stderr.isatty() else 10.0,  # a log file wants few lines
+        )
+        if self.config.compile == "true":
+            self._bar.set_postfix_str("compiling")
+        self._mark = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the bar, and draw what there is, also when the run has failed."""
+        self._bar.close()
+        if any("loss" in record for record in self.records):
+            try:
+                plot_loss(self.records, self.folder / "loss.png", title=self.folder.name)
+            except Exception as error:  # must neither hide why a run failed, nor cost the model of one that did not
+                print(f"warning: loss.png could not be drawn ({type(error).__name__}: {error})")
+
+    def say(self, text: str) -> None:
+        """Print above the bar."""
+        self._bar.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    # ------------------------------------------------------------------------------------------ what happened
+
+    def require_finite(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
+        """Read the step's loss and gradient norm, before the optimizer uses the gradients.
+
+        This is the loop's one wait for the device per step: a NaN must not reach the weights.
+
+        Args:
+            step: counted from 1.
+            loss: scalar, mean over the target tokens of the global batch.
+            grad_norm: scalar, before clipping.
+
+        Raises:
+            NonFiniteError: one of them is NaN or infinite.
+        """
+        self.loss, self.grad_norm = loss.item(), grad_norm.item()
+        if not (math.isfinite(self.loss) and math.isfinite(self.grad_norm)):
+            raise NonFiniteError(
+                f"step {step}: the loss is {self.loss}, the gradient norm {self.grad_norm}; the step was not taken\n"
+                f"{_NON_FINITE_REMEDY}"
+            )
+
+    def step(self, step: int, learning_rate: float, num_tokens: int, num_target_tokens: int) -> None:
+        """Record an optimizer step.
+
+        Args:
+            step: counted from 1.
+            learning_rate: that the step was taken with.
+            num_tokens: without padding.
+            num_target_tokens: that the loss is the mean of.
+        """
+        elapsed = self._elapsed()
+        self.seconds += elapsed
+        self._interval_seconds += elapsed
+        self.num_tokens += num_tokens
+        self._interval_tokens += num_tokens
+        speed = self._interval_tokens / self._interval_seconds
+        mfu = speed * self.flops_per_token / self.peak_flops if self.peak_flops else None
+        memory = peak_bytes(self.device)
+        self._bar.set_postfix_str(
+            f"loss {self.loss:.4f}, {speed:,.0f} tokens/s, MFU {'unknown' if mfu is None else f'{mfu:.0%}'}, "
+            f"{memory / 2**30:.2f} GiB",
+            refresh=False,
+        )
+        self._bar.update()
+        if self.calendar.log_due(step):
+            self._record(
+                {
+                    "step": step,
+                    "epoch": round(self.calendar.epoch(step), 4),
+                    "loss": self.loss,
+                    "grad_norm": self.grad_norm,
+                    "learning_rate": learning_rate,
+                    "num_tokens": num_tokens,
+                    "num_target_tokens": num_target_tokens,
+                    "tokens_per_second": speed,
+                    "mfu": mfu,
+                    "memory_bytes": memory,
+                }
+            )
+            self._interval_tokens, self._interval_seconds = 0, 0.0
+
+    def evaluation(self, step: int, loss: torch.Tensor | None) -> None:
+        """Record an evaluation.
+
+        Args:
+            step: the last finished step; 0 before training.
+            loss: scalar, mean over the held-out target tokens; None without held-out rows.
+
+        Raises:
+            NonFiniteError: the loss is NaN or infinite.
+        """
+        if loss is not None:
+            eval_loss = loss.item()
+            if not math.isfinite(eval_loss):
+                raise NonFiniteError(f"step {step}: the held-out loss is {eval_loss}; {_NON_FINITE_REMEDY}")
+            perplexity = math.exp(min(eval_loss, 700.0))  # exp(710) is no float
+            self._record({"step": step, "eval_loss": eval_loss, "eval_perplexity": perplexity})
+            self.say(f"Step {step}: held-out loss {eval_loss:.4f}, perplexity {perplexity:,.2f}")
+        self._elapsed()  # evaluation is no training time
+
+    def checkpoint(self, folder: Path) -> None:
+        """Record that a checkpoint was saved."""
+        self.say(f"Saved {folder}")
+        self._elapsed()
+
+    def results(self, samples: Samples) -> dict[str, Any]:
+        """Sum the run up, and write it to `train_results.json`.
+
+        Args:
+            samples: prompts and what the model made of them.
+        """
+        losses = [record for record in self.records if "loss" in record]
+        evaluations = [record for record in self.records if "eval_loss" in record]
+        before = next((record["eval_loss"] for record in evaluations if record["step"] == 0), None)
+        results = {
+            "steps": self.calendar.total_steps,
+            "epochs": self.calendar.epoch(self.calendar.total_steps),
+            "num_parameters": self.num_parameters,
+            "first_loss": losses[0]["loss"] if losses else None,
+            "last_loss": losses[-1]["loss"] if losses else None,
+            "eval_loss_before": before,
+            "eval_loss_after": evaluations[-1]["eval_loss"] if evaluations else None,
+            "train_seconds": self.seconds,
+            "train_tokens": self.num_tokens,
+            "tokens_per_second": self.num_tokens / self.seconds if self.seconds else None,
+            "peak_memory_bytes": peak_bytes(self.device),
+            "resumed_at_step": self.first_step - 1 or None,
+            "samples": [asdict(sample) for sample in samples.samples],
+        }
+        write_text(self.folder / "train_results.json", json.dumps(results, indent=1))
+        return results
+
+    def _record(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as log:
+            log.write(json.dumps(record) + "\n")
+        for report in self._reports:
+            report(record)
+
+    def _elapsed(self) -> float:
+        """Seconds since this was last asked."""
+        mark, self._mark = self._mark, time.perf_counter()
+        return self._mark - mark
+
+
+def describe_results(results: dict[str, Any]) -> str:
+    """Say in one line what a run achieved."""
+    before, after = results["eval_loss_before"], results["eval_loss_after"]
+    held_out = ""
+    if after is not None:
+        held_out = f"; held-out loss {'?' if before is None else f'{before:.4f}'} -> {after:.4f}"
+    loss = "" if results["first_loss"] is None else f"loss {results['first_loss']:.4f} -> {results['last_loss']:.4f}"
+    minutes, seconds = divmod(round(results["train_seconds"]), 60)
+    speed = results["tokens_per_second"]
+    pace = "" if speed is None else f", {speed:,.0f} tokens/s"
+    return f"Done: {results['steps']} steps, {loss}{held_out}; {minutes} min {seconds} s{pace}"
+
+
+# ---------------------------------------------------------------------------------------------- sources and sinks
+
+
+def _read_log(file: Path) -> list[dict[str, Any]]:
+    if not file.is_file():
+        return []
+    records = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break  # a crash cut the last line short
+    return records
+
+
+def _build_reports(config: Config) -> list[Callable[[dict[str, Any]], None]]:
+    """Open the trackers that `--report_to` names; no tracker is an empty list."""
+    builders = {"tensorboard": _tensorboard, "wandb": _wandb}
+    return [builders[name](config) for name in config.report_to.split(",") if name != "none"]
+
+
+def _tensorboard(config: Config) -> Callable[[dict[str, Any]], None]:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise OptionsError("--report_to tensorboard needs tensorboard: pip install tensorboard") from error
+    writer = SummaryWriter(log_dir=str(Path(str(config.output_dir)) / "runs"))
+
+    def report(record: dict[str, Any]) -> None:
+        for name, value in record.items():
+            if name != "step" and value is not None:
+                writer.add_scalar(name, value, record["step"])
+        writer.flush()
+
+    return report
+
+
+def _wandb(config: Config) -> Callable[[dict[str, Any]], None]:
+    try:
+        import wandb
+    except ImportError as error:
+        raise OptionsError("--report_to wandb needs wandb: pip install wandb") from error
+    run = wandb.init(
+        project="fullft", name=Path(str(config.output_dir)).name, dir=config.output_dir, config=asdict(config)
+    )
+    return lambda record: run.log({n: v for n, v in record.items() if n != "step"}, step=record["step"])
+
+
+def plot_loss(records: list[dict[str, Any]], file: Path, title: str) -> None:
+    """Draw the training and the held-out loss over the steps.
+
+    Args:
+        records: lines of `log.jsonl`.
+        file: the PNG to write.
+        title: above the axes.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for name, label, style in (("loss", "training (each logged step)", "-"), ("eval_loss", "held out", "o--")):
+        points = [(record["step"], record[name]) for record in records if name in record]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+    axes.set(title=title, xlabel="optimizer step", ylabel="loss (nats per target token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)

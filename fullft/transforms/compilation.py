@@ -1,0 +1,125 @@
+"""Compilation: a decoder layer's forward and backward become graphs in which everything but its products is fused.
+
+Owns which runs gain by it, and what is compiled: the layers, whose one graph serves all that are alike. It must be
+applied after activation checkpointing, so that graphs recompute, and before layers are streamed.
+Only training uses it: evaluation and generation have too many shapes, and the worst step is watched operation by
+operation.
+"""
+
+import functools
+import importlib.util
+import logging
+import math
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from torch._inductor.exc import InductorError
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from fullft.config.config import Config
+from fullft.errors import OptionsError
+from fullft.model.parts import decoder_layers
+
+# It warns of operators in place under selective checkpointing; a graph has none left by then.
+logging.getLogger("torch._higher_order_ops.wrap").addFilter(lambda record: "in-place ops" not in record.getMessage())
+
+# Operations of a run, from which on it gains more than the minute that it waits for the compiler: some ten minutes of
+# two cores, or of a large GPU.
+WORTH_IT = {"cpu": 2e14, "cuda": 1e17}
+
+
+def choose_compilation(config: Config, flops: float, device: torch.device) -> tuple[Config, str]:
+    """Decide what was left at auto: long runs of packed sequences, all of one length, are compiled.
+
+    Sequences of many lengths would need a graph for any length, which gains next to nothing.
+
+    Args:
+        config: `compile` and `packing` count.
+        flops: of the whole run, forward and backward.
+        device: that computes.
+
+    Returns:
+        The options with `compile` at true or false, and a line for the user, empty where auto has chosen false.
+
+    Raises:
+        OptionsError: it was asked for, and there is no compiler.
+    """
+    lack = _lack(device)
+    if config.compile == "true" and lack:
+        raise OptionsError(f"compile true needs {lack}: install it, or leave out --compile")
+    if config.compile != "auto":
+        return config, ""
+    gains = config.packing and flops >= WORTH_IT.get(device.type, math.inf)
+    chosen = replace(config, compile="true" if gains and not lack else "false")
+    if not gains:
+        return chosen, ""
+    if lack:
+        return chosen, f"Compile: nothing, for want of {lack}; with one this run would be some 10% shorter"
+    return chosen, "Compile: the decoder layers, within the first step; the run is long enough to gain by it"
+
+
+def _lack(device: torch.device) -> str:
+    """Name what is missing to compile for a device; the compiler's own needs show when it runs."""
+    compilers = (os.environ.get("CXX") or "g++", "clang++", "cl")
+    if device.type == "cpu":
+        return "" if any(map(shutil.which, compilers)) else "a C++ compiler such as g++"
+    return "" if importlib.util.find_spec("triton") else "triton"
+
+
+def apply_compilation(model: PreTrainedModel, config: Config) -> None:
+    """Have the decoder layers compiled when they first compute with gradients.
+
+    Losses and gradients are the same up to rounding: exactly as many numbers are added, but a fused one is not rounded
+    in between. A compiler that fails costs a warning: the layers then go on as they were.
+
+    Args:
+        model: changed in place.
+        config: `compile` is true, or nothing happens; packed sequences get a graph of their length, others one for all
+            lengths: which graph computes a step must not depend on where the run was resumed.
+
+    Raises:
+        ModelError: the model's decoder layers cannot be found.
+    """
+    if config.compile != "true":
+        return
+    attempt = _Attempt(dynamic=not config.packing)
+    for layer in decoder_layers(model):
+        layer.forward = attempt.compiled(layer.forward)
+
+
+class _Attempt:
+    """To compile all layers, or none if the first one fails."""
+
+    def __init__(self, *, dynamic: bool) -> None:
+        self._dynamic = dynamic
+        self._has_failed = self._has_succeeded = False
+
+    def compiled(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        # One graph or none: what is recomputed cannot be cut in two. Dropout draws what it draws without a compiler.
+        graph = torch.compile(forward, fullgraph=True, dynamic=self._dynamic, options={"fallback_random": True})
+        is_left_out = False
+
+        @functools.wraps(forward)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            nonlocal is_left_out
+            if self._has_failed or is_left_out or not torch.is_grad_enabled() or is_in_torch_dispatch_mode():
+                return forward(*args, **kwargs)
+            try:
+                outputs = graph(*args, **kwargs)
+            except (TorchDynamoException, InductorError, FailOnRecompileLimitHit) as error:
+                # Layers that have run by their graphs keep them: backward may recompute them in the same step.
+                is_left_out, self._has_failed = True, not self._has_succeeded
+                cause = str(error).strip().split("\n")[0][:200]
+                tqdm.write(f"warning: the compiler failed ({cause}); training goes on without it")
+                return forward(*args, **kwargs)
+            self._has_succeeded = True
+            return outputs
+
+        return wrapped

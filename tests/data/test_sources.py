@@ -1,0 +1,308 @@
+"""Rows: every kind of file gives its rows as they stand there, and what cannot be read is named with its line."""
+
+import csv
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from models import make_config
+
+from fullft.data.sources import load_rows, locate
+from fullft.errors import DataError
+
+ROWS = [{"instruction": f"q{i}", "output": f"a{i}"} for i in range(6)]
+LINES = [json.dumps(row) for row in ROWS]
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def load(path: Path | str, **options: Any) -> list[dict[str, Any]]:
+    return load_rows(make_config(dataset=str(path), **options)).to_list()
+
+
+def message(path: Path | str, **options: Any) -> str:
+    """Load what cannot be loaded, and give the error's text."""
+    with pytest.raises(DataError) as caught:
+        load(path, **options)
+    assert caught.value.exit_code == 3
+    assert str(caught.value).count("\n") <= 1
+    return str(caught.value)
+
+
+def place(path: Path, index: int, **options: Any) -> str:
+    """Locate a loaded row, as an error message would."""
+    config = make_config(dataset=str(path), **options)
+    return locate(config, index, load_rows(config)[index])
+
+
+# ---------------------------------------------------------------------------------------------- kinds of files
+
+
+def test_json_jsonl_csv_and_parquet_give_the_same_rows(tmp_path: Path) -> None:
+    write(tmp_path / "a.json", json.dumps(ROWS, indent=1))
+    write(tmp_path / "b.jsonl", "\n".join(LINES))
+    with (tmp_path / "c.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["instruction", "output"])
+        writer.writeheader()
+        writer.writerows(ROWS)
+    Dataset.from_list(ROWS).to_parquet(tmp_path / "d.parquet")
+    write(tmp_path / "E.JSONL", "\n".join(LINES))
+    for name in ("a.json", "b.jsonl", "c.csv", "d.parquet", "E.JSONL"):
+        assert load(tmp_path / name) == ROWS, name
+
+
+def test_lines_in_a_json_file_and_an_array_in_a_jsonl_file_are_read(tmp_path: Path) -> None:
+    assert load(write(tmp_path / "a.json", "\n".join(LINES))) == ROWS
+    assert load(write(tmp_path / "b.jsonl", json.dumps(ROWS))) == ROWS
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl", ".csv", ".txt"])
+def test_a_byte_order_mark_and_windows_line_ends_change_nothing(ending: str, tmp_path: Path) -> None:
+    content = {
+        ".json": json.dumps(ROWS, indent=1),
+        ".jsonl": "\n".join(LINES),
+        ".csv": "instruction,output\nq,a\nr,b\n",
+        ".txt": "one\ntwo\n",
+    }[ending]
+    plain = load(write(tmp_path / f"plain{ending}", content))
+    windows = write(tmp_path / f"windows{ending}", b"\xef\xbb\xbf" + content.replace("\n", "\r\n").encode())
+    assert load(windows) == plain
+    assert plain in (ROWS, [{"text": "one\ntwo\n"}], [{"instruction": x, "output": y} for x, y in ("qa", "rb")])
+
+
+def test_blank_lines_of_a_jsonl_file_are_no_rows(tmp_path: Path) -> None:
+    assert load(write(tmp_path / "a.jsonl", f"\n{LINES[0]}\n\n  \n{LINES[1]}\n\n")) == ROWS[:2]
+
+
+def test_csv_cells_stay_text(tmp_path: Path) -> None:
+    cells = ["007", "NA", "", "null", "1e5", "True", "2020-01-01", "nan", "a,b", 'say "x"', "two\nlines", " padded "]
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "number"])
+        writer.writerows([[cell, "1"] for cell in cells])
+    assert load(tmp_path / "a.csv") == [{"text": cell, "number": "1"} for cell in cells]
+
+
+def test_the_nameless_index_column_of_a_csv_file_is_left_out(tmp_path: Path) -> None:
+    assert load(write(tmp_path / "a.csv", ",text\n0,x\n1,y\n")) == [{"text": "x"}, {"text": "y"}]
+
+
+def test_json_strings_that_look_like_numbers_stay_text(tmp_path: Path) -> None:
+    rows = [{"instruction": "007", "output": "1e5"}, {"instruction": "NA", "output": "null"}]
+    assert load(write(tmp_path / "a.json", "\n " + json.dumps(rows, indent=2))) == rows
+
+
+def test_a_txt_file_is_one_row(tmp_path: Path) -> None:
+    text = "one\n\n\ntwo 😀\n" * 3
+    assert load(write(tmp_path / "a.txt", text)) == [{"text": text}]
+
+
+def test_a_folder_is_its_files_in_order_without_hidden_ones(tmp_path: Path) -> None:
+    for name, row in (("b.jsonl", 1), ("a.json", 0), ("sub/c.jsonl", 2), (".hidden/d.jsonl", 3), (".e.jsonl", 4)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, LINES[row] if name.endswith("jsonl") else f"[{LINES[row]}]")
+    write(tmp_path / "README.md", "not data")
+    assert load(tmp_path) == ROWS[:3]
+
+
+def test_a_folder_of_txt_files_is_one_row_per_file(tmp_path: Path) -> None:
+    for name in "ab":
+        write(tmp_path / f"{name}.txt", f"{name}\n{name}\n")
+    assert load(tmp_path) == [{"text": "a\na\n"}, {"text": "b\nb\n"}]
+
+
+def test_a_folder_of_two_kinds_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", LINES[0])
+    write(tmp_path / "b.csv", "text\nx\n")
+    assert "files of one kind; found: csv, json" in message(tmp_path)
+
+
+def test_a_folder_without_data_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "README.md", "not data")
+    assert "found: none" in message(tmp_path)
+
+
+@pytest.mark.parametrize("late", [{"input": "i"}, {"input": "i", "topic": "t"}])
+@pytest.mark.parametrize("early", [{}, {"input": None}], ids=["missing", "null"])
+def test_a_key_that_comes_up_after_10_mib_is_read(early: dict[str, Any], late: dict[str, Any], tmp_path: Path) -> None:
+    line = json.dumps({"instruction": "q", "output": "x" * 100_000, **early}) + "\n"
+    last = {"instruction": "q", "output": "a", **late}
+    rows = load(write(tmp_path / "a.jsonl", line * 120 + json.dumps(last)))
+    assert (len(rows), rows[-1]) == (121, last)
+    assert rows[0]["input"] is None
+
+
+# ---------------------------------------------------------------------------------------------- splits and columns
+
+
+@pytest.mark.parametrize(
+    ("split", "indices"), [("train", range(6)), ("train[4:]", (4, 5)), ("train[:2]+train[-1:]", (0, 1, 5))]
+)
+def test_a_split_selects_rows(split: str, indices: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", "\n".join(LINES))
+    assert load(path, dataset_split=split) == [ROWS[i] for i in indices]
+
+
+def test_an_unknown_split_is_named_with_the_known_ones(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", "\n".join(LINES))
+    text = message(path, dataset_split="test")
+    assert '"test"' in text and "train" in text
+    assert "train[x]" in message(path, dataset_split="train[x]")
+    assert "has no rows" in message(path, dataset_split="train[10:]")
+
+
+def test_columns_are_renamed_and_others_kept(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"q": "1", "a": "2", "id": "3"}\n')
+    assert load(path, columns={"instruction": "q", "output": "a"}) == [{"instruction": "1", "output": "2", "id": "3"}]
+    assert load(path, columns={"text": "a", "output": "q"}) == [{"output": "1", "text": "2", "id": "3"}]
+
+
+def test_two_columns_can_swap_names(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", LINES[0])
+    swapped = load(path, columns={"instruction": "output", "output": "instruction"})
+    assert swapped == [{"instruction": "a0", "output": "q0"}]
+
+
+def test_a_column_whose_name_is_taken_gives_way(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"instruction": "x", "output": "y", "better": "z"}\n')
+    rows = load_rows(make_config(dataset=str(path), columns={"output": "better"}))
+    assert rows.column_names == ["instruction", "output"]
+    assert rows[0] == {"instruction": "x", "output": "z"}
+
+
+def test_a_missing_column_is_named_with_those_found(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", LINES[0])
+    assert "no column answer; it has instruction, output" in message(path, columns={"output": "answer"})
+    text = message(path, dataset_text_field="body")
+    assert "--dataset_text_field body" in text and "instruction, output" in text
+    assert "given two names" in message(path, columns={"input": "output", "text": "output"})
+
+
+def test_a_text_field_turns_rows_into_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"instruction": "x", "output": "y", "body": "z", "text": "t"}\n')
+    assert load(path, dataset_text_field="body") == [{"text": "z"}]
+    assert load(path, dataset_text_field="text")[0]["instruction"] == "x"
+
+
+# ---------------------------------------------------------------------------------------------- what cannot be read
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    for name in (str(tmp_path / "nothing"), "nothing.jsonl", "./nothing", "a/b/c"):
+        assert "there is no data file or folder" in message(name)
+
+
+def test_an_unknown_ending_is_named_with_the_known_ones(tmp_path: Path) -> None:
+    text = message(write(tmp_path / "a.xlsx", "x"))
+    assert ".xlsx is none of .json, .jsonl, .csv, .parquet, .txt" in text
+    assert "no ending" in message(write(tmp_path / "data", "x"))
+
+
+def test_a_hub_id_without_network_fails_quickly_with_a_remedy() -> None:
+    begin = time.monotonic()
+    for name in ("some-user/some-data", "some-data"):
+        assert "--dataset <file.jsonl>" in message(name)
+    assert time.monotonic() - begin < 2
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl", ".csv", ".parquet", ".txt"])
+def test_an_empty_file_is_named(ending: str, tmp_path: Path) -> None:
+    assert message(write(tmp_path / f"a{ending}", "")) == f"data file {tmp_path / f'a{ending}'} is empty"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.json", "[]"), ("a.jsonl", "\n \n"), ("a.csv", "instruction,output\n"), ("b.json", "{}")]
+)
+def test_a_file_without_rows_is_named(name: str, content: str, tmp_path: Path) -> None:
+    assert "has no rows" in message(write(tmp_path / name, content))
+
+
+def test_a_broken_json_line_is_named_with_file_and_line(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "a.json"):
+        path = write(tmp_path / name, f"{LINES[0]}\n\n{LINES[1][:-1]}\n{LINES[2]}\n")
+        assert message(path).startswith(f"{path}, line 3: not valid JSON")
+        assert message(path, dataset_split="train[:1]").startswith(f"{path}, line 3: not valid JSON")
+
+
+def test_a_broken_json_array_is_named_with_file_and_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", f"[\n{LINES[0]},\n{LINES[1].replace(':', '')},\n{LINES[2]}\n]")
+    assert message(path).startswith(f"{path}, line 3: not valid JSON")
+
+
+def test_the_broken_file_of_a_folder_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", LINES[0])
+    write(tmp_path / "b.jsonl", f"{LINES[0]}\n{{")
+    assert message(tmp_path).startswith(f"{tmp_path / 'b.jsonl'}, line 2")
+
+
+@pytest.mark.parametrize("line", ['["a"]', '"a"', "5"])
+def test_a_line_that_is_no_object_is_named(line: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", f"{LINES[0]}\n{line}\n")
+    assert message(path) == f"{path}, line 2: not a JSON object"
+
+
+def test_half_a_surrogate_pair_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", f'{LINES[0]}\n{{"instruction": "\\ud83d", "output": "a"}}\n')
+    assert message(path).startswith(f"{path}, line 2")
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.txt"])
+def test_a_file_that_is_not_utf_8_is_named_with_its_line(name: str, tmp_path: Path) -> None:
+    path = write(tmp_path / name, "text\né\n".encode("latin-1"))
+    assert message(path).startswith(f"{path}, line 2: not UTF-8 text")
+
+
+def test_rows_inside_an_object_are_refused_with_a_remedy(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", json.dumps({"version": 1, "data": ROWS}, indent=1))
+    assert "holds its rows as 'data'" in message(path)
+    # A single row of messages has the same shape and is fine.
+    row = {"messages": [{"role": "user", "content": "x"}]}
+    assert load(write(tmp_path / "b.json", json.dumps(row))) == [row]
+
+
+def test_nothing_but_our_message_is_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    message(write(tmp_path / "a.jsonl", "{"))
+    assert caplog.records == []
+
+
+# ---------------------------------------------------------------------------------------------- locating
+
+
+def test_a_row_is_located_by_file_and_line_whatever_the_split_skipped(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", "\n\n".join(LINES))
+    assert place(path, 1) == f"{path}, line 3"
+    assert place(path, 1, dataset_split="train[2:]") == f"{path}, line 7"
+
+
+def test_a_row_is_located_under_renamed_columns(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", "\n".join(LINES))
+    swapped = {"instruction": "output", "output": "instruction"}
+    assert place(path, 4, columns=swapped) == f"{path}, line 5"
+    assert place(path, 4, dataset_text_field="output") == f"{path}, line 5"
+
+
+def test_a_row_is_located_although_arrow_filled_in_keys(tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": str(i), "name": None}]} for i in range(3)]
+    rows[2]["messages"][0]["name"] = "n"
+    del rows[0]["messages"][0]["name"]
+    path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
+    assert [place(path, i) for i in range(3)] == [f"{path}, line {i + 1}" for i in range(3)]
+    Dataset.from_list(rows).to_parquet(tmp_path / "b.parquet")
+    assert place(tmp_path / "b.parquet", 1) == f"{tmp_path / 'b.parquet'}, split train, row 2"
+
+
+def test_a_row_of_a_json_array_is_located_by_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", json.dumps(ROWS, indent=1))
+    above = path.read_text().splitlines().index('  "instruction": "q3",')  # the line of its brace
+    assert place(path, 3) == f"{path}, line {above}"
+
+
+def test_a_csv_row_is_located_by_the_line_that_it_begins_in(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", 'instruction,output\na,"x\ny"\nb,"z\nz"\n')
+    assert [place(path, 0), place(path, 1)] == [f"{path}, line 2", f"{path}, line 4"]

@@ -1,0 +1,270 @@
+"""Layers that come and go compute what layers that stay compute: bitwise, in training, evaluation and generation."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from models import make_config, summed_loss, tiny_model
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from fullft.config.config import Config
+from fullft.config.steps import Calendar
+from fullft.model.load import load_model, save_weights
+from fullft.model.parts import decoder_layers
+from fullft.model.precision import join
+from fullft.optim.adamw import AdamW
+from fullft.optim.build import build_optimizer
+from fullft.saving.checkpoint import restore, save_checkpoint, verify
+from fullft.storage.tiers import Storage, fill, home_of, host_pieces
+from fullft.transforms.activation_checkpointing import apply_activation_checkpointing
+from fullft.transforms.streaming import LayerStream, apply_layer_streaming, settle_layers
+
+PLACEMENTS = [
+    "parameters=host",
+    "parameters=disk",
+    "parameters=host,optimizer=host,gradients=host",
+    "parameters=disk,optimizer=disk,gradients=disk",
+    "parameters=host,optimizer=disk",
+]
+
+
+def prepared(model: PreTrainedModel, config: Config, folder: Path) -> AdamW:
+    """Stream layers if the options say so, and build the optimizer, as train.py does."""
+    storage = Storage(torch.device("cpu"), folder)
+    if (tier := dict(word.split("=") for word in config.offload.split(",") if "=" in word).get("parameters")) and all(
+        home_of(parameter) is parameter for parameter in model.parameters()
+    ):
+        settle_layers(model, tier, storage)
+    apply_activation_checkpointing(model, config)
+    apply_layer_streaming(model)
+    return build_optimizer(model, config, storage)
+
+
+def options(offload: str, **others: object) -> Config:
+    return make_config(**{"offload": offload, "activation_checkpointing": "full", "weight_decay": 0.1, **others})
+
+
+def train(
+    model: PreTrainedModel, optimizer: AdamW, config: Config, first: int = 1, last: int = 3
+) -> list[torch.Tensor]:
+    figures = []
+    for step in range(first, last + 1):
+        random = torch.Generator().manual_seed(step)
+        torch.manual_seed(step)  # of dropout
+        for _ in range(config.gradient_accumulation_steps):
+            ids = torch.randint(0, 1024, (1, 12), generator=random)
+            loss = summed_loss(model, ids) / 11
+            loss.backward()
+            figures.append(loss.detach())
+        figures.append(optimizer.clip_gradients(0.5))
+        optimizer.step()
+        optimizer.zero_grad()
+        model.eval()
+        with torch.no_grad():
+            figures.append(model(input_ids=ids, use_cache=False).logits)
+        model.train()
+    return figures
+
+
+def content(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.cat([piece.flatten().clone() for piece in host_pieces(home_of(parameter))]).detach()
+        for name, parameter in model.named_parameters()
+    }
+
+
+def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("qwen2", True), ("gpt2", True), ("gemma2", False)])
+def test_streamed_layers_train_as_resident_ones(family: str, tied: bool, accumulation: int, tmp_path: Path) -> None:
+    results = []
+    for offload in ("none", *PLACEMENTS):
+        config = options(offload, gradient_accumulation_steps=accumulation)
+        model = tiny_model(family, torch.bfloat16, dropout=0.1 if family == "gpt2" else 0.0, tied=tied)
+        optimizer = prepared(model, config, tmp_path)
+        results.append((train(model, optimizer, config), content(model)))
+    resident, weights = results[0]
+    for offload, (figures, streamed) in zip(PLACEMENTS, results[1:], strict=True):
+        assert same(resident, figures), offload
+        assert all(torch.equal(weights[name].flatten(), values) for name, values in streamed.items()), offload
+
+
+def test_old_weights_would_be_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control: layers that stay after the step compute with what they were before it."""
+    config = options("parameters=host")
+    results = []
+    for release in (LayerStream.release, lambda self: None):
+        monkeypatch.setattr(LayerStream, "release", release)
+        model = tiny_model("llama", torch.bfloat16)
+        results.append(train(model, prepared(model, config, tmp_path), config))
+    assert not same(*results)
+
+
+def test_two_layers_are_present_at_a_time(tmp_path: Path) -> None:
+    model = tiny_model("llama", torch.bfloat16)
+    prepared(model, options("parameters=disk"), tmp_path)
+    seen = []
+
+    def look(*_: object) -> None:
+        present = [sum(p.is_contiguous() for p in layer.parameters()) for layer in decoder_layers(model)]
+        seen.append(sum(count > 0 for count in present))
+
+    for layer in decoder_layers(model):
+        layer.register_forward_hook(look)
+    model(input_ids=torch.ones(1, 4, dtype=torch.int64), use_cache=False)
+    assert max(seen) <= 2  # the one at work, and below the last one that which backward wants next
+    memory = sum(memory.nbytes for memory in model.layer_stream.memory)
+    layers = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in decoder_layers(model)]
+    assert 2 * max(layers) <= memory < 2 * max(layers) + 2 * 9 * 4096  # whole pages for each tensor
+
+
+def test_generation_is_that_of_the_resident_model(tmp_path: Path) -> None:
+    ids = torch.ones(1, 4, dtype=torch.int64)
+    generation = GenerationConfig(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
+    texts = []
+    for offload in ("none", "parameters=host", "parameters=disk"):
+        model = tiny_model("llama", torch.bfloat16)
+        prepared(model, options(offload), tmp_path)
+        with torch.no_grad():
+            texts.append(model.eval().generate(ids, generation_config=generation).tolist())
+    assert texts[0] == texts[1] == texts[2]
+
+
+@pytest.mark.parametrize("tier", ["host", "disk"])
+@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("qwen2", True), ("gpt2", True)])
+def test_saved_and_loaded_layer_by_layer_it_is_the_same_model(
+    family: str, tied: bool, tier: str, tmp_path: Path
+) -> None:
+    """A file of save_pretrained loads into homes, and what is saved from there loads as from save_pretrained."""
+    original = tiny_model(family, torch.bfloat16, tied=tied)
+    original.save_pretrained(tmp_path / "original")
+    config = options(f"parameters={tier}")
+    model = load_model(config, str(tmp_path / "original"), Storage(torch.device("cpu"), tmp_path))
+    expected = {name: values.detach().flatten() for name, values in original.named_parameters()}
+    assert all(torch.equal(expected[name], values) for name, values in content(model).items())
+    assert all(p.numel() == 1 or p.untyped_storage().nbytes() <= 8 for p in decoder_layers(model).parameters())
+    apply_layer_streaming(model)
+    (tmp_path / "saved").mkdir()
+    save_weights(model, tmp_path / "saved")
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "saved", dtype=torch.bfloat16, output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert all(torch.equal(expected[name], p.detach().flatten()) for name, p in loaded.named_parameters())
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("original", "saved")]
+    assert configs[0] == configs[1]
+    ids = torch.ones(1, 4, dtype=torch.int64)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(ids, use_cache=False).logits, loaded.eval()(ids, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("offload", ["none", "optimizer=disk", "parameters=disk,optimizer=host"])
+def test_masters_start_from_the_fp32_numbers_of_a_file(offload: str, tmp_path: Path) -> None:
+    original = tiny_model("llama", torch.float32)
+    original.save_pretrained(tmp_path / "original")
+    config = options(offload)
+    storage = Storage(torch.device("cpu"), tmp_path)
+    model = load_model(config, str(tmp_path / "original"), storage)
+    apply_layer_streaming(model)
+    optimizer = build_optimizer(model, config, storage)
+    weights = content(model)
+    for name, parameter in original.named_parameters():
+        remainder = optimizer.states_of(dict(model.named_parameters())[name])["remainder"]
+        master = torch.empty(parameter.numel())
+        pieces = torch.cat([piece.clone() for piece in host_pieces(remainder)])
+        join(weights[name], pieces, master)
+        assert torch.equal(master, parameter.detach().flatten()) and weights[name].dtype == torch.bfloat16
+        assert pieces.any()  # the negative control: rounding has left something
+
+
+@pytest.mark.parametrize("offload", ["none", "parameters=host"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_so_they_do_where_names_lack_the_base_models_prefix(offload: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """As GPT-2's published files have it."""
+    original = tiny_model("gpt2", dtype)
+    original.transformer.save_pretrained(tmp_path / "original")
+    config = options(offload)
+    model = load_model(config, str(tmp_path / "original"), Storage(torch.device("cpu"), tmp_path))
+    weights = content(model)
+    for name, parameter in original.named_parameters():
+        master = torch.empty(parameter.numel())
+        join(weights[name], dict(model.named_parameters())[name].rounded_off.clone(), master)
+        assert torch.equal(master, parameter.detach().flatten().float())
+
+
+def test_other_files_in_the_folder_are_not_the_model(tmp_path: Path) -> None:
+    original, other = tiny_model("llama", torch.bfloat16), tiny_model("llama", torch.float32, seed=1)
+    original.save_pretrained(tmp_path)
+    other.save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").rename(tmp_path / "model.fp32.safetensors")
+    for offload in ("none", "parameters=host"):
+        weights = content(load_model(options(offload), str(tmp_path), Storage(torch.device("cpu"), tmp_path)))
+        assert all(torch.equal(weights[name], p.detach().flatten()) for name, p in original.named_parameters())
+
+
+@pytest.mark.parametrize("begun", ["none", *PLACEMENTS[1:4]])
+def test_a_run_goes_on_in_any_other_placement(begun: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    def config_of(offload: str) -> Config:
+        return options(offload, output_dir=str(tmp_path), gradient_accumulation_steps=2)
+
+    model = tiny_model("llama", torch.bfloat16)
+    optimizer = prepared(model, config_of(begun), tmp_path)
+    train(model, optimizer, config_of(begun), 1, 2)
+    folder = save_checkpoint(config_of(begun), Calendar(config_of(begun), 9), 2, model, tokenizer, optimizer, "rows")
+    whole = train(model, optimizer, config_of(begun), 3, 4)
+    for continued in ("none", *PLACEMENTS[:4]):
+        config = config_of(continued)
+        model = load_model(config, str(folder), Storage(torch.device("cpu"), tmp_path))
+        optimizer = prepared(model, config, tmp_path)
+        assert restore(verify(folder), config, model, optimizer, "rows") == 2
+        assert same(train(model, optimizer, config, 3, 4), whole), (begun, continued)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("offload", [*PLACEMENTS, "optimizer=host", "gradients=host", "optimizer=disk,gradients=disk"])
+def test_on_a_gpu_every_placement_trains_as_the_resident_one(offload: str, tmp_path: Path) -> None:
+    """Large enough that copies and computing overlap, and that a copy that came too early would show."""
+    from transformers import LlamaConfig
+
+    shape = LlamaConfig(
+        vocab_size=8192, hidden_size=1024, intermediate_size=2816, num_hidden_layers=6, num_attention_heads=8
+    )
+    courses = []
+    for where in ("none", offload):
+        config = options(where, gradient_accumulation_steps=3)
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16).cuda().train()
+        storage = Storage(torch.device("cuda"), tmp_path)
+        if "parameters" in where:
+            settle_layers(model, "disk" if "parameters=disk" in where else "host", storage)
+        apply_activation_checkpointing(model, config)
+        apply_layer_streaming(model)
+        optimizer = build_optimizer(model, config, storage)
+        losses = []
+        for step in range(3):
+            for _ in range(3):
+                ids = torch.randint(0, 1024, (1, 256), generator=torch.Generator().manual_seed(step)).cuda()
+                loss = summed_loss(model, ids) / 255
+                loss.backward()
+                losses.append(loss.item())
+            optimizer.clip_gradients(1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        courses.append((losses, content(model)))
+    (resident, weights), (moved, streamed) = courses
+    assert moved == resident
+    assert all(torch.equal(weights[name].flatten().cpu(), values.cpu()) for name, values in streamed.items())
+
+
+def test_homes_are_filled_piece_by_piece(tmp_path: Path) -> None:
+    for tier in ("host", "disk"):
+        array = Storage(torch.device("cpu"), tmp_path).zeros(tier, 5000, torch.bfloat16)
+        assert not torch.cat([piece.clone() for piece in host_pieces(array)]).any()
+        values = torch.randn(5000).bfloat16()
+        fill(array, values)
+        assert torch.equal(torch.cat([piece.clone() for piece in host_pieces(array)]), values)

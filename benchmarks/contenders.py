@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the package need not be installed, as for train.py
 
 import train
-from fullft.config.config import parse_config
+from fullft.config.parse import parse_config
 from fullft.data.batches import Batches, load_data
 from fullft.data.micro_batch import IGNORED
 from fullft.memory.snapshot import peak_bytes

@@ -46,7 +46,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import train
-from fullft.config.config import DEMO_FOLDER, parse_config
+from fullft.config.options import DEMO_FOLDER
+from fullft.config.parse import parse_config
 from fullft.model.parts import count_parameters, flops_per_token
 from fullft.model.source import DEMO_MODEL
 

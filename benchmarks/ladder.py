@@ -34,7 +34,9 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from fullft.attention.documents import apply_document_attention
-from fullft.config.config import Config, find_problems, parse_offload, resolve
+from fullft.config.checks import find_problems
+from fullft.config.config import Config, resolve
+from fullft.config.placement import parse_offload
 from fullft.data.micro_batch import MicroBatch
 from fullft.memory.plan import Batch, plan_step
 from fullft.memory.worst_step import take_worst_step

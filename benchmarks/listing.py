@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT))  # the package need not be installed, as for train
 # ruff: noqa: E402
 from smollm2_model import WORK, build_smollm2
 
-from fullft.config.config import parse_config
+from fullft.config.parse import parse_config
 from fullft.data.batches import load_data
 from fullft.data.micro_batch import IGNORED, MicroBatch
 from fullft.model.loss import SummedCrossEntropy

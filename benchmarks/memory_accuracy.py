@@ -45,7 +45,8 @@ from transformers import (
 from transformers.utils import logging
 
 from fullft.attention.documents import apply_document_attention
-from fullft.config.config import Config, parse_offload, resolve
+from fullft.config.config import Config, resolve
+from fullft.config.placement import parse_offload
 from fullft.cpu.kernel_caches import KERNEL_CACHES
 from fullft.cpu.recycling import apply_recycling
 from fullft.data.batches import MicroBatch

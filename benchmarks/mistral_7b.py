@@ -78,7 +78,9 @@ from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedModel
 from transformers.utils import logging
 
 from fullft.attention.documents import apply_document_attention
-from fullft.config.config import Config, parse_config, parse_offload
+from fullft.config.config import Config
+from fullft.config.parse import parse_config
+from fullft.config.placement import parse_offload
 from fullft.data.micro_batch import MicroBatch
 from fullft.model.checks import require_fit
 from fullft.model.configs import bundled_config

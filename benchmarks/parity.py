@@ -32,7 +32,8 @@ from transformers.utils import logging
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the package need not be installed, as for train.py
 # ruff: noqa: E402
-from fullft.config.config import Config, parse_config
+from fullft.config.config import Config
+from fullft.config.parse import parse_config
 from fullft.data.batches import load_data
 from fullft.data.micro_batch import IGNORED
 

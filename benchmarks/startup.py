@@ -44,7 +44,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 import train
-from fullft.config.config import Config, parse_config
+from fullft.config.config import Config
+from fullft.config.parse import parse_config
 from fullft.data import batches as data
 from fullft.data.formats import find_format
 from fullft.data.sources import load_rows

@@ -56,7 +56,7 @@ from stopwatch import PARTS
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from fullft.config.config import parse_config
+from fullft.config.parse import parse_config
 from fullft.cpu.kernel_caches import KERNEL_CACHES
 from fullft.data.batches import load_data
 from fullft.data.packing import pack

@@ -1,7 +1,6 @@
-"""Errors that a user can act on, and how a run ends.
+"""Errors that a user can act on: exit codes, and the one place where an exception becomes one or two lines on stderr.
 
-Owns the exit codes and the one place where an exception becomes one or two lines on stderr. Imports nothing
-heavy: it is in place before torch is. Knows nothing about what raises.
+Imports nothing heavy, since it must be in place before torch is.
 """
 
 import errno
@@ -12,6 +11,7 @@ import traceback
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 
 class FullftError(Exception):
@@ -66,21 +66,42 @@ class StoppedBySignal(FullftError):
     """A signal ended the run (exit 128 + signal, as shells report it)."""
 
     def __init__(self, message: str, signal_number: int) -> None:
-        """Keep the message, and derive the exit code from the signal's number."""
         super().__init__(message)
         self.exit_code = 128 + signal_number
 
 
-def _general_advice() -> str:
+def general_advice() -> str:
+    """Say what usually helps when memory runs out."""
     return (
         "cheapest remedies: --activation_checkpointing full, a smaller --per_device_train_batch_size or --max_length, "
         "--optim adamw_8bit"
     )
 
 
-# What is said when memory runs out. A run that has been planned puts its own in here: what each byte is for, and the
-# levers that help it.
-out_of_memory_advice: Callable[[], str] = _general_advice
+_advice: ContextVar[Callable[[], str]] = ContextVar("advice", default=general_advice)
+
+
+@contextmanager
+def out_of_memory_advice(advice: Callable[[], str]) -> Iterator[None]:
+    """Attach advice of its own to an error for lack of memory in the body.
+
+    Args:
+        advice: says what to do; called when the error occurs.
+
+    Raises:
+        MemoryExhaustedError: in place of such an error.
+    """
+    token = _advice.set(advice)
+    try:
+        yield
+    except Exception as error:
+        user_error = as_user_error(error)
+        if isinstance(user_error, MemoryExhaustedError):
+            raise user_error from error
+        raise
+    finally:
+        _advice.reset(token)
+
 
 _OUT_OF_MEMORY = re.compile("out of memory|DefaultCPUAllocator|cannot allocate memory|ALLOC_FAILED", re.IGNORECASE)
 _UNUSED = re.compile(r"([\d.]+ GiB) is reserved by PyTorch but unallocated")  # far behind in a long message of CUDA's
@@ -94,7 +115,7 @@ _TEXT_LIMIT = 300  # characters of a library's message
 
 
 def _fragmentation_advice(message: str) -> str:
-    """Say what joins memory that is there in pieces; torch does not by itself, as drivers of WSL fail at it."""
+    """Say how to join memory that is held in pieces. torch does not by default: drivers of WSL fail at it."""
     unused = _UNUSED.search(message)
     if unused is None:
         return ""
@@ -120,7 +141,7 @@ def as_user_error(error: BaseException) -> FullftError:
         )
     # By text, because torch is not imported here, and each of its backends has a class of its own for this.
     if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(f"{type(error).__name__} {text}"):
-        advice = f"{_fragmentation_advice(str(error))}{out_of_memory_advice()}"
+        advice = f"{_fragmentation_advice(str(error))}{_advice.get()()}"
         return MemoryExhaustedError(f"out of memory: {text or type(error).__name__}\n{advice}")
     # Libraries written in Rust (safetensors, tokenizers) report a full disk in the text of a class of their own.
     if (isinstance(error, OSError) and error.errno in _DISK_ERRNOS) or "(os error " in text:
@@ -135,7 +156,7 @@ _FULL_ERRNOS = {getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG".split() i
 
 
 def exhaustion(error: BaseException) -> FullftError | None:
-    """Recognise memory or disk running out, in an error or in what caused it; for code that blames other things.
+    """Recognise memory or disk running out, in an error or in its cause; for code that blames other things.
 
     Args:
         error: any exception.
@@ -151,7 +172,7 @@ def exhaustion(error: BaseException) -> FullftError | None:
 
 
 def _report(error: BaseException, debug: bool) -> int:
-    """Tell the user, and give the exit code."""
+    """Print the error, and return the exit code."""
     if debug and not isinstance(error, StoppedBySignal):
         traceback.print_exception(error)
     user_error = as_user_error(error)
@@ -178,7 +199,7 @@ def report_errors(debug: bool) -> Iterator[None]:
 
 
 def report_uncaught_errors(debug: bool) -> None:
-    """Do as `report_errors` for all that is not inside one, such as a package that is missing or Ctrl-C in imports.
+    """Report errors outside of `report_errors` in the same way, such as a missing package or Ctrl-C during imports.
 
     Args:
         debug: let the traceback through as well.

@@ -1,9 +1,13 @@
-"""GPUs by name: how much they compute per second.
+"""The hardware: which device computes, how fast it can be, how much memory is free, and what this process has taken."""
 
-Owns the vendors' figures. How much memory a card has is asked of the card, or planned for by size.
-"""
+import os
+import resource
+import sys
+from pathlib import Path
 
 import torch
+
+from fullft.cpu.proc import OF_THE_SYSTEM, memory_field
 
 # Dense bf16 matrix products per second with fp32 accumulation, in operations. Source: the vendor's data sheets.
 PEAK_FLOPS = {
@@ -20,9 +24,92 @@ PEAK_FLOPS = {
 }
 
 
+def pick_device() -> torch.device:
+    """Choose this machine's accelerator, or the CPU where there is none."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
 def peak_flops(device: torch.device) -> float | None:
-    """Give a GPU's peak in bf16, in operations per second, or None where it is not known."""
+    """Return a GPU's peak in bf16, in operations per second, or None where it is not known."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
     return next((flops for card, flops in PEAK_FLOPS.items() if card in name), None)
+
+
+# ---------------------------------------------------------------------------------------------- what is taken
+
+
+def process_figures(device: torch.device) -> dict[str, int]:
+    """Read the peaks of the whole process so far, in bytes.
+
+    Args:
+        device: where the model is.
+
+    Returns:
+        `resident_peak_bytes` of the process. On CUDA also `allocated_peak_bytes` and `reserved_peak_bytes` of torch's
+        allocator, their difference `unused_reserved_bytes`, and `outside_bytes`: what the device holds besides, such as
+        the context, NCCL's buffers, and other processes; where torch counts it, `pinned_host_peak_bytes`: host memory
+        that is locked for transfers, in blocks rounded up to powers of two.
+    """
+    figures = {"resident_peak_bytes": _resident_peak_bytes()}
+    if device.type == "cuda":
+        allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        free, total = torch.cuda.mem_get_info(device)
+        figures |= {
+            "allocated_peak_bytes": allocated,
+            "reserved_peak_bytes": reserved,
+            "unused_reserved_bytes": reserved - allocated,
+            "outside_bytes": total - free - torch.cuda.memory_reserved(device),
+        }
+        # Older versions of torch do not count it.
+        pinned = torch.cuda.host_memory_stats() if hasattr(torch.cuda, "host_memory_stats") else {}
+        if "allocated_bytes.peak" in pinned:
+            figures["pinned_host_peak_bytes"] = pinned["allocated_bytes.peak"]
+    return figures
+
+
+def _resident_peak_bytes() -> int:
+    peak = memory_field("VmHWM")
+    if peak is not None:
+        return peak
+    # In bytes on macOS, elsewhere in KiB. On Linux it would begin with the peak of the parent process.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the peak so far: of tensors on CUDA, elsewhere of the process's resident set."""
+    figures = process_figures(device)
+    return figures.get("allocated_peak_bytes", figures["resident_peak_bytes"])
+
+
+# ---------------------------------------------------------------------------------------------- what is free
+
+
+def available_host_bytes() -> int:
+    """Return the RAM that can be had without swapping, or what the control group leaves of it if that is less."""
+    return min(_available_ram(), _left_in_cgroup())
+
+
+def _available_ram() -> int:
+    available = memory_field("MemAvailable", OF_THE_SYSTEM)
+    if available is not None:
+        return available
+    # macOS has no such field: all there is, less what this process has.
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") - peak_bytes(torch.device("cpu"))
+
+
+def _left_in_cgroup() -> int:
+    """Read the limit of version 2 of control groups, else of version 1."""
+    root = Path("/sys/fs/cgroup")
+    for folder, limit, usage in (
+        (root, "memory.max", "memory.current"),
+        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        try:
+            most, used = int((folder / limit).read_text()), int((folder / usage).read_text())
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):  # no such group, or `max`
+            continue
+        return most - used + int(stat.get("inactive_file", 0))  # the cache of files is given back when needed
+    return sys.maxsize

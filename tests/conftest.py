@@ -16,7 +16,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fullft import errors
-from fullft.config.config import DEMO_FOLDER
+from fullft.config.options import DEMO_FOLDER
 from fullft.optim import adamw, gradients
 from fullft.storage import tiers as offload
 

@@ -24,7 +24,8 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerBase, T5Confi
 
 import fullft.run.environment
 import train
-from fullft.config.config import DEMO_FOLDER, parse_config
+from fullft.config.options import DEMO_FOLDER
+from fullft.config.parse import parse_config
 from fullft.errors import (
     CheckpointError,
     DataError,

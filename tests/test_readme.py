@@ -5,7 +5,7 @@ import re
 from conftest import ROOT
 
 from fullft.config.config import Config
-from fullft.config.options import options_table
+from fullft.config.declare import options_table
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

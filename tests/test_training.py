@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
-from fullft.config.config import parse_config
+from fullft.config.parse import parse_config
 from fullft.errors import CheckpointError, NonFiniteError, OptionsError
 from fullft.saving.checkpoint import list_checkpoints, verify
 

@@ -1,8 +1,8 @@
 """The order in which attention works on packed documents: what one operation multiplies lies together in memory.
 
-Owns how documents are put together and cut into blocks, and the moves of a micro-batch's vectors into that order and
-back, one operation each. Documents of about one length are worked on together, for a small operation costs by the call,
-and lengths are rounded up: for each that is new the matrix library compiles kernels, and keeps hundreds of them.
+Documents of about one length are computed together, since a small operation costs by the call. Lengths are rounded up,
+since the matrix library compiles kernels for each new one and keeps hundreds of them. One operation each moves a
+micro-batch's vectors into this order and back.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ _STEP = 32  # tokens: lengths are multiples of it, as vectorised loops like them
 
 
 def padded(length: int) -> int:
-    """Give the length that a document is worked on at: at most a quarter more than its own.
+    """Return the length that a document is computed at: at most a quarter more than its own.
 
     Args:
         length: its tokens.
@@ -28,7 +28,7 @@ def padded(length: int) -> int:
 
 
 def most_padded(tokens: int) -> int:
-    """Give how many positions any documents of so many tokens are worked on at, at most.
+    """Return how many positions any documents of so many tokens are computed at, at most.
 
     Args:
         tokens: of all of them.
@@ -45,12 +45,12 @@ class Document(NamedTuple):
 
 
 class Span(NamedTuple):
-    """The same positions of some documents that are worked on at one length.
+    """The same positions of some documents that are computed at one length.
 
     Attributes:
         group: number of these documents.
-        documents: they; behind its last token each goes on with copies of it, which no token sees.
-        length: that they are worked on at.
+        documents: each is padded with copies of its last token, which no token sees.
+        length: that they are computed at.
         first: of the positions, counted within a document.
         end: behind the last of them.
     """
@@ -77,12 +77,12 @@ class Layout:
 
     Attributes:
         by_group: the order of vectors by groups of documents.
-        by_block: their order by blocks of documents, as these are worked on one after the other: the last of a document
+        by_block: their order by blocks of documents, in the order of the computation: the last block of a document
             first.
     """
 
     def __init__(self, documents: Documents, most_queries: int, most_together: int) -> None:
-        """Put documents together, and cut them into blocks.
+        """Group documents, and cut them into blocks.
 
         Args:
             documents: of all sequences.
@@ -122,10 +122,10 @@ class Order:
     """
 
     def __init__(self, spans: Sequence[Span]) -> None:
-        """Take the spans, in which every token is once, and behind a document's last one what pads it."""
+        """Take the spans, which hold every token once, and padding behind the last one of a document."""
         self.spans = spans
         self.bounds = [0, *accumulate(len(span.documents) * span.size for span in spans)]
-        # All layers of a micro-batch ask for the same ones: some bytes per vector of one layer, kept till the next.
+        # All layers of a micro-batch ask for the same indices: some bytes per vector of one layer, until the next one.
         self._known: dict[tuple[int, ...], NDArray[Any]] = {}
 
     def gather(self, vectors: torch.Tensor, key_heads: int, *, zero_padding: bool = False) -> "Gathered":

@@ -1,390 +1,263 @@
-"""How options are declared, read and shown: one dataclass yields the flags, the YAML keys, `--help` and README's table.
+"""Which options there are: the name, unit, default and limits of each. Flags, YAML keys and `--help` come from here.
 
-Owns conversion and its messages; which options there are is `config.py`'s business. Imports nothing heavy, so that
-`--help` and a mistyped flag answer at once.
+`python -m fullft.config.options` prints the table of docs/reference/options.md.
 """
 
-import argparse
-import difflib
-import math
-import operator
-import re
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import Field, field, fields
+from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, NoReturn, get_args, get_origin
 
-from fullft.errors import OptionsError
+from fullft.config.declare import option, options_table
 
-
-def option(
-    default: Any,
-    help: str,
-    *,
-    unit: str = "",
-    group: str = "",
-    metavar: str = "",
-    choices: tuple[str, ...] = (),
-    aliases: tuple[str, ...] = (),
-    called: tuple[str, ...] = (),
-    spellings: Mapping[str, str | None] | None = None,
-    bare: str | None = None,
-    several: bool = False,
-    at_least: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    shown: str = "",
-    may_change: bool = False,
-) -> Any:
-    """Declare an option as a dataclass field.
-
-    Args:
-        default: its value when nobody sets it.
-        help: one phrase for `--help` and the README.
-        unit: the unit of its value.
-        group: the heading that this option begins; the ones declared after it belong there too.
-        metavar: what `--help` shows in place of its value, where type and choices do not tell.
-        choices: the values (of a mapping: the keys) that it may take; `every_<n>` stands for any n >= 1.
-        aliases: other flag names.
-        called: what other programs call it: not accepted, but answered with its name here.
-        spellings: other ways to write a value, such as Hugging Face's; lower case, with underscores.
-        bare: the value that the flag has without one.
-        several: whether its value is a list of words, kept joined by commas.
-        at_least: the least number allowed.
-        above: the number that it must exceed.
-        below: the number that it must stay under.
-        shown: what `--help` shows as the default, where the value itself would say nothing.
-        may_change: whether a resumed run may differ in it, because it leaves the training itself alone.
-    """
-    metadata = {name: value for name, value in locals().items() if name != "default"}
-    if isinstance(default, dict):
-        return field(default_factory=dict, metadata=metadata)
-    return field(default=default, metadata=metadata)
+DEMO_FOLDER = Path(__file__).parent.parent / "demo"
+DEFAULT_DATASET, DEFAULT_DATASET_SPLIT = "tatsu-lab/alpaca", "train[:1000]"
+COLUMNS = ("instruction", "input", "output", "prompt", "completion", "messages", "conversations", "text")
+NEWEST = "newest"  # what a bare --resume_from_checkpoint means
 
 
-def by_name(options: type) -> dict[str, "Field[Any]"]:
-    """Give the declared options by name."""
-    return {option.name: option for option in fields(options)}
+@dataclass(frozen=True)
+class Options:
+    """The options of one run, as words and numbers. Names follow Hugging Face's `TrainingArguments` and TRL."""
 
-
-def _names(options: type) -> dict[str, str]:
-    """Map every name that an option answers to, aliases included, to its own."""
-    return {alias: option.name for option in fields(options) for alias in (option.name, *option.metadata["aliases"])}
-
-
-# ---------------------------------------------------------------------------------------------- reading
-
-_BARE = object()  # a flag without a value
-
-
-def read_flags(options: type, argv: Sequence[str], problems: list[str]) -> dict[str, Any]:
-    """Turn a command line into converted values.
-
-    Args:
-        options: the dataclass that declares them.
-        argv: the words after the program's name.
-        problems: collects what is wrong, one message each.
-
-    Returns:
-        The values given, by option name; the path behind `--config` as `config`.
-    """
-    given, unknown = build_parser(options).parse_known_args(_spell(argv))
-    after_unknown_flag = False
-    for word in unknown:
-        name = word.split("=")[0]
-        if word.startswith("-"):
-            problems.append(f"unknown option {name}{_suggest(name, options, '--')}")
-        elif not after_unknown_flag:
-            problems.append(f"unexpected argument {word!r}: options are written --name value")
-        after_unknown_flag = word.startswith("-") and "=" not in word
-    values: dict[str, Any] = {}
-    declared = by_name(options)
-    for name, raw in vars(given).items():
-        if name != "config":
-            _convert_into(values, declared[name], raw, f"--{name}", problems)
-        elif raw is _BARE or not raw:
-            problems.append("--config needs a YAML file")
-        else:
-            values[name] = raw
-    return values
-
-
-def _spell(argv: Sequence[str]) -> list[str]:
-    """Write hyphens in flag names as underscores, and negative numbers as argparse reads them: `--flag=-1e-5`."""
-    words: list[str] = []
-    for word in argv:
-        if words and re.fullmatch(r"--[^=]+", words[-1]) and re.match(r"-(\.?\d|inf|nan)", word):
-            words[-1] += f"={word}"
-        else:
-            words.append(re.sub(r"^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word))
-    return words
-
-
-def read_yaml(options: type, path: str, problems: list[str]) -> dict[str, Any]:
-    """Turn a YAML file of `option: value` lines into converted values; null leaves an option at its default.
-
-    Args:
-        options: the dataclass that declares them.
-        path: the file.
-        problems: collects what is wrong, one message each.
-    """
-    names, declared = _names(options), by_name(options)
-    values: dict[str, Any] = {}
-    seen: dict[str, str] = {}
-    for key, raw in _yaml_items(path, problems):
-        name = names.get(key.replace("-", "_"))
-        if name is None:
-            problems.append(f"{path}: unknown option {key}{_suggest(key, options, '')}")
-        elif name in seen:
-            problems.append(f"{path}: {key} sets {name} a second time, after {seen[name]}: keep one of the two")
-        elif raw is not None:
-            _convert_into(values, declared[name], raw, f"{path}: {key}", problems)
-        if name is not None:
-            seen.setdefault(name, key)
-    return values
-
-
-def _yaml_items(path: str, problems: list[str]) -> Iterator[tuple[str, Any]]:
-    """Yield the lines of a YAML file, repeated keys too, which `safe_load` would drop in silence."""
-    import yaml  # only here: most runs need no YAML
-
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        content, root = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
-    except UnicodeDecodeError as error:
-        problems.append(f"--config {path} is not UTF-8 text (byte {error.start})")
-    except OSError as error:
-        problems.append(f"--config {path}: {error.strerror}")
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = "" if mark is None else f", line {mark.line + 1}"
-        problems.append(f"--config {path}{place}: not YAML: {getattr(error, 'problem', None) or error}")
-    else:
-        if isinstance(content, dict) and isinstance(root, yaml.MappingNode):
-            keys = [str(key.value) for key, _ in root.value]
-            yield from ((str(key), raw) for key, raw in content.items())
-            yield from ((key, None) for number, key in enumerate(keys) if key in keys[:number])
-        elif content is not None:
-            problems.append(f"--config {path} must hold `option: value` lines")
-
-
-def _suggest(word: str, options: type, prefix: str) -> str:
-    """Name the option that was probably meant, or where all are listed."""
-    name = word.lstrip("-").lower().replace("-", "_")
-    known = {other: option.name for option in fields(options) for other in option.metadata["called"]}
-    known |= {spelling: spelling for spelling in (*_names(options), *(("config", "help") if prefix else ()))}
-    if name.startswith("no_") and name[3:] in known:
-        return f"; did you mean {prefix}{name[3:]}{' ' if prefix else ': '}false?"
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-    near = near or [full for full in known if name and full.startswith(name)]
-    return f"; did you mean {prefix}{known[near[0]]}?" if near else "; --help lists them all"
-
-
-def _convert_into(values: dict[str, Any], option: "Field[Any]", raw: Any, source: str, problems: list[str]) -> None:
-    try:
-        values[option.name] = _convert(option, raw)
-    except ValueError as error:
-        problems.append(f"{source}: {error}")
-
-
-def _convert(option: "Field[Any]", raw: Any) -> Any:
-    """Bring a word of the command line or a YAML value to the option's type.
-
-    Raises:
-        ValueError: saying what the option expects.
-    """
-    kind, meta = _kind(option), option.metadata
-    if raw is _BARE and (kind is bool or meta["bare"] is not None):
-        return True if kind is bool else meta["bare"]
-    if raw is _BARE or raw in ("", []):
-        raise ValueError("needs a value")
-    if kind is dict:
-        return _convert_pairs(raw, meta)
-    if isinstance(raw, dict) and meta["several"]:
-        raw = [f"{key}={value}" for key, value in raw.items()]
-    if isinstance(raw, list) and (meta["choices"] or meta["several"]):
-        raw = ",".join(map(str, raw))  # Hugging Face writes `report_to: [tensorboard, wandb]`
-    if isinstance(raw, (list, dict)):
-        raise ValueError(f"takes one value, not a {'list' if isinstance(raw, list) else 'mapping'}")
-    if kind is bool:
-        return _convert_bool(raw)
-    if kind in (int, float):
-        return _convert_number(raw, kind, meta)
-    return _convert_text(raw, meta)
-
-
-def _kind(option: "Field[Any]") -> Any:
-    """Give the type of an option's value: the `int` of `int | None`, the `dict` of `dict[str, str]`."""
-    members = get_args(option.type) if isinstance(option.type, UnionType) else (option.type,)
-    return next(get_origin(member) or member for member in members if member is not NoneType)
-
-
-def _convert_bool(raw: Any) -> bool:
-    word = str(raw).lower()
-    if word in ("true", "yes", "on", "1"):
-        return True
-    if word in ("false", "no", "off", "0"):
-        return False
-    raise ValueError(f"{str(raw)!r} is neither true nor false")
-
-
-def _convert_number(raw: Any, kind: Any, meta: Mapping[str, Any]) -> int | float:
-    unit = f" ({meta['unit']})" if meta["unit"] else ""
-    try:
-        if isinstance(raw, bool):
-            raise ValueError
-        value = _number(str(raw))
-        if not math.isfinite(value) or (kind is int and value != int(value)):
-            raise ValueError
-    except ValueError:
-        raise ValueError(f"{str(raw)!r} is not {'a whole number' if kind is int else 'a number'}{unit}") from None
-    for name, words, holds in (
-        ("at_least", "at least", operator.ge),
-        ("above", "above", operator.gt),
-        ("below", "below", operator.lt),
-    ):
-        if meta[name] is not None and not holds(value, meta[name]):
-            raise ValueError(f"{raw} must be {words} {meta[name]:,}{unit}")
-    return int(value) if kind is int else float(value)
-
-
-def _number(word: str) -> int | float:
-    try:
-        return int(word)  # first, because a float has only 53 bits
-    except ValueError:
-        return float(word)
-
-
-def _convert_text(raw: Any, meta: Mapping[str, Any]) -> str | None:
-    choices, spellings = meta["choices"], meta["spellings"] or {}
-    if isinstance(raw, bool):
-        # YAML reads `no` as false, and `gradient_checkpointing: true` is what Hugging Face's users write.
-        raw = "no" if not raw and "no" in choices else str(raw).lower()
-        if not choices and raw not in spellings:
-            raise ValueError(f"{raw} is not text: write it in quotes")
-    written = str(raw).strip()
-    word = written.lower().replace("-", "_")
-    if word in spellings:
-        value: str | None = spellings[word]
-        return value
-    if not choices:
-        return written
-    for choice in choices:
-        pattern = re.escape(choice.replace("-", "_")).replace("<n>", "([1-9][0-9]*)")
-        if match := re.fullmatch(pattern, word):
-            return str(choice.replace("<n>", match[1])) if match.groups() else str(choice)
-    raise ValueError(f"{written!r} is not one of {', '.join(choices)}")
-
-
-def _convert_pairs(raw: Any, meta: Mapping[str, Any]) -> dict[str, str]:
-    words = raw.split() if isinstance(raw, str) else raw
-    if not isinstance(words, (dict, list)):
-        raise ValueError(f"{raw!r} is no pair; write ours=yours")
-    pairs = list(words.items() if isinstance(words, dict) else [str(word).partition("=")[::2] for word in words])
-    for key, value in pairs:
-        if key not in meta["choices"]:
-            raise ValueError(f"{key!r} is not one of {', '.join(meta['choices'])}; write ours=yours")
-        if not value:
-            raise ValueError(f"{key!r} needs a value: {key}=yours")
-    for side in zip(*pairs, strict=True):
-        if twice := next((name for number, name in enumerate(side) if name in side[:number]), None):
-            raise ValueError(f"{twice!r} stands in two pairs")
-    return {str(key): str(value) for key, value in pairs}
-
-
-# ---------------------------------------------------------------------------------------------- showing
-
-
-def _groups(options: type) -> dict[str, list["Field[Any]"]]:
-    """List the options by group, in the order in which they are declared."""
-    grouped: dict[str, list[Field[Any]]] = {}
-    group = ""
-    for option in fields(options):
-        group = option.metadata["group"] or group
-        grouped.setdefault(group, []).append(option)
-    return grouped
-
-
-def _shown_default(option: "Field[Any]") -> str:
-    if option.metadata["shown"]:
-        return str(option.metadata["shown"])
-    if isinstance(option.default, bool):
-        return str(option.default).lower()
-    # 2e-5, where Python writes 2e-05
-    return f"{option.default:g}".replace("e-0", "e-") if isinstance(option.default, float) else str(option.default)
-
-
-def _shown_help(option: "Field[Any]") -> str:
-    meta = option.metadata
-    unit = f" [{meta['unit']}]" if meta["unit"] else ""
-    choices = f": {', '.join(meta['choices'])}" if meta["choices"] else ""
-    return f"{meta['help']}{unit}{choices}"
-
-
-def _metavar(option: "Field[Any]") -> str:
-    """Name an option's value: by what it is, in brackets where it may be left out."""
-    kind = _kind(option)
-    name = str(option.metadata["metavar"]) or {bool: "true|false", int: "N", float: "X"}.get(kind, "NAME")
-    return f"[{name}]" if kind is bool or option.metadata["bare"] is not None else name
-
-
-class _HelpFormatter(argparse.HelpFormatter):
-    """argparse's own, but for two things: a value is named once per option, and without argparse's brackets."""
-
-    def __init__(self, prog: str) -> None:
-        width = min(shutil.get_terminal_size().columns, 120) - 2
-        # On a wide screen even the longest flag has its help beside it.
-        super().__init__(prog, max_help_position=38 if width > 100 else 26, width=width)
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        return " ".join([", ".join(action.option_strings), *([str(action.metavar)] if action.metavar else [])])
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Report what argparse refuses by itself, such as `--help=5`, like everything else."""
-        raise OptionsError(message)
-
-
-def build_parser(options: type) -> argparse.ArgumentParser:
-    """Build the command line of a dataclass of options; `parse_args` of it prints `--help`."""
-    # Every value is optional for argparse, and no type is converted by it: it would stop at the first problem.
-    parser = _Parser(
-        prog="train.py",
-        usage="python train.py [--config run.yaml] [--option value ...]",
-        description="Fully fine-tune a causal language model: every parameter, in one readable loop. Without --model "
-        "the built-in demo runs, with defaults of its own. Hyphens and underscores both work; a flag beats the file.",
-        epilog="Exit codes: 0 done, 2 options, 3 data, 4 model, 5 checkpoint, 6 disk, 7 non-finite loss or gradient, "
-        "8 out of memory, 128+signal.",
-        formatter_class=_HelpFormatter,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
+    # --- model and data
+    model: str | None = option(
+        None,
+        "hub id or folder of a causal language model",
+        group="model and data",
+        metavar="ID|FOLDER",
+        aliases=("model_name_or_path",),
+        called=("base_model", "model_id", "model_path"),
+        shown="the built-in demo",
     )
-    parser.add_argument("--config", nargs="?", const=_BARE, metavar="FILE", help="YAML file of `option: value` lines")
-    for group, members in _groups(options).items():
-        section = parser.add_argument_group(group)
-        for option in members:
-            # Several words, and several flags add up.
-            pairs = _kind(option) is dict or option.metadata["several"]
-            section.add_argument(
-                *(f"--{alias}" for alias in (option.name, *option.metadata["aliases"])),
-                dest=option.name,
-                metavar=_metavar(option),
-                help=f"{_shown_help(option)} (default: {_shown_default(option)})".replace("%", "%%"),
-                **({"nargs": "*", "action": "extend"} if pairs else {"nargs": "?", "const": _BARE}),
-            )
-    return parser
+    trust_remote_code: bool = option(False, "run model code that comes with the weights")
+    dataset: str | None = option(
+        None,
+        "hub id, or a .json .jsonl .csv .parquet .txt file or a folder of them",
+        metavar="ID|PATH",
+        aliases=("dataset_name",),
+        called=("train_file", "dataset_path", "train_data", "dataset_name_or_path"),
+        shown=DEFAULT_DATASET,
+    )
+    dataset_split: str | None = option(
+        None,
+        "which rows",
+        metavar="SPLIT",
+        called=("split", "max_train_samples", "max_samples"),
+        shown=f"train; of the default dataset {DEFAULT_DATASET_SPLIT}",
+    )
+    dataset_text_field: str = option("text", "the column of plain text", metavar="COLUMN")
+    columns: dict[str, str] = option(
+        {}, "rename columns, as in output=answer; ours", metavar="OURS=YOURS ...", choices=COLUMNS, shown="as named"
+    )
+    max_length: int = option(
+        512,
+        "longest sequence",
+        unit="tokens",
+        called=("max_seq_length", "max_seq_len", "cutoff_len", "block_size"),
+        at_least=2,
+    )
+    packing: bool = option(False, "fill sequences with several documents, each isolated from the others")
+    train_on_prompt: bool = option(False, "count prompt tokens in the loss too")
+    val_size: float = option(0.05, "rows held out for evaluation", unit="fraction of rows", at_least=0, below=1)
+
+    # --- run
+    output_dir: Path | None = option(
+        None,
+        "folder for everything that the run writes",
+        group="run",
+        metavar="FOLDER",
+        shown="./full-ft-<model's last name>",
+        may_change=True,
+    )
+    overwrite_output_dir: bool = option(
+        False, "replace an earlier run's files in that folder, and no others", called=("overwrite",), may_change=True
+    )
+    num_train_epochs: float = option(
+        3.0, "passes over the training rows", unit="epochs", called=("epochs", "num_epochs"), above=0
+    )
+    max_steps: int = option(
+        -1, "length of the run; above 0 it replaces num_train_epochs", unit="optimizer steps", at_least=-1
+    )
+    seed: int = option(42, "of the order, the held-out rows and dropout", at_least=0, below=2**32)
+    per_device_train_batch_size: int = option(
+        1,
+        "size of a micro-batch",
+        unit="sequences",
+        called=("batch_size", "train_batch_size", "micro_batch_size", "per_device_batch_size"),
+        at_least=1,
+    )
+    gradient_accumulation_steps: int | None = option(
+        None,
+        "length of an optimizer step",
+        unit="micro-batches",
+        called=("grad_accum", "accumulation_steps"),
+        at_least=1,
+        shown="16",
+    )
+    global_batch_size: int | None = option(
+        None,
+        "size of an optimizer step; given, it derives accumulation",
+        unit="sequences",
+        at_least=1,
+        shown="micro-batch x accumulation",
+    )
+    resume_from_checkpoint: str | None = option(
+        None,
+        "continue a run; without a value from the newest good checkpoint",
+        metavar="CHECKPOINT",
+        called=("resume", "resume_from"),
+        spellings={"true": NEWEST, "false": None},
+        bare=NEWEST,
+        shown="off",
+        may_change=True,
+    )
+    allow_changes: bool = option(False, "resume although options or data have changed", may_change=True)
+
+    # --- optimization
+    optim: str = option(
+        "adamw",
+        "AdamW with fp32 moments, or with 8-bit ones",
+        group="optimization",
+        choices=("adamw", "adamw_8bit", "paged_adamw_8bit"),
+        called=("optimizer",),
+        spellings={
+            "adamw_torch": "adamw",
+            "adamw_torch_fused": "adamw",
+            "adamw_hf": "adamw",
+            "adamw_bnb_8bit": "adamw_8bit",
+            "paged_adamw_bnb_8bit": "paged_adamw_8bit",
+        },
+    )
+    learning_rate: float = option(2e-5, "the highest of the schedule", called=("lr",), at_least=0)
+    lr_scheduler_type: str = option(
+        "linear",
+        "learning-rate schedule",
+        choices=("linear", "cosine", "constant", "constant_with_warmup"),
+        called=("lr_scheduler", "scheduler", "lr_schedule"),
+    )
+    warmup_steps: float = option(
+        0.0,
+        "learning-rate warmup; below 1 a fraction of all steps",
+        unit="optimizer steps",
+        called=("warmup_ratio", "warmup"),
+        at_least=0,
+    )
+    weight_decay: float = option(0.0, "decoupled weight decay, not of biases and norms", at_least=0)
+    max_grad_norm: float = option(
+        1.0, "clip the global gradient norm here; 0 is off", called=("grad_clip", "gradient_clipping"), at_least=0
+    )
+    adam_beta1: float = option(0.9, "decay of the first moment", at_least=0, below=1)
+    adam_beta2: float = option(0.999, "decay of the second moment", at_least=0, below=1)
+    adam_epsilon: float = option(1e-8, "added to the update's denominator", above=0)
+
+    # --- precision and memory
+    precision: str = option(
+        "bf16-true",
+        "fp32 weights; fp32 weights under bf16 autocast; or bf16 weights",
+        group="precision and memory",
+        choices=("fp32", "bf16-mixed", "bf16-true"),
+        called=("bf16", "fp16", "dtype", "torch_dtype", "mixed_precision", "tf32"),
+        spellings={"fp32_true": "fp32", "32": "fp32", "32_true": "fp32", "float32": "fp32", "bf16": "bf16-mixed"},
+    )
+    activation_checkpointing: str = option(
+        "auto",
+        "what backward recomputes: nothing; all but matrix products and attention; whole decoder layers; every n-th "
+        "of them; auto: as little as fits",
+        choices=("none", "selective", "full", "every_<n>", "auto"),
+        aliases=("gradient_checkpointing",),
+        spellings={"true": "full", "false": "none"},
+        bare="full",
+        may_change=True,  # gradients are the same to the bit, if layers are not compiled
+    )
+    master_weights: str = option(
+        "split",
+        "what bf16 weights stand for, with precision bf16-true: fp32 numbers, exactly, in 16 more bits per weight; "
+        "bf16 ones, rounded up or down at random; bf16 ones, rounded to the nearest",
+        choices=("split", "stochastic", "none"),
+    )
+    offload: str = option(
+        "auto",
+        "keep optimizer, gradients or parameters on host or disk; gradients=released uses each up in backward",
+        metavar="none|WHAT=WHERE ...",
+        called=("cpu_offload", "offload_optimizer", "offload_param"),
+        spellings={"true": "optimizer=host", "false": "none", "cpu": "optimizer=host"},
+        several=True,
+        may_change=True,  # the trajectory is the same to the bit, if layers are not compiled
+    )
+    compile: str = option(
+        "auto",
+        "compile the decoder layers; auto: if sequences are packed and the run is long enough to gain by it",
+        choices=("auto", "true", "false"),
+        called=("torch_compile",),
+        spellings={"yes": "true", "on": "true", "1": "true", "no": "false", "off": "false", "0": "false"},
+        bare="true",
+    )
+    fit: str = option(
+        "auto",
+        "let the plan set what is left at auto, as the fastest choice that fits; off: run what was asked",
+        choices=("auto", "off"),
+        may_change=True,
+    )
+    plan: bool = option(False, "print where every byte would go, and exit", called=("dry_run",), may_change=True)
+    json: bool = option(False, "print the plan as JSON", may_change=True)
+    device_memory: str | None = option(
+        None,
+        "plan for a card of this size, as in 24GiB (2^30) or 24GB (10^9)",
+        metavar="SIZE",
+        called=("gpu_memory", "vram"),
+        shown="this device's",
+        may_change=True,
+    )
+    gpus: int | None = option(
+        None, "show the plan for this many GPUs too", unit="GPUs", at_least=1, shown="1, 2, 4, 8", may_change=True
+    )
+    gpu_hour_price: float | None = option(
+        None, "show the plan's cost", unit="any currency per GPU-hour", above=0, shown="none", may_change=True
+    )
+
+    # --- records
+    logging_steps: int = option(
+        10, "distance of log lines", group="records", unit="optimizer steps", at_least=1, may_change=True
+    )
+    eval_strategy: str = option(
+        "epoch",
+        "when to evaluate, beside before and after",
+        choices=("no", "epoch", "steps"),
+        called=("evaluation_strategy",),
+        may_change=True,
+    )
+    eval_steps: int | None = option(
+        None,
+        "distance of evaluations, with eval_strategy steps",
+        unit="optimizer steps",
+        at_least=1,
+        shown="logging_steps",
+        may_change=True,
+    )
+    save_strategy: str = option(
+        "epoch", "when to save a checkpoint, beside after", choices=("no", "epoch", "steps"), may_change=True
+    )
+    save_steps: int = option(
+        500,
+        "distance of checkpoints, with save_strategy steps",
+        unit="optimizer steps",
+        at_least=1,
+        may_change=True,
+    )
+    save_total_limit: int | None = option(
+        None, "keep only the newest ones", unit="checkpoints", at_least=1, shown="all", may_change=True
+    )
+    report_to: str = option(
+        "none",
+        "also log to a tracker",
+        choices=("none", "tensorboard", "wandb", "tensorboard,wandb"),
+        spellings={"wandb,tensorboard": "tensorboard,wandb", "all": "tensorboard,wandb"},
+        may_change=True,
+    )
+    memory_snapshot: bool = option(
+        False, "on CUDA, record the worst step's allocations for pytorch.org/memory_viz", may_change=True
+    )
+    debug: bool = option(False, "show tracebacks", may_change=True)
 
 
-def options_table(options: type) -> str:
-    """Write README's table of options, in Markdown."""
-    lines = ["| option (default) | meaning |", "|---|---|"]
-    for group, members in _groups(options).items():
-        lines.append(f"| **{group}** | |")
-        for option in members:
-            names = ", ".join(f"`--{name}`" for name in (option.name, *option.metadata["aliases"]))
-            text = _shown_help(option).replace("|", "\\|").replace("<", "&lt;")
-            lines.append(f"| {names} ({_shown_default(option).replace('<', '&lt;')}) | {text} |")
-    return "\n".join(lines)
+if __name__ == "__main__":
+    print(options_table(Options))

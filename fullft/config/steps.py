@@ -1,6 +1,6 @@
-"""The calendar of a run: how many steps it has, and at which of them something is due.
+"""The steps of a run: how many there are, and at which of them something is due.
 
-Owns step arithmetic alone. Steps are optimizer steps, counted from 1.
+A step is an optimizer step. They are counted from 1.
 """
 
 import math
@@ -10,7 +10,7 @@ from fullft.config.config import Config
 
 
 @dataclass(frozen=True)
-class Calendar:
+class Steps:
     """Answers "due now?" for each step.
 
     Attributes:
@@ -22,35 +22,35 @@ class Calendar:
     steps_per_epoch: int
 
     @property
-    def total_steps(self) -> int:
+    def total(self) -> int:
         """Steps of the whole run."""
         if self.config.max_steps > 0:
             return self.config.max_steps
         return math.ceil(self.config.num_train_epochs * self.steps_per_epoch)
 
     def epoch(self, step: int) -> float:
-        """Epochs done after a step."""
+        """Return the epochs done after a step."""
         return step / self.steps_per_epoch
 
     def log_due(self, step: int) -> bool:
-        """Whether to log: the first step, every `logging_steps`, and the last."""
-        return step == 1 or step % self.config.logging_steps == 0 or step == self.total_steps
+        """Return whether to log: the first step, every `logging_steps`, and the last."""
+        return step == 1 or step % self.config.logging_steps == 0 or step == self.total
 
     def evaluation_due(self, step: int) -> bool:
-        """Whether to evaluate during training; the last step is always evaluated, under any strategy."""
-        return step == self.total_steps or self._due(self.config.eval_strategy, int(self.config.eval_steps or 1), step)
+        """Return whether to evaluate; the last step always is, under any strategy."""
+        return step == self.total or self._due(self.config.eval_strategy, self.config.eval_steps, step)
 
     def checkpoint_due(self, step: int) -> bool:
-        """Whether to save a checkpoint."""
-        last = step == self.total_steps and self.config.save_strategy != "no"
+        """Return whether to save a checkpoint."""
+        last = step == self.total and self.config.save_strategy != "no"
         return last or self._due(self.config.save_strategy, self.config.save_steps, step)
 
     @property
     def num_checkpoints(self) -> int:
-        """How many checkpoints a whole run saves."""
+        """The number of checkpoints that a whole run saves."""
         if self.config.save_strategy == "no":
             return 0
-        return math.ceil(self.total_steps / self._every(self.config.save_strategy, self.config.save_steps))
+        return math.ceil(self.total / self._every(self.config.save_strategy, self.config.save_steps))
 
     def _every(self, strategy: str, every: int) -> int:
         return self.steps_per_epoch if strategy == "epoch" else every
@@ -64,5 +64,5 @@ class Calendar:
         return (
             f"{config.per_device_train_batch_size} x {config.gradient_accumulation_steps} x 1 device = "
             f"{config.global_batch_size} sequences per step, {self.steps_per_epoch} steps per epoch, "
-            f"{self.total_steps} steps"
+            f"{self.total} steps"
         )

@@ -1,8 +1,6 @@
-"""The micro-batch: what one forward and backward pass works on.
+"""The micro-batch, which one forward and backward pass works on, and the global batch, of which a step consists."""
 
-Owns its shape alone. `data.py` makes micro-batches of rows, the plan makes some of nothing.
-"""
-
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +10,7 @@ IGNORED = -100  # the label of a token that is no target
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward and backward pass works on.
+    """The input of one forward and backward pass.
 
     Attributes:
         inputs: `input_ids` [batch, sequence] int64 and, for packed sequences, `position_ids` of the same shape, which
@@ -44,3 +42,30 @@ class MicroBatch:
         """Copy the tensors to a device."""
         inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
         return MicroBatch(inputs, self.labels.to(device), self.num_tokens, self.num_target_tokens)
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """The micro-batches of one optimizer step, on the CPU.
+
+    Attributes:
+        micro_batches: in the order of the computation.
+    """
+
+    micro_batches: Sequence[MicroBatch]
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return iter(self.micro_batches)
+
+    def __len__(self) -> int:
+        return len(self.micro_batches)
+
+    @property
+    def num_tokens(self) -> int:
+        """The tokens of the step, without padding."""
+        return sum(micro_batch.num_tokens for micro_batch in self.micro_batches)
+
+    @property
+    def num_target_tokens(self) -> int:
+        """The target tokens of the step. They divide every micro-batch's loss, so that all tokens weigh alike."""
+        return sum(micro_batch.num_target_tokens for micro_batch in self.micro_batches)

@@ -1,7 +1,4 @@
-"""Packing: which documents share a sequence.
-
-Owns the assignment alone; that packed documents do not see each other is arranged where micro-batches are made.
-"""
+"""Packing: which documents share a sequence. Positions that restart keep them from seeing each other."""
 
 from collections.abc import Sequence
 

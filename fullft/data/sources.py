@@ -1,6 +1,6 @@
-"""Rows: where they come from. Hub ids, files and folders become one `datasets.Dataset`.
+"""Sources of rows: hub ids, files and folders become one `datasets.Dataset`.
 
-Owns finding and reading the data, and naming the file and line of what cannot be read. Knows no row format.
+What cannot be read is named by file and line.
 """
 
 import csv
@@ -13,7 +13,8 @@ from typing import Any
 import datasets
 from datasets import Dataset, Features, Value
 
-from fullft.config.config import COLUMNS, Config
+from fullft.config.config import Config
+from fullft.config.options import COLUMNS
 from fullft.errors import DataError, exhaustion
 
 # File ending -> the `datasets` reader and its options.
@@ -30,14 +31,14 @@ def load_rows(config: Config) -> Dataset:
     """Load the rows that the options name, with the columns renamed as they say.
 
     Args:
-        config: `dataset`, `dataset_split`, `columns` and `dataset_text_field` count.
+        config: `dataset`, `dataset_split`, `columns` and `dataset_text_field` are read.
 
     Raises:
         DataError: nothing is there, a file cannot be parsed (file and line), or the split or a column is missing.
     """
-    # The library logs what it then raises: our message suffices.
+    # The library logs what it then raises, and our message says the same.
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    name = str(config.dataset)
+    name = config.dataset
     files = data_files(name)
     rows = _load_files(config, files) if files else _load_from_hub(config)
     if len(rows) == 0:
@@ -88,7 +89,7 @@ def _load_files(config: Config, files: list[Path]) -> Dataset:
     reader, options = _READERS[files[0].suffix.lower()]
     attempts = [options]
     if reader == "json":
-        # The reader takes the columns and their types from its first 10 MiB; a key that comes up later, or is null
+        # The reader takes the columns and their types from its first 10 MiB; a key that comes later, or is null
         # until then, fails. Read in one chunk it does not, for the price of memory.
         attempts.append({"chunksize": max(file.stat().st_size for file in files) + 1})
     failures = []
@@ -233,7 +234,7 @@ def locate(config: Config, index: int, row: dict[str, Any]) -> str:
     """
     sources = _sources(config)
     wanted = without_nulls({sources.get(name, name): value for name, value in row.items()})
-    for file in data_files(str(config.dataset)):
+    for file in data_files(config.dataset):
         for number, candidate in _numbered_rows(file):
             if without_nulls({name: candidate.get(name) for name in wanted}) == wanted:
                 return f"{file}, line {number}"

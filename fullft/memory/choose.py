@@ -1,6 +1,6 @@
-"""What fits: the fastest exact way to run within the memory there is.
+"""The choice of `--fit auto`: the fastest exact way to run within the memory there is.
 
-Owns `--fit auto`, which sets only what the user left at auto. `choices` is the one place to add a way to need less.
+Only what the user left at auto is set. `choices` is the one place to add a way to need less memory.
 """
 
 import itertools
@@ -11,25 +11,25 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from fullft.config.config import Config
+from fullft.config.placement import Placement, placements
+from fullft.config.recomputation import Recomputation
 from fullft.memory.facts import Facts, find_facts
 from fullft.memory.machine import ASSUMED, Device, Speeds
 from fullft.memory.plan import Batch, plan_step
 from fullft.memory.traffic import estimate_seconds, resting_bytes
 from fullft.memory.units import GIB, Unit, unit_for
-from fullft.transforms.activation_checkpointing import recomputed_every
 
 # ---------------------------------------------------------------------------------------------- what is needed
 
 
 class Plans:
-    """The plans of one model, each made when it is first asked for."""
+    """The plans of one model, each made when it is first asked for.
+
+    Args:
+        model_config: of a causal language model.
+    """
 
     def __init__(self, model_config: PreTrainedConfig) -> None:
-        """Plan nothing yet.
-
-        Args:
-            model_config: of a causal language model.
-        """
         self.model_config = model_config
         self._known: dict[tuple[Any, ...], dict[str, Any]] = {}
         self._facts: dict[int, Facts] = {}
@@ -57,7 +57,7 @@ class Plans:
         return int((known or self.of(config, replace(batch, evaluation_length=0)))["peak_bytes"])
 
     def known_peak(self, config: Config, batch: Batch) -> int:
-        """Give a run's peak if it has been planned already, else 0.
+        """Return a run's peak if it has been planned already, else 0.
 
         Args:
             config: as in `plan_step`.
@@ -66,9 +66,8 @@ class Plans:
         return int(self._known.get(self._key(config, batch), {"peak_bytes": 0})["peak_bytes"])
 
     def _key(self, config: Config, batch: Batch) -> tuple[Any, ...]:
-        accumulates, clips = (config.gradient_accumulation_steps or 1) > 1, config.max_grad_norm > 0
-        numerics = (config.precision, config.master_weights, config.optim, config.packing, accumulates, clips)
-        return (*numerics, config.activation_checkpointing, config.compile == "true", config.offload, batch)
+        layout = (config.numerics, config.placement, config.recomputation, config.compiles)
+        return (*layout, config.accumulates, config.packing, config.max_grad_norm > 0, batch)
 
     def facts(self, length: int) -> Facts:
         """Count what follows from the model's shapes alone.
@@ -85,7 +84,7 @@ class Plans:
 
 
 _SHOWN = 2  # faster choices that did not fit
-_CHEAP = 0.3  # of the forward pass: what `selective` recomputes of it, measured on a CPU
+_CHEAP = 0.3  # the share of the forward pass that `selective` recomputes, measured on a CPU
 
 
 @dataclass(frozen=True)
@@ -93,78 +92,67 @@ class Choice:
     """One exact way to run.
 
     Attributes:
-        activation_checkpointing: the option's value.
-        offload: the option's value.
+        activation_checkpointing: the option's word.
+        placement: where things live.
         seconds: of a step, estimated.
     """
 
     activation_checkpointing: str
-    offload: str
+    placement: Placement
     seconds: float
 
     def apply(self, config: Config) -> Config:
         """Set both options."""
-        return replace(config, activation_checkpointing=self.activation_checkpointing, offload=self.offload)
+        return replace(config, activation_checkpointing=self.activation_checkpointing, offload=str(self.placement))
 
     def describe(self) -> str:
         """Name what it sets."""
-        offload = "" if self.offload == "none" else f", offload {self.offload}"
+        offload = f", offload {self.placement}" if self.placement.offloaded else ""
         return f"activation_checkpointing {self.activation_checkpointing}{offload}"
 
 
-def recomputed_share(activation_checkpointing: str) -> float:
-    """Give the share of the layers that backward recomputes whole."""
-    every = recomputed_every(activation_checkpointing)
-    return 1 / every if every else 0.0
-
-
 def recomputing_time(config: Config) -> float:
-    """Give the time of recomputing, as a share of that of the forward pass.
+    """Return the time of recomputing, as a share of that of the forward pass.
 
     Args:
-        config: without any auto.
+        config: nothing is left to the plan.
     """
-    if config.activation_checkpointing == "selective":
-        return 0.0 if config.compile == "true" else _CHEAP
-    return recomputed_share(config.activation_checkpointing)
+    if config.recomputation.selective:
+        return 0.0 if config.compiles else _CHEAP
+    return config.recomputation.share
 
 
 def choices(config: Config, plans: Plans, batch: Batch, device: Device, speeds: Speeds) -> list[Choice]:
     """List what may be set in place of auto, the fastest first by estimate.
 
-    Each of them gives the same losses, to the bit or, where layers are compiled, up to rounding. Between a host and a
-    device that share their memory nothing is offloaded to the host.
+    Each choice gives the same losses: to the bit or, where layers are compiled, up to rounding. Nothing is offloaded to
+    the host where the device shares the host's memory.
 
     Args:
-        config: what it leaves at auto is chosen.
+        config: what it leaves open is chosen.
         plans: of the model.
         batch: the largest micro-batches.
         device: to fit on.
         speeds: of the machine.
     """
     tiers = ("device", "disk") if device.is_host else ("device", "host", "disk")
-    places = itertools.product(tiers, repeat=3)
-    offloads = [config.offload] if config.offload != "auto" else [_written(*place) for place in places]
-    asked = config.activation_checkpointing
-    # To recompute what is cheap saves about as much as to recompute every other layer, and takes less time.
-    modes = [asked] if asked != "auto" else ["none", "every_2" if config.compile == "true" else "selective", "full"]
+    possible = list(placements(tiers)) if "offload" in config.undecided else [Placement.parse(config.offload)]
+    modes = [config.activation_checkpointing]
+    if "activation_checkpointing" in config.undecided:
+        # `selective` saves about as much as recomputing every other layer, and takes less time.
+        modes = ["none", "every_2" if config.compiles else "selective", "full"]
     facts = plans.facts(batch.length)
     found = []
-    for offload, mode in itertools.product(offloads, modes):
-        if "parameters" in offload and mode != "full":
-            continue  # a layer whose weights have left must be recomputed
-        if "optimizer" in offload and config.optim.startswith("paged"):
-            continue  # it places its states itself
-        each = replace(config, offload=offload, activation_checkpointing=mode)
+    for placement, mode in itertools.product(possible, modes):
+        if placement.streams_layers and mode != "full":
+            continue  # a layer whose weights have left the device must be recomputed
+        if placement.optimizer != "device" and config.placement.optimizer == "paged":
+            continue  # the driver places these states
+        each = Choice(mode, placement, 0.0).apply(config)
         tokens = batch.sequences * batch.length
         seconds = estimate_seconds(each, facts, tokens, speeds, recomputing_time(each))
-        found.append(Choice(mode, offload, seconds))
-    return sorted(found, key=lambda choice: (choice.seconds, choice.offload.count("=")))
-
-
-def _written(optimizer: str, gradients: str, parameters: str) -> str:
-    places = {"optimizer": optimizer, "gradients": gradients, "parameters": parameters}
-    return ",".join(f"{what}={where}" for what, where in places.items() if where != "device") or "none"
+        found.append(Choice(mode, placement, seconds))
+    return sorted(found, key=lambda choice: (choice.seconds, len(choice.placement.offloaded)))
 
 
 def choose(
@@ -182,21 +170,18 @@ def choose(
         speeds: measures the machine; asked only where something must be ranked by them.
 
     Returns:
-        The options without any auto, and a line that says what was chosen and why.
+        The options with nothing left open, and a line that says what was chosen and why.
     """
-    if "auto" not in (config.activation_checkpointing, config.offload):
-        return config, f"{Choice(config.activation_checkpointing, config.offload, 0.0).describe()}: as asked"
+    if not config.undecided & {"activation_checkpointing", "offload"}:
+        return config, f"{Choice(config.activation_checkpointing, config.placement, 0.0).describe()}: as asked"
     # Most runs fit without moving anything, and then nothing needs to be measured.
-    ranked = choices(replace(config, offload=_resident(config)), plans, batch, device, ASSUMED)
+    is_open = "offload" in config.undecided
+    ranked = choices(replace(config, offload="none") if is_open else config, plans, batch, device, ASSUMED)
     choice = _first_to_fit(ranked, config, plans, batch, device)
-    if choice is None and config.offload == "auto":
+    if choice is None and is_open:
         ranked = choices(config, plans, batch, device, speeds())
         choice = _first_to_fit(ranked, config, plans, batch, device)
-    return _told(config, plans, batch, device, choice, ranked)
-
-
-def _resident(config: Config) -> str:
-    return "none" if config.offload == "auto" else config.offload
+    return _explained(config, plans, batch, device, choice, ranked)
 
 
 def _first_to_fit(ranked: list[Choice], config: Config, plans: Plans, batch: Batch, device: Device) -> Choice | None:
@@ -204,30 +189,35 @@ def _first_to_fit(ranked: list[Choice], config: Config, plans: Plans, batch: Bat
     hopeless = set()
     for choice in ranked:
         chosen = choice.apply(config)
-        if choice.offload in hopeless or not _has_room(device, resting_bytes(chosen, facts)):
+        if choice.placement in hopeless or not _has_room(device, resting_bytes(chosen, facts)):
             continue
         if fits(plans.of(chosen, batch), device):
             return choice
-        # Where even recomputing everything does not help, nothing else about checkpointing needs to be tried.
-        least = replace(chosen, activation_checkpointing=_least(ranked, choice.offload))
+        # Where even recomputing everything is not enough, no other checkpointing needs to be tried.
+        least = replace(chosen, activation_checkpointing=_least(ranked, choice.placement))
         if not fits(plans.of(least, batch), device):
-            hopeless.add(choice.offload)
+            hopeless.add(choice.placement)
     return None
 
 
-def _least(ranked: list[Choice], offload: str) -> str:
-    """Give the checkpointing that needs least of those that may be chosen."""
-    modes = [choice.activation_checkpointing for choice in ranked if choice.offload == offload]
-    return max(modes, key=lambda mode: (recomputed_share(mode), mode == "selective"))
+def _least(ranked: list[Choice], placement: Placement) -> str:
+    """Return the checkpointing that needs least memory of those that may be chosen."""
+    modes = [choice.activation_checkpointing for choice in ranked if choice.placement == placement]
+
+    def saving(mode: str) -> tuple[float, bool]:
+        recomputation = Recomputation.parse(mode)
+        return recomputation.share, recomputation.selective
+
+    return max(modes, key=saving)
 
 
-def _told(
+def _explained(
     config: Config, plans: Plans, batch: Batch, device: Device, choice: Choice | None, ranked: list[Choice]
 ) -> tuple[Config, str]:
     if choice is None:
         facts = plans.facts(batch.length)
         modest = min(ranked, key=lambda each: (resting_bytes(each.apply(config), facts)["device"], each.seconds))
-        least = replace(modest, activation_checkpointing=_least(ranked, modest.offload))
+        least = replace(modest, activation_checkpointing=_least(ranked, modest.placement))
         lack = _lack(plans.of(least.apply(config), batch), device)
         return least.apply(config), f"{least.describe()}: it needs least, but nothing fits {device.name}{lack}"
     chosen = choice.apply(config)
@@ -236,7 +226,7 @@ def _told(
     costs = choice.seconds / min(each.seconds for each in ranked)
     time = f" ({costs:.2g} x the time of the fastest)" if costs > 1.05 else ""
     spare = f"{unit.amount(device.memory_bytes - _taken(planned, device))} to spare"
-    exact = "" if config.compile == "true" else "exact "  # graphs that recompute more may round otherwise
+    exact = "" if config.compiles else "exact "  # graphs that recompute more may round otherwise
     line = f"{choice.describe()}{time}: the fastest {exact}choice to fit {device.name}, {spare}"
     kept = [
         f"{unit.amount(planned[name])} on {where}"
@@ -250,24 +240,24 @@ def _told(
 
 
 def _too_large(faster: list[Choice], config: Config, plans: Plans, batch: Batch, unit: Unit) -> str:
-    """Say what faster choices need, as far as that is known: one of each offload."""
+    """Say what faster choices need, as far as that is known: one of each placement."""
     needs: dict[str, str] = {}
     for choice in faster:
         chosen = choice.apply(config)
         held = resting_bytes(chosen, plans.facts(batch.length))
         device = max(held["device"], plans.known_peak(chosen, batch))
-        beside = {"host": held["host"], "disk": held["disk"]}
-        needed = [unit.amount(device), *(f"{tier} {unit.amount(size)}" for tier, size in beside.items() if size)]
-        needs.setdefault(choice.offload, f"{choice.offload} ({', '.join(needed)})")
+        elsewhere = {"host": held["host"], "disk": held["disk"]}
+        needed = [unit.amount(device), *(f"{tier} {unit.amount(size)}" for tier, size in elsewhere.items() if size)]
+        needs.setdefault(str(choice.placement), f"{choice.placement} ({', '.join(needed)})")
     return ", ".join(list(needs.values())[:_SHOWN])
 
 
 def fits(planned: Mapping[str, Any], device: Device) -> bool:
-    """Tell whether a planned run has room on the device, the host and the disk.
+    """Return whether a planned run has room on the device, the host and the disk.
 
     Args:
         planned: from `plan_step`.
-        device: and what is around it.
+        device: with its host and its disk.
     """
     return (
         _taken(planned, device) <= device.memory_bytes
@@ -286,7 +276,7 @@ def _has_room(device: Device, resting: Mapping[str, int]) -> bool:
 
 
 def _lack(planned: Mapping[str, Any], device: Device) -> str:
-    """Say what is missing beside the device's memory."""
+    """Say what is missing besides the device's memory."""
     return "".join(
         f", which has {GIB.amount(there)} of the {GIB.amount(planned[name])} of {what} that it would take"
         for name, there, what in (

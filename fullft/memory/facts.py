@@ -1,7 +1,7 @@
-"""What follows from a model's shapes alone: counts of parameters, operations and optimizer states, without a trace.
+"""Facts that follow from a model's shapes alone: counts of parameters, operations and optimizer states.
 
-Owns counting. As in the plan, two models of a few layers are built and the line through them is continued: every count
-is linear in the number of layers.
+As in the plan, two models of a few layers are built, and the line through them is continued: every count is linear in
+the number of layers.
 """
 
 from dataclasses import dataclass, fields
@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from fullft.config.config import Config
+from fullft.config.numerics import Numerics
 from fullft.memory.plan import layer_period, num_layers, shortened
 from fullft.model.parts import count_parameters, decoder_layers, flops_per_token
 from fullft.optim.build import estimate_state_bytes
@@ -30,8 +30,8 @@ class Facts:
         layer_matrices: parameters in the decoder layers' matrices.
         matrices: the same and the output head: what a token is multiplied with.
         lora_parameters: of adapters of rank `LORA_RANK` on queries and values.
-        states_8bit: bytes of AdamW's moments in 8 bits.
-        flops_per_token: of forward and backward, without recomputation.
+        states_8bit: bytes of AdamW's moments in 8 bits, without the remainders of split masters.
+        flops_per_token: operations of forward and backward, without recomputation.
     """
 
     parameters: int
@@ -75,7 +75,7 @@ def _count(model_config: PreTrainedConfig, layers: int, length: int) -> Facts:
         layer_matrices,
         layer_matrices + (0 if head is None else head.weight.numel()),
         _lora_parameters(model),
-        _states_8bit(model),
+        estimate_state_bytes(model, Numerics.of("fp32", "none", "adamw_8bit", accumulates=True)),
         int(flops_per_token(model, length)),
     )
 
@@ -87,8 +87,3 @@ def _lora_parameters(model: PreTrainedModel) -> int:
         for name, module in decoder_layers(model).named_modules()
         if name.rpartition(".")[2] in _QUERIES_AND_VALUES and getattr(module, "weight", None) is not None
     )
-
-
-def _states_8bit(model: PreTrainedModel) -> int:
-    """Add up what `--optim adamw_8bit` keeps, without the remainders of split masters."""
-    return estimate_state_bytes(Config(optim="adamw_8bit", master_weights="none"), model)

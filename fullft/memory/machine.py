@@ -1,23 +1,19 @@
-"""What there is: the memory of devices, of the host and of the disk, and how fast bytes move between them.
+"""The machine to plan for: the memory of its device, host and disk, and how fast bytes move between them."""
 
-Owns looking, and measuring for a moment. What a run needs of it is `fit.py`'s business.
-"""
-
-import os
 import shutil
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from fullft.config.config import Config, parse_size
+from fullft.config.config import Config
 from fullft.errors import DiskError
-from fullft.memory.proc import OF_THE_SYSTEM, memory_field
-from fullft.memory.snapshot import peak_bytes
-from fullft.storage.tiers import CHUNK, DiskFile, aligned_bytes
+from fullft.hardware import available_host_bytes
+from fullft.model.precision import dtype_of
+from fullft.storage.disk import DiskFile, aligned_bytes
+from fullft.storage.tiers import CHUNK
 
 CONTEXT_BYTES = 2**29  # what a CUDA context takes of a card
 CARDS = (10, 16, 24, 40, 48, 80, 141)
@@ -29,10 +25,10 @@ class Device:
     """Something to run on.
 
     Attributes:
-        name: for people.
-        memory_bytes: that a run may take.
-        host_bytes: that it may take of the host's memory besides.
-        disk_bytes: that it may take of the disk.
+        name: as messages call it.
+        memory_bytes: what a run may take of its memory.
+        host_bytes: what it may take of the host's memory besides.
+        disk_bytes: what it may take of the disk.
         is_host: whether the device's memory is the host's: then both come out of `memory_bytes`.
     """
 
@@ -44,14 +40,15 @@ class Device:
 
 
 def find_device(config: Config, device: torch.device) -> Device:
-    """Give the device at hand, or the card that `--device_memory` describes.
+    """Return the device at hand, or the card that `--device_memory` describes.
 
     Args:
-        config: `device_memory`, `plan` and `output_dir` count. The host of a card that is only planned for is unknown.
+        config: `device_memory`, `plan` and `output_dir` are read. The host of a card that is only planned for is
+            unknown.
         device: where training would run.
     """
-    if config.device_memory is not None:
-        memory = max(0, parse_size(config.device_memory) - CONTEXT_BYTES)
+    if config.device_memory_bytes is not None:
+        memory = max(0, config.device_memory_bytes - CONTEXT_BYTES)
         if config.plan:
             return Device(f"{config.device_memory} card", memory)
         return Device(f"{config.device_memory} card", memory, available_host_bytes(), _free_disk(config))
@@ -70,37 +67,8 @@ def cards() -> list[Device]:
 
 
 def _free_disk(config: Config) -> int:
-    folder = Path(str(config.output_dir)).absolute()
+    folder = config.output_dir.absolute()
     return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free
-
-
-def available_host_bytes() -> int:
-    """Give the RAM that can be had without swapping, or what the control group leaves of it, whichever is less."""
-    return min(_available_ram(), _left_in_cgroup())
-
-
-def _available_ram() -> int:
-    available = memory_field("MemAvailable", OF_THE_SYSTEM)
-    if available is not None:
-        return available
-    # Without it (macOS): all there is, less what we have.
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") - peak_bytes(torch.device("cpu"))
-
-
-def _left_in_cgroup() -> int:
-    """Read version 2 of control groups, else version 1; without a limit there is no end."""
-    root = Path("/sys/fs/cgroup")
-    for folder, limit, usage in (
-        (root, "memory.max", "memory.current"),
-        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        try:
-            most, used = int((folder / limit).read_text()), int((folder / usage).read_text())
-            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        except (OSError, ValueError):  # no such group, or `max`
-            continue
-        return most - used + int(stat.get("inactive_file", 0))  # the cache of files is given back
-    return sys.maxsize
 
 
 # ---------------------------------------------------------------------------------------------- speed
@@ -123,7 +91,7 @@ class Speeds:
     disk_write: float
 
 
-# Of a card that is not here: an A100 at 40% of its peak, PCIe 4.0 with 16 lanes, a good NVMe disk.
+# A card that is not here: an A100 at 40% of its peak, PCIe 4.0 with 16 lanes, a good NVMe disk.
 ASSUMED = Speeds(flops=125e12, link=20e9, disk_read=3e9, disk_write=2e9)
 
 
@@ -131,12 +99,12 @@ def measure_speeds(config: Config, device: torch.device) -> Speeds:
     """Measure the machine at hand for some tenths of a second.
 
     Args:
-        config: `device_memory`, `precision` and `output_dir` count; for another card assumptions take their place.
+        config: number formats and `output_dir` are read. For a card that is only planned for, `ASSUMED` is returned.
         device: where training would run.
     """
     if config.device_memory is not None and config.plan:
         return ASSUMED
-    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+    dtype = dtype_of(config.numerics.computation)
     size = 1024 if device.type == "cpu" else 8192
     matrix = torch.ones(size, size, dtype=dtype, device=device)
     flops = 2 * size**3 / _seconds(lambda: torch.mm(matrix, matrix), device)
@@ -147,14 +115,14 @@ def measure_speeds(config: Config, device: torch.device) -> Speeds:
         link = host.nbytes / _seconds(lambda: on_device.copy_(host, non_blocking=True), device)
     try:
         return Speeds(flops, link, *_disk_speeds(config, device))
-    except (DiskError, OSError):  # to plan, nothing needs to be writable
+    except (DiskError, OSError):  # a plan needs no writable folder
         return Speeds(flops, link, ASSUMED.disk_read, ASSUMED.disk_write)
 
 
 def _disk_speeds(config: Config, device: torch.device) -> tuple[float, float]:
-    """Give the bytes per second read and written past the page cache."""
+    """Return the bytes per second read and written past the page cache."""
     memory = aligned_bytes(4 * CHUNK, device)
-    array = DiskFile(Path(str(config.output_dir))).allocate(4 * 4 * CHUNK, torch.uint8)
+    array = DiskFile(config.output_dir).allocate(4 * 4 * CHUNK, torch.uint8)
 
     def each_quarter(transfer: Callable[[int, int, torch.Tensor], None]) -> None:
         for start in range(0, array.numel(), memory.numel()):
@@ -166,7 +134,7 @@ def _disk_speeds(config: Config, device: torch.device) -> tuple[float, float]:
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Take the shorter of two times: the first one may have to start something."""
+    """Return the shorter of two times: the first run may have to start something."""
     times = []
     for _ in range(2):
         started = time.perf_counter()

@@ -1,9 +1,9 @@
 """The plan: the worst step of a run on fake tensors, which have shapes and dtypes but no bytes.
 
-Owns the prediction. It needs a config, no weights and no accelerator: a model of a few layers is built and tracked as a
-real one would be, and the figures are extended to all layers. That is exact where layers repeat: at each moment of a
-step, named by its phase and by the layer at work, live bytes are linear in the number of layers, and over the layers
-they are largest at the first or the last ones.
+It needs a config, no weights and no accelerator. A model of a few layers is built and tracked as a real one would be,
+and the figures are extended to all layers. That is exact where layers repeat: at each moment of a step, named by its
+phase and by the layer at work, live bytes are linear in the number of layers, and over the layers they are largest at
+the first or the last ones.
 """
 
 import copy
@@ -12,25 +12,27 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, masking_utils
 from transformers.initialization import no_init_weights
 
-from fullft.attention.documents import apply_document_attention
-from fullft.config.config import Config, parse_offload
+from fullft.attention.choice import attend_by_document
+from fullft.config.config import Config
 from fullft.data.micro_batch import MicroBatch
+from fullft.hardware import pick_device
+from fullft.memory.planned_storage import PlannedStorage
 from fullft.memory.tracker import COMPONENTS, Profile
 from fullft.memory.worst_step import take_worst_step
-from fullft.model import loss as loss_module
-from fullft.model.parts import PRECISIONS, count_parameters, pick_device
+from fullft.model.homes import move_layers_home
+from fullft.model.loss import LossSum
+from fullft.model.parts import count_parameters
+from fullft.model.precision import autocast_of, dtype_of
 from fullft.optim.build import build_optimizer
-from fullft.storage.tiers import Storage
-from fullft.transforms.activation_checkpointing import apply_activation_checkpointing, recomputed_every
-from fullft.transforms.streaming import apply_layer_streaming, settle_layers
+from fullft.tracing import tracing
+from fullft.transforms.activation_checkpointing import apply_activation_checkpointing
+from fullft.transforms.streaming import apply_layer_streaming
 
 # Part of the step, phase, whether the layer is counted from the first or from behind the last one, and that count.
 Slot = tuple[int, str, bool, int]
@@ -54,7 +56,7 @@ class Batch:
 
     @staticmethod
     def of(micro_batches: list[MicroBatch], evaluation: MicroBatch | None) -> "Batch":
-        """Take the shape of a run's largest micro-batches."""
+        """Return the shape of a run's largest micro-batches."""
         sequences, length = micro_batches[0].labels.shape
         if evaluation is None:
             return Batch(sequences, length)
@@ -84,7 +86,7 @@ def plan_step(config: Config, model_config: PreTrainedConfig, batch: Batch) -> d
     """Predict the memory of a run's worst step.
 
     Args:
-        config: precision, optimizer, checkpointing, accumulation and packing count.
+        config: number formats, recomputation, placement and packing are read.
         model_config: of a causal language model; its layers may be of several kinds, if these repeat.
         batch: the largest micro-batches.
 
@@ -103,12 +105,12 @@ def plan_step(config: Config, model_config: PreTrainedConfig, batch: Batch) -> d
 
 
 def num_layers(model_config: PreTrainedConfig) -> int:
-    """Give the number of decoder layers."""
+    """Return the number of decoder layers."""
     return int(model_config.get_text_config(decoder=True).num_hidden_layers)
 
 
 def layer_period(model_config: PreTrainedConfig) -> int:
-    """After how many layers the kinds of layers repeat."""
+    """Return after how many layers the kinds of layers repeat."""
     layers = num_layers(model_config)
     periods = [
         next(p for p in range(1, layers + 1) if all(kinds[i] == kinds[i % p] for i in range(layers)))
@@ -118,8 +120,8 @@ def layer_period(model_config: PreTrainedConfig) -> int:
 
 
 def _period(model_config: PreTrainedConfig, config: Config) -> int:
-    """After how many layers the kinds of layers, and the checkpointed ones among them, repeat."""
-    return math.lcm(layer_period(model_config), recomputed_every(config.activation_checkpointing) or 1)
+    """Return after how many layers the kinds of layers, and the recomputed ones among them, repeat."""
+    return math.lcm(layer_period(model_config), config.recomputation.every or 1)
 
 
 def _per_layer_lists(model_config: PreTrainedConfig, layers: int) -> dict[str, list[Any]]:
@@ -140,36 +142,33 @@ def trace(config: Config, model_config: PreTrainedConfig, batch: Batch, layers: 
         layers: of the model to build.
         period: how many layers at either end have slots of their own.
     """
-    precision = PRECISIONS[config.precision]
-    # The non-fake inputs are the code books of 8-bit states.
-    with (
-        FakeTensorMode(allow_non_fake_inputs=True),
-        _decide_as_on_real_tensors(config.packing),
-        _two_chunks_of_the_loss_stand_for_all(),
-        no_init_weights(),
-    ):
-        model = AutoModelForCausalLM.from_config(shortened(model_config, layers), dtype=precision.weights).train()
+    device = torch.device("cpu")
+    with tracing(), _mask_as_for_real_tensors(config.packing), no_init_weights():
+        model = AutoModelForCausalLM.from_config(
+            shortened(model_config, layers), dtype=dtype_of(config.numerics.weights)
+        ).train()
         model.tie_weights()  # left out together with the initial values
         if pick_device().type == "cpu":
-            apply_document_attention(model)
-        storage = Storage(torch.device("cpu"), Path())
-        if tier := parse_offload(config.offload).get("parameters"):
-            settle_layers(model, tier, storage)
+            attend_by_document(model)
+        storage = PlannedStorage(device)
+        if config.placement.streams_layers:
+            move_layers_home(model, config.placement.parameters, storage, with_values=False)
         apply_activation_checkpointing(model, config)
-        apply_layer_streaming(model)
+        apply_layer_streaming(model, storage)
         optimizer = build_optimizer(model, config, storage)
         micro_batch = _micro_batch(batch.sequences, batch.length, config.packing)
         held_out_sequences = batch.evaluation_sequences or batch.sequences
         held_out = batch.evaluation_length and _micro_batch(held_out_sequences, batch.evaluation_length, config.packing)
         profile = take_worst_step(
             model,
+            LossSum(model, most_chunks=2),
             optimizer,
             [micro_batch],
             held_out or None,
-            torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision.autocast),
+            autocast_of(config.numerics, device),
             config.max_grad_norm,
-            # Of accumulated micro-batches the first needs least, for it finds no gradients: it is not worth the time.
-            pretend_earlier=(config.gradient_accumulation_steps or 1) > 1,
+            # Of accumulated micro-batches the first needs least, since it finds no gradients: it is not worth the time.
+            pretend_earlier=config.accumulates,
         )
         return _by_slot(profile, count_parameters(model), layers, period)
 
@@ -193,11 +192,12 @@ def _micro_batch(sequences: int, length: int, packing: bool) -> MicroBatch:
 
 
 @contextmanager
-def _decide_as_on_real_tensors(packing: bool) -> Iterator[None]:
+def _mask_as_for_real_tensors(packing: bool) -> Iterator[None]:
     """Let transformers mask fake tensors as it would real ones.
 
-    It reads from the positions' values whether a row is packed, and assumes the worst of a tensor without values: a
-    mask where a run has none, and copies of keys and values with it.
+    It reads from the positions' values whether a row is packed. Of a tensor without values it assumes the worst: a mask
+    where a run has none, with copies of keys and values. Every family with shared key-value heads would be planned too
+    high.
     """
     original = masking_utils.find_packed_sequence_indices
     masking_utils.find_packed_sequence_indices = original if packing else (lambda position_ids: None)
@@ -208,23 +208,8 @@ def _decide_as_on_real_tensors(packing: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _two_chunks_of_the_loss_stand_for_all() -> Iterator[None]:
-    """Let the loss work on its first two chunks and on a tile of each, so that large micro-batches take no longer.
-
-    The first chunk's gradients become the sums that all others are added to, one after the other.
-    """
-    chunks, tiles = loss_module._chunks, loss_module._tiles
-    loss_module._chunks = lambda count: chunks(count)[:2]
-    loss_module._tiles = lambda count, size: tiles(count, size)[:1]
-    try:
-        yield
-    finally:
-        loss_module._chunks, loss_module._tiles = chunks, tiles
-
-
-@contextmanager
 def _paused_garbage_collection() -> Iterator[None]:
-    """Spare a third of the time: each collection would visit all the objects that torch and transformers made."""
+    """Save a third of the time: each collection would visit all the objects that torch and transformers made."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -241,7 +226,7 @@ def _by_slot(profile: Profile, num_parameters: int, layers: int, period: int) ->
     for event, (moment, total) in enumerate(zip(profile.moments, profile.totals, strict=True)):
         from_end = moment.layer >= layers - period
         if not from_end and moment.layer >= period:
-            continue  # a layer in the middle: less than one of the ends, or as much
+            continue  # a layer in the middle needs at most what one at the ends needs
         slot = (moment.part, moment.phase, from_end, moment.layer - layers if from_end else moment.layer)
         live = {name: profile.curves[name][event] for name in COMPONENTS}
         if total > largest.get(slot, -1):

@@ -1,31 +1,29 @@
-"""A run's memory: planned before its weights are loaded, measured before its first step, recorded beside each other.
-
-Owns `memory.json`, and what is said when memory runs out after all.
-"""
+"""A run's memory: planned before its weights are loaded, measured before its first step, both recorded together."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from fullft import errors
 from fullft.config.config import Config
-from fullft.config.steps import Calendar
-from fullft.data.batches import Data
-from fullft.errors import FullftError, MemoryExhaustedError
+from fullft.config.steps import Steps
+from fullft.data.load import Data
+from fullft.errors import FullftError, MemoryExhaustedError, general_advice
+from fullft.hardware import process_figures
 from fullft.memory.choose import Plans, choose, fits
 from fullft.memory.levers import find_levers
 from fullft.memory.machine import Device, find_device, measure_speeds
 from fullft.memory.picture import plot_memory
 from fullft.memory.plan import Batch
 from fullft.memory.screen import compare
-from fullft.memory.snapshot import process_figures, publish_recording, recording
+from fullft.memory.snapshot import publish_recording, recording
 from fullft.memory.tracker import Profile
 from fullft.memory.units import GIB, Unit, unit_for
 from fullft.memory.worst_step import take_worst_step
+from fullft.model.loss import LossSum
 from fullft.optim.adamw import AdamW
 from fullft.optim.adamw_8bit import require_kernel
 from fullft.saving.checkpoint import Checkpoint
@@ -38,16 +36,18 @@ class RunPlan:
     """What a run will need.
 
     Attributes:
-        config: the options, without any auto.
+        config: the options, with nothing left open.
         figures: those of `memory.json`, in bytes; None where the model cannot be run on fake tensors.
         device: what it has to fit on.
         description: lines that say what was chosen, and why.
+        advice: says what to do if memory runs out after all.
     """
 
     config: Config
     figures: dict[str, Any] | None
     device: Device
     description: str
+    advice: Callable[[], str] = general_advice
 
 
 def plan_run(
@@ -57,19 +57,19 @@ def plan_run(
     device: torch.device,
     checkpoint: Checkpoint | None = None,
 ) -> RunPlan:
-    """Plan a training run before its weights are loaded, and set what was left at auto.
+    """Plan a training run before its weights are loaded, and decide what was left open.
 
     Args:
         config: resolved options.
         model_config: of the model to train.
-        data: gives the largest micro-batches.
+        data: holds the largest micro-batches.
         device: where it will train.
         checkpoint: that the run resumes.
 
     Raises:
         MemoryExhaustedError: with `--fit auto`, when no choice fits.
     """
-    if "8bit" in config.optim:
+    if config.has_8bit_moments:
         require_kernel(device)  # before weights are loaded
     batch = Batch.of(*data.largest(accumulation=2))
     asked, plans, there = config, Plans(model_config), find_device(config, device)
@@ -81,12 +81,12 @@ def plan_run(
         figures = plans.of(config, batch)
     except FullftError:
         raise
-    except Exception as error:  # code that comes with a model may need values, which fake tensors have none of
+    except Exception as error:  # code that comes with a model may need values, which fake tensors lack
         line = f"warning: the memory of this model cannot be planned ({type(error).__name__}: {str(error)[:150]})"
         return RunPlan(config, None, there, line)
     peak = figures["peak_bytes"]
     unit = unit_for(peak)
-    if config.fit == "auto" and not fits(figures, there):
+    if config.must_fit and not fits(figures, there):
         raise MemoryExhaustedError(
             f"this run needs {_needs(figures)}, {there.name} has {_has(there, unit)} free\n"
             f"cheapest remedies: {_remedies(config, plans, batch, there, unit)}; --plan shows where every byte goes, "
@@ -101,34 +101,33 @@ def plan_run(
             f"{_remedies(config, plans, batch, there, unit)}"
         )
 
-    errors.out_of_memory_advice = advice
     lines = (f"Plan: {unit.amount(peak)} at the peak; {choice}", compilation)
-    return RunPlan(config, figures, there, "\n".join(filter(None, lines)))
+    return RunPlan(config, figures, there, "\n".join(filter(None, lines)), advice)
 
 
 def _with_the_same_graphs(config: Config, checkpoint: Checkpoint | None) -> Config:
-    """Choose as before what is left at auto, if layers are compiled: graphs that recompute more may round otherwise."""
+    """Keep what the resumed run chose, if layers are compiled: graphs that recompute more may round otherwise."""
     if checkpoint is None or config.compile != "true":
         return config
     saved = checkpoint.state["options"]
-    left = [name for name in ("activation_checkpointing", "offload") if getattr(config, name) == "auto"]
-    return replace(config, **{name: saved[name] for name in left})
+    left_open = config.undecided & {"activation_checkpointing", "offload"}
+    return replace(config, **{name: saved[name] for name in left_open})
 
 
 def _num_tokens(config: Config, data: Data) -> float:
-    """Give the tokens of all steps."""
+    """Return the tokens of all steps."""
     train = data.train
-    return Calendar(config, train.steps_per_epoch).total_steps * train.sequences_per_step * train.mean_length
+    return Steps(config, train.steps_per_epoch).total * train.sequences_per_step * train.mean_length
 
 
 def _needs(figures: dict[str, Any]) -> str:
     unit = unit_for(figures["peak_bytes"])
-    beside = [
+    elsewhere = [
         f", {unit.amount(figures[name])} {where}"
         for name, where in (("host_bytes", "of host memory"), ("disk_bytes", "of disk"))
         if figures[name]
     ]
-    return f"{unit.amount(figures['peak_bytes'])} at its peak" + "".join(beside)
+    return f"{unit.amount(figures['peak_bytes'])} at its peak" + "".join(elsewhere)
 
 
 def _has(there: Device, unit: Unit) -> str:
@@ -142,21 +141,27 @@ def _remedies(config: Config, plans: Plans, batch: Batch, there: Device, unit: U
 
 
 def measure_run(
-    plan: RunPlan, model: PreTrainedModel, optimizer: AdamW, data: Data, autocast: torch.autocast
+    plan: RunPlan,
+    model: PreTrainedModel,
+    loss_sum: LossSum,
+    optimizer: AdamW,
+    data: Data,
+    autocast: torch.autocast,
 ) -> Profile:
     """Take the run's worst step under the tracker: what would run out of memory at hour three does so now.
 
     Args:
         plan: of this run.
         model: in training mode, on its device.
-        optimizer: without states yet.
-        data: gives the largest micro-batches.
+        loss_sum: of the model.
+        optimizer: has taken no step.
+        data: holds the largest micro-batches.
         autocast: the context that training computes in.
     """
     config = plan.config
-    micro_batches, evaluation = data.largest(config.gradient_accumulation_steps or 1)
-    with recording(model.device, Path(str(config.output_dir)) if config.memory_snapshot else None):
-        return take_worst_step(model, optimizer, micro_batches, evaluation, autocast, config.max_grad_norm)
+    micro_batches, evaluation = data.largest(config.gradient_accumulation_steps)
+    with recording(model.device, config.output_dir if config.memory_snapshot else None):
+        return take_worst_step(model, loss_sum, optimizer, micro_batches, evaluation, autocast, config.max_grad_norm)
 
 
 def record_memory(plan: RunPlan, measured: Profile, device: torch.device) -> str:
@@ -170,7 +175,7 @@ def record_memory(plan: RunPlan, measured: Profile, device: torch.device) -> str
     Returns:
         Planned, measured and their difference per component, and the process's own peaks, as lines.
     """
-    folder = Path(str(plan.config.output_dir))
+    folder = plan.config.output_dir
     publish_recording(folder)
     figures, process = measured.to_dict(), process_figures(device)
     planned = plan.figures and {name: value for name, value in plan.figures.items() if name in figures}

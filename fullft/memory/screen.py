@@ -1,6 +1,6 @@
-"""The plan as people and programs read it: tables, JSON, verdicts per card, planned beside measured.
+"""The plan as people and programs read it: tables, JSON, verdicts per card, planned next to measured.
 
-Owns words and layout. Bytes are integers until they are printed; GiB is 2^30, GB is 10^9.
+Bytes are integers until they are printed here. GiB is 2^30, GB is 10^9.
 """
 
 import atexit
@@ -11,27 +11,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from fullft.config.config import Config
+from fullft.config.config import Config, to_words
+from fullft.config.numerics import Format
 from fullft.errors import FullftError, ModelError, OptionsError
+from fullft.hardware import pick_device
 from fullft.memory.choose import Plans, choose, fits
+from fullft.memory.estimates import GPUS, MFU, ROWS, estimate_adapters, estimate_work, estimate_zero
 from fullft.memory.facts import Facts
-from fullft.memory.levers import (
-    ALL,
-    GPUS,
-    MFU,
-    ROWS,
-    Lever,
-    estimate_adapters,
-    estimate_work,
-    estimate_zero,
-    find_levers,
-)
+from fullft.memory.levers import ALL, Lever, find_levers
 from fullft.memory.machine import Device, cards, find_device, measure_speeds
 from fullft.memory.plan import Batch
 from fullft.memory.tracker import COMPONENTS
 from fullft.memory.traffic import Traffic, estimate_traffic
 from fullft.memory.units import Unit, unit_for
-from fullft.model.parts import pick_device
 from fullft.model.source import find_config
 from fullft.transforms.compilation import choose_compilation
 
@@ -48,14 +40,14 @@ def show_plan(config: Config) -> None:
         ModelError: the config cannot be found, or describes nothing that can be trained.
         OptionsError: sequences are longer than the model has positions.
     """
-    atexit.register(gc.freeze)  # the process ends with this: spares it a last look at every object there is, some 0.7 s
+    atexit.register(gc.freeze)  # the process ends with this, and saves 0.7 s of looking at every object
     plans = Plans(find_config(config))
     batch = largest_batch(config, plans)
     here = pick_device()
     device = find_device(config, here)
     try:
         facts, compilation = plans.facts(batch.length), ""
-        if config.device_memory is None:  # else nobody knows what compiler there is beside that memory
+        if config.device_memory is None:  # else the compiler of that machine is unknown
             config, compilation = choose_compilation(config, estimate_work(config, facts, batch).training_flops, here)
             compilation += " (with the rows assumed below)" if compilation and config.max_steps <= 0 else ""
         config, chosen = choose(config, plans, batch, device, lambda: measure_speeds(config, here))
@@ -74,7 +66,7 @@ def show_plan(config: Config) -> None:
 
 
 def largest_batch(config: Config, plans: Plans) -> Batch:
-    """Give the micro-batches of a run whose longest rows are as long as allowed.
+    """Return the micro-batches of a run whose longest rows are as long as allowed.
 
     Raises:
         OptionsError: sequences are longer than the model has positions.
@@ -90,10 +82,10 @@ def largest_batch(config: Config, plans: Plans) -> Batch:
 
 
 def plan_object(config: Config, planned: Mapping[str, Any], facts: Facts, device: Device) -> dict[str, Any]:
-    """Make what `--plan --json` prints: the figures of `memory.json`, and what they belong to.
+    """Return what `--plan --json` prints: the figures of `memory.json`, and what they belong to.
 
     Args:
-        config: without any auto, but `compile` where the memory is elsewhere.
+        config: only `compile` may be left open, where the memory is another machine's.
         planned: from `plan_step`.
         facts: of the model.
         device: the one at hand; the usual cards follow it.
@@ -103,9 +95,9 @@ def plan_object(config: Config, planned: Mapping[str, Any], facts: Facts, device
         for each in (device, *cards())
     ]
     moved = asdict(sum(estimate_traffic(config, facts), Traffic()))
-    traffic = {"traffic_per_step": moved} if config.offload != "none" else {}
+    traffic = {"traffic_per_step": moved} if config.placement.offloaded else {}
     head = {"model": config.model or "the built-in demo", "num_parameters": planned["num_parameters"]}
-    return head | dict(planned) | {"options": asdict(config), "verdicts": verdicts} | traffic
+    return head | dict(planned) | {"options": to_words(config), "verdicts": verdicts} | traffic
 
 
 def _asked_for(config: Config, plans: Plans, batch: Batch) -> dict[str, Any]:
@@ -123,7 +115,7 @@ def _asked_for(config: Config, plans: Plans, batch: Batch) -> dict[str, Any]:
 
 def _gpu_hours(config: Config, plans: Plans, batch: Batch) -> dict[str, float] | None:
     """Estimate the run's GPU-hours; None in fp32, where GPUs differ too much."""
-    if config.precision == "fp32":
+    if config.numerics.computation is Format.FP32:
         return None
     work = estimate_work(config, plans.facts(batch.length), batch)
     return {name: work.hours(peak) for name, peak in GPUS.items()}
@@ -136,11 +128,11 @@ def describe_plan(config: Config, plans: Plans, batch: Batch, device: Device, ch
     """Write the screen that `--plan` shows, part by part.
 
     Args:
-        config: without any auto.
+        config: nothing is left to the plan.
         plans: of the model.
         batch: the largest micro-batches.
         device: the one at hand.
-        chosen: lines that say what was chosen, and why; empty ones say nothing.
+        chosen: lines that say what was chosen, and why; empty ones are left out.
     """
     planned = plans.of(config, batch)
     unit = unit_for(planned["peak_bytes"])
@@ -152,14 +144,14 @@ def describe_plan(config: Config, plans: Plans, batch: Batch, device: Device, ch
         *([_levers(levers, unit)] if levers else []),
         _several_gpus(config, plans, batch, unit),
         "\n".join(
-            [_time(config, plans, batch), *([_traffic(config, plans, batch)] if config.offload != "none" else [])]
+            [_time(config, plans, batch), *([_traffic(config, plans, batch)] if config.placement.offloaded else [])]
         ),
     ]
 
 
 def _assumptions(config: Config, planned: Mapping[str, Any], batch: Batch, chosen: Iterable[str], unit: Unit) -> str:
     accumulated = f"{config.gradient_accumulation_steps} per step" + ("; packed" if config.packing else "")
-    masters = f" with master weights {config.master_weights}" if config.precision == "bf16-true" else ""
+    masters = f" with master weights {config.master_weights}" if config.numerics.weights is Format.BF16 else ""
     paragraphs = (
         f"Full fine-tuning of {config.model or 'the built-in demo'}: all {planned['num_parameters']:,} parameters",
         f"Assumed: micro-batches of {batch.sequences} x {batch.length} tokens, {accumulated}; "
@@ -199,7 +191,7 @@ def _components(config: Config, plans: Plans, batch: Batch, unit: Unit) -> str:
     lines.append(f"{'trained':18}{count:>39,}{'':9}  {facts.lora_parameters:>11,}{facts.lora_parameters:>12,}")
     phases = ", ".join(f"{_words(phase)} {unit.number(size)}" for phase, size in planned["phases"].items())
     lines.append(f"Largest per phase: {phases} {unit.name}.")
-    if config.precision == "bf16-mixed":
+    if config.numerics.autocast:
         lines.append("Temporaries: mostly autocast's bf16 copies of the weights, which --precision bf16-true spares.")
     return "\n".join(lines)
 
@@ -211,7 +203,7 @@ def _words(name: str) -> str:
 def _verdicts(planned: Mapping[str, Any], device: Device, levers: list[Lever], unit: Unit) -> str:
     peak = planned["peak_bytes"]
     lines = [f"Fits {unit.amount(peak)}?"]
-    others = [card for card in cards() if card.memory_bytes != device.memory_bytes]  # which would be told twice
+    others = [card for card in cards() if card.memory_bytes != device.memory_bytes]  # it would stand there twice
     for each in (device, *others):
         spare = each.memory_bytes - peak
         if spare >= 0 and not fits(planned, each):
@@ -262,9 +254,9 @@ def _time(config: Config, plans: Plans, batch: Batch) -> str:
         f"{name} {spent:.2g}" + (f" (cost {spent * config.gpu_hour_price:.2f})" if config.gpu_hour_price else "")
         for name, spent in hours.items()
     )
-    beside = ", with recomputation" if work.flops > work.training_flops else ""
-    beside += ", offloading aside" if config.offload != "none" else ""
-    return f"{line}\n  GPU-hours at {MFU:.0%} of peak{beside}: {shown}"
+    note = ", with recomputation" if work.flops > work.training_flops else ""
+    note += ", offloading aside" if config.placement.offloaded else ""
+    return f"{line}\n  GPU-hours at {MFU:.0%} of peak{note}: {shown}"
 
 
 def _traffic(config: Config, plans: Plans, batch: Batch) -> str:

@@ -1,9 +1,9 @@
 """The tracker: every live byte of a training step, by component and phase, on any device and on fake tensors.
 
-Owns measuring. It sees each tensor that an operator returns (a `TorchDispatchMode`), counts its storage once however
-many views share it, and notes when the storage dies. What a storage was is often known only later (a gradient is a
-temporary until backward hands it over), so components are settled when tracking ends. The workspaces inside kernels are
-not seen, but for those of our own operators: no operator returns them.
+How it works: a `TorchDispatchMode` sees each tensor that an operator returns. It counts the tensor's storage once,
+however many views share it, and notes when the storage dies. What a storage was is often known only later: a gradient
+is a temporary until backward hands it over. So components are settled when tracking ends. Workspaces inside kernels are
+not seen, but for those of our own operators, since no operator returns them.
 """
 
 import weakref
@@ -14,20 +14,22 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
 from fullft.attention.documents import BODIES
+from fullft.data.micro_batch import MicroBatch
 from fullft.errors import ModelError
 from fullft.model.parts import decoder_layers, decoder_of
 from fullft.optim.adamw import AdamW
 from fullft.storage.tiers import home_of, is_on_host
+from fullft.tracing import is_fake
+from fullft.transforms.streaming import stream_of
 
 COMPONENTS = ("parameters", "gradients", "optimizer_states", "activations", "logits", "temporaries", "other")
-# Beside the components of the device's memory: what the run holds in the host's, where that is another one.
+# Not a component of the device's memory: what the run holds in the host's, where that is another one.
 HOST = "host"
 PHASES = ("forward", "backward", "optimizer_step", "evaluation")
 
@@ -82,7 +84,7 @@ class Profile:
         return max(range(len(self.totals)), key=self.totals.__getitem__)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the figures as `memory.json` holds them, in bytes."""
+        """Return the figures as `memory.json` holds them, in bytes."""
         phases: dict[str, int] = {}
         for moment, total in zip(self.moments, self.totals, strict=True):
             phases[moment.phase] = max(total, phases.get(moment.phase, 0))
@@ -98,15 +100,14 @@ class Profile:
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Tracks a model at work. A context manager; `forward()`, `backward()` and the like mark the phases within."""
+    """Tracks a model at work. A context manager; `forward()`, `backward()` and the like mark the phases within.
+
+    Args:
+        model: its parameters and buffers are counted; it carries hooks while it is tracked.
+        optimizer: its states are counted, those made later too.
+    """
 
     def __init__(self, model: PreTrainedModel, optimizer: AdamW) -> None:
-        """Count what is there already.
-
-        Args:
-            model: its parameters and buffers; hooks are put on it while tracking.
-            optimizer: its states, those to come too.
-        """
         super().__init__()  # type: ignore[no-untyped-call]
         self.model, self.optimizer = model, optimizer
         self._blocks: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -122,20 +123,21 @@ class MemoryTracker(TorchDispatchMode):
                 self._see(home, "parameters")
         for buffer in model.buffers():
             self._see(buffer, "other")
-        for memory in getattr(getattr(model, "layer_stream", None), "memory", ()):
-            self._see(memory, "parameters")  # that streamed layers take turns in
+        if (layers := stream_of(model)) is not None:
+            for memory in layers.memory:
+                self._see(memory, "parameters")
         self._label_optimizer_states()
 
     # ------------------------------------------------------------------------------------------ phases
 
-    def forward(self, inputs: dict[str, torch.Tensor]) -> None:
+    def forward(self, micro_batch: MicroBatch) -> None:
         """Mark the start of a micro-batch's forward pass.
 
         Args:
-            inputs: the micro-batch's tensors, counted as `other`.
+            micro_batch: its tensors count as `other`.
         """
         self._begin("forward")
-        self._label_inputs(inputs)
+        self._label_inputs(micro_batch)
 
     def backward(self) -> None:
         """Mark the end of the loss and the start of backward: what forward left alive are the activations."""
@@ -143,7 +145,7 @@ class MemoryTracker(TorchDispatchMode):
         self._begin("backward", layer=len(self._layers))
 
     def earlier_micro_batch(self) -> None:
-        """Let gradients of a micro-batch before be there, without its forward and backward."""
+        """Put gradients of an earlier micro-batch in place, without its forward and backward."""
         self._begin("backward")
         self.optimizer.gradients.pretend()
         for parameter in self.optimizer.parameters:
@@ -154,18 +156,18 @@ class MemoryTracker(TorchDispatchMode):
         self._settle_activations()
         self._begin("optimizer_step")
 
-    def evaluation(self, inputs: dict[str, torch.Tensor]) -> None:
+    def evaluation(self, micro_batch: MicroBatch) -> None:
         """Mark the start of an evaluation batch.
 
         Args:
-            inputs: the held-out micro-batch's tensors, counted as `other`.
+            micro_batch: held out; its tensors count as `other`.
         """
         self._label_optimizer_states()
         self._begin("evaluation")
-        self._label_inputs(inputs)
+        self._label_inputs(micro_batch)
 
-    def _label_inputs(self, inputs: dict[str, torch.Tensor]) -> None:
-        for tensor in inputs.values():
+    def _label_inputs(self, micro_batch: MicroBatch) -> None:
+        for tensor in (*micro_batch.inputs.values(), micro_batch.labels):
             self._relabel(tensor, "other")
 
     def _begin(self, phase: str, layer: int = -1) -> None:
@@ -192,10 +194,10 @@ class MemoryTracker(TorchDispatchMode):
         self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run an operator, and see what it returns."""
-        if operator is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
-            return args[0].fake_device  # asked for so often that answering here saves an eighth of a plan's time
-        if operator is torch.ops.aten._unsafe_view.default and isinstance(args[0], FakeTensor):
-            operator = torch.ops.aten.view.default  # the same to storages; fake tensors cache it, but not the other
+        if operator is torch.ops.prim.device.default and is_fake(args[0]):
+            return args[0].fake_device  # so frequent that answering here saves an eighth of a plan's time
+        if operator is torch.ops.aten._unsafe_view.default and is_fake(args[0]):
+            operator = torch.ops.aten.view.default  # the same to storages, and fake tensors cache it
         if body := BODIES.get(operator):
             with self._tracking_within():
                 result = body(*args, **(kwargs or {}))
@@ -203,7 +205,7 @@ class MemoryTracker(TorchDispatchMode):
             result = operator(*args, **(kwargs or {}))
         recomputing = self._moment.phase == "backward" and torch.is_grad_enabled()
         if self._moment.phase == "backward" and not recomputing and self._born:
-            self._settle_activations()  # recomputation is over: what it left is what backward now uses
+            self._settle_activations()  # recomputation is over, and backward uses what it left
         # Autocast's copy of a weight outlives the forward, but it is no activation.
         is_copy = operator is torch.ops.aten._to_copy.default and self._component_of(args[0]) == "parameters"
         component = "logits" if self._in_loss and not is_copy else "temporaries"
@@ -224,7 +226,7 @@ class MemoryTracker(TorchDispatchMode):
             super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def _see(self, tensor: torch.Tensor, component: str) -> Block | None:
-        """Count a tensor's storage, unless it is known; give its block if it is new."""
+        """Count a tensor's storage, unless it is known; return its block if it is new."""
         storage = tensor.untyped_storage()
         if storage in self._blocks:
             return None
@@ -259,7 +261,7 @@ class MemoryTracker(TorchDispatchMode):
                 continue
             if block.component == "temporaries":
                 block.component = "activations"
-            elif block.component == "logits":  # they are gone: this is a gradient of the head's, on its way
+            elif block.component == "logits":  # the logits are gone: this is a gradient of the head's, on its way
                 block.component = "temporaries"
         self._born.clear()
 
@@ -275,7 +277,7 @@ class MemoryTracker(TorchDispatchMode):
         try:
             self._layers = list(decoder_layers(self.model))
         except ModelError:
-            self._layers = []  # a model without a stack of layers has no places in it to name
+            self._layers = []  # moments in a model without a stack of layers have no layer
         decoder = decoder_of(self.model)  # by a call that must not be tracked
         for name, module in self.model.named_modules():
             self._keep(module.register_forward_pre_hook(lambda *_, name=name: self._modules.append(name)))
@@ -296,7 +298,7 @@ class MemoryTracker(TorchDispatchMode):
         self._modules.pop()
 
     def _gradient_arrived(self, parameter: nn.Parameter) -> None:
-        gradient = self.optimizer.gradients.of(parameter)  # whose hook has come first, and may have moved it
+        gradient = self.optimizer.gradients.of(parameter)  # its own hook came first, and may have moved the gradient
         if isinstance(gradient, torch.Tensor):
             self._relabel(gradient, "gradients")
 
@@ -317,13 +319,13 @@ class MemoryTracker(TorchDispatchMode):
             self._at_layer(len(self._layers))
 
     def _end_of_decoder(self, *_: Any) -> None:
-        """Count what comes now, from the head and the loss, as logits; what backward takes of it is there already."""
+        """Count what the head and the loss make from now on as logits; what backward needs of it exists already."""
         self._in_loss = True
 
     # ------------------------------------------------------------------------------------------ result
 
     def profile(self) -> Profile:
-        """Add the events up, each under the component that its storage turned out to be."""
+        """Add up the events, each under the component that its storage turned out to be."""
         live = dict.fromkeys((*COMPONENTS, HOST), 0)
         host_bytes = 0
         curves: dict[str, list[int]] = {name: [] for name in COMPONENTS}

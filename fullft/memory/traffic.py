@@ -1,14 +1,13 @@
-"""What rests where and what moves in a step, as far as that does not depend on activations, and the seconds it takes.
+"""Traffic: what each tier holds, what moves in a step, and the seconds that it takes, by arithmetic alone.
 
-Owns the arithmetic of `--offload`: no trace, so that hopeless choices cost a plan nothing, and choices can be ranked.
+Nothing is traced here: hopeless choices cost a plan nothing, and the others can be ranked.
 """
 
 from dataclasses import dataclass
 
-from fullft.config.config import Config, parse_offload
+from fullft.config.config import Config
 from fullft.memory.facts import Facts
 from fullft.memory.machine import Speeds
-from fullft.model.parts import PRECISIONS
 
 TIERS = ("device", "host", "disk")
 
@@ -31,39 +30,38 @@ class Sizes:
 
 
 def sizes_of(config: Config, facts: Facts) -> Sizes:
-    """Count what a run holds, wherever that is.
+    """Count what a run holds, in whatever tier.
 
     Args:
-        config: precision, master weights, optimizer and accumulation count.
+        config: its number formats are read.
         facts: of the model.
     """
-    size, count = PRECISIONS[config.precision].weights.itemsize, facts.parameters
-    has_masters = config.precision == "bf16-true" and config.master_weights != "none"
-    gradient = 4 if has_masters and (config.gradient_accumulation_steps or 1) > 1 else size
-    remainder = 2 if has_masters and config.master_weights == "split" else 0
-    moments = moment_bytes(config) * count if config.optim == "adamw" else facts.states_8bit
-    return Sizes(size * count, size * facts.layer_parameters, gradient * count, moments + remainder * count)
-
-
-def moment_bytes(config: Config) -> int:
-    """Give the bytes per parameter of AdamW's two moments, where they are not in 8 bits."""
-    return 4 if config.precision == "bf16-true" and config.master_weights == "none" else 8
+    numerics, count = config.numerics, facts.parameters
+    weight = numerics.weights.bytes
+    remainder = 2 if numerics.splits else 0
+    moments = facts.states_8bit if config.has_8bit_moments else 2 * numerics.moments.bytes * count
+    return Sizes(
+        weights=weight * count,
+        layer_weights=weight * facts.layer_parameters,
+        gradients=numerics.gradients.bytes * count,
+        states=moments + remainder * count,
+    )
 
 
 def resting_bytes(config: Config, facts: Facts) -> dict[str, int]:
-    """Give what each tier holds at the optimizer step: no choice of checkpointing goes below it.
+    """Return what each tier holds at the optimizer step: no choice of checkpointing needs less.
 
     Args:
-        config: without any auto in `offload`.
+        config: its number formats and placement are read.
         facts: of the model.
     """
-    sizes, placed = sizes_of(config, facts), parse_offload(config.offload)
+    sizes, placement = sizes_of(config, facts), config.placement
     held = dict.fromkeys(TIERS, 0)
     held["device"] += sizes.weights - sizes.layer_weights
-    held[placed.get("parameters", "device")] += sizes.layer_weights
-    held[placed.get("optimizer", "device")] += sizes.states
-    if placed.get("gradients") != "released":
-        held[placed.get("gradients", "device")] += sizes.gradients
+    held[placement.parameters] += sizes.layer_weights
+    held["device" if placement.optimizer == "paged" else placement.optimizer] += sizes.states
+    if placement.gradients != "released":
+        held[placement.gradients] += sizes.gradients
     return held
 
 
@@ -84,7 +82,7 @@ class Traffic:
     disk_write: int = 0
 
     def __add__(self, other: "Traffic") -> "Traffic":
-        """Add two parts of a step up."""
+        """Add two parts of a step."""
         return Traffic(
             self.to_device + other.to_device,
             self.from_device + other.from_device,
@@ -93,39 +91,39 @@ class Traffic:
         )
 
     def seconds(self, speeds: Speeds) -> float:
-        """Give the time that the busiest way takes, all of them at work at once; a disk reads and writes in turn."""
+        """Return the time of the busiest way, since all work at once; a disk reads and writes in turn."""
         link = max(self.to_device, self.from_device) / speeds.link
         return max(link, self.disk_read / speeds.disk_read + self.disk_write / speeds.disk_write)
 
 
 def estimate_traffic(config: Config, facts: Facts) -> tuple[Traffic, Traffic]:
-    """Count what moves beside forward and backward, and what moves in clipping and in the optimizer step.
+    """Count what moves during forward and backward, and what moves in clipping and in the optimizer step.
 
     With `a` micro-batches: each layer's weights come twice per micro-batch; gradients leave once per micro-batch, and
     on disk all but the first are read before they are added to; the norm reads them, and the step reads them again;
-    the step reads and writes states, and weights that are at home elsewhere.
+    the step reads and writes states, and weights that live elsewhere.
 
     Args:
-        config: without any auto in `offload`.
+        config: its number formats and placement are read.
         facts: of the model.
     """
-    sizes, placed = sizes_of(config, facts), parse_offload(config.offload)
-    a = config.gradient_accumulation_steps or 1
-    beside, after = Traffic(), Traffic()
-    if tier := placed.get("parameters"):
-        beside += _moved(tier, read=2 * a * sizes.layer_weights)
+    sizes, offloaded = sizes_of(config, facts), config.placement.offloaded
+    a = config.gradient_accumulation_steps
+    during, after = Traffic(), Traffic()
+    if tier := offloaded.get("parameters"):
+        during += _moved(tier, read=2 * a * sizes.layer_weights)
         after += _moved(tier, read=sizes.layer_weights, written=sizes.layer_weights)
-    if (tier := placed.get("gradients", "released")) != "released":
+    if (tier := offloaded.get("gradients", "released")) != "released":
         on_disk = tier == "disk"
-        beside += Traffic(
+        during += Traffic(
             from_device=a * sizes.weights,
             disk_read=(a - 1) * sizes.gradients * on_disk,
             disk_write=a * sizes.gradients * on_disk,
         )
         after += _moved(tier, read=2 * sizes.gradients)
-    if tier := placed.get("optimizer"):
+    if tier := offloaded.get("optimizer"):
         after += _moved(tier, read=sizes.states, written=sizes.states)
-    return beside, after
+    return during, after
 
 
 def _moved(tier: str, read: int, written: int = 0) -> Traffic:
@@ -134,7 +132,7 @@ def _moved(tier: str, read: int, written: int = 0) -> Traffic:
 
 
 def estimate_seconds(config: Config, facts: Facts, tokens: int, speeds: Speeds, recomputed: float) -> float:
-    """Estimate a step's time: computing, or the traffic beside it if that takes longer, and the traffic after it.
+    """Estimate a step's time: computing, or the traffic during it if that takes longer, and the traffic after it.
 
     Args:
         config: without any auto.
@@ -143,7 +141,7 @@ def estimate_seconds(config: Config, facts: Facts, tokens: int, speeds: Speeds, 
         speeds: of the machine.
         recomputed: the time of recomputing, as a share of that of the forward pass.
     """
-    a = config.gradient_accumulation_steps or 1
+    a = config.gradient_accumulation_steps
     computing = a * tokens * facts.flops_per_token * (1 + recomputed / 3) / speeds.flops
-    beside, after = estimate_traffic(config, facts)
-    return max(computing, beside.seconds(speeds)) + after.seconds(speeds)
+    during, after = estimate_traffic(config, facts)
+    return max(computing, during.seconds(speeds)) + after.seconds(speeds)

@@ -1,7 +1,8 @@
-"""The head: what a model makes of its decoder's outputs, in the family's own code, but for one matrix product.
+"""The head: what a model makes of its decoder's outputs, in the family's own code but for one matrix product.
 
-Owns bypassing the decoder, and that product: its logits, the matrix's copy for autocast and its gradient are a step's
-largest tensors, and go where those of an earlier micro-batch were.
+The decoder is bypassed, so that scaling, soft-capping and biases of every family come with its own code. The product is
+ours: its logits, the matrix's copy for autocast and the matrix's gradient are a step's largest tensors, and reuse the
+memory of earlier ones.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,27 +11,26 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._guards import detect_fake_mode as active_fake_mode
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
-from fullft.cpu import recycling
-from fullft.optim.gradients import add_
+from fullft.cpu import reuse
+from fullft.cpu.sums import add_
+from fullft.tracing import standing_for_all
 
-_ROWS = 8192  # of the matrix, whose gradient in the narrow dtype is there at a time
+_ROWS = 8192  # rows of the matrix whose gradient exists in the narrow dtype at a time
 
 
 class Head:
-    """The model without its decoder: the family's own code, scaled and soft-capped logits included."""
+    """The model without its decoder: the family's own code, scaled and soft-capped logits included.
+
+    Args:
+        model: the whole model.
+        decoder: its part that is bypassed.
+        output_type: of the decoder's outputs.
+    """
 
     def __init__(self, model: PreTrainedModel, decoder: nn.Module, output_type: type[ModelOutput]) -> None:
-        """Bind the head; nothing is changed.
-
-        Args:
-            model: that it is the head of.
-            decoder: what it is without.
-            output_type: of the decoder's outputs.
-        """
         self._model, self._decoder, self._output_type = model, decoder, output_type
 
     def __call__(self, hidden: torch.Tensor, product: "Product | None" = None) -> torch.Tensor:
@@ -38,7 +38,7 @@ class Head:
 
         Args:
             hidden: [1, tokens, width].
-            product: in place of the matrix product that the model would take.
+            product: replaces the matrix product that the model would take.
 
         Returns:
             [1, tokens, vocabulary].
@@ -66,7 +66,7 @@ def _bypassed(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 
 def find_linear(model: PreTrainedModel) -> nn.Linear | None:
-    """Find the head's matrix product, if it is a plain and trained one without a bias.
+    """Return the head's matrix product, if it is a plain and trained one without a bias.
 
     Args:
         model: a causal language model.
@@ -77,26 +77,24 @@ def find_linear(model: PreTrainedModel) -> nn.Linear | None:
 
 
 class Product:
-    """The product of hidden states with the head's matrix, chunk by chunk, which adds the matrix's gradient up.
+    """The product of hidden states with the head's matrix, chunk by chunk. It sums the matrix's gradient itself.
+
+    Args:
+        linear: from `find_linear`.
+        num_chunks: how many will come.
 
     Attributes:
-        linear: that it takes the place of.
-        gradient: [vocabulary, width] of the chunks so far, in fp32 where there are several; None without any.
+        linear: the module that it replaces.
+        gradient: [vocabulary, width] of the chunks so far, in fp32 where there are several; None before the first.
     """
 
     def __init__(self, linear: nn.Linear, num_chunks: int) -> None:
-        """Copy the matrix if it is to be multiplied in another dtype.
-
-        Args:
-            linear: from `find_linear`.
-            num_chunks: that will come.
-        """
         self.linear = linear
         self.gradient: torch.Tensor | None = None
         weight = self._matrix = linear.weight.detach()
         if torch.is_autocast_enabled(weight.device.type):
             dtype = torch.get_autocast_dtype(weight.device.type)
-            self._matrix = recycling.empty(weight.shape, dtype, weight.device).copy_(weight)
+            self._matrix = reuse.empty(weight.shape, dtype, weight.device).copy_(weight)
         self._sums = torch.promote_types(weight.dtype, torch.float32) if num_chunks > 1 else weight.dtype
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -105,14 +103,14 @@ class Product:
         return logits
 
     def multiply(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Take the product for [..., width]."""
-        # No view of anything: who overwrites a view has autograd copy its gradient.
-        logits = recycling.empty((*hidden.shape[:-1], len(self._matrix)), self._matrix.dtype, hidden.device)
+        """Multiply [..., width] into [..., vocabulary]."""
+        # Not a view: autograd copies the gradient of a view that is overwritten.
+        logits = reuse.empty((*hidden.shape[:-1], len(self._matrix)), self._matrix.dtype, hidden.device)
         torch.mm(hidden.flatten(0, -2).to(logits.dtype), self._matrix.t(), out=logits.flatten(0, -2))
         return logits
 
     def multiply_back(self, gradient: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """Add to the matrix's gradient, and give that of the hidden states.
+        """Add to the matrix's gradient, and return that of the hidden states.
 
         Args:
             gradient: [..., vocabulary].
@@ -122,7 +120,7 @@ class Product:
         narrow = hidden.flatten(0, -2).to(self._matrix.dtype)
         is_first = self.gradient is None
         if self.gradient is None:
-            self.gradient = recycling.empty(self._matrix.shape, self._sums, hidden.device)
+            self.gradient = reuse.empty(self._matrix.shape, self._sums, hidden.device)
         if is_first and self._sums == narrow.dtype:
             torch.mm(gradient.t(), narrow, out=self.gradient)
         else:
@@ -133,8 +131,7 @@ class Product:
     def _add(total: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tensor, is_first: bool) -> None:
         """Add a chunk's gradient to a wider total, some rows of the matrix at a time."""
         buffer = hidden.new_empty(min(_ROWS, len(total)), hidden.shape[1])
-        starts = range(0, len(total), _ROWS)
-        for start in starts if active_fake_mode() is None else starts[:1]:  # a plan needs one of them
+        for start in standing_for_all(range(0, len(total), _ROWS)):
             sums = total[start : start + _ROWS]
             ours = torch.mm(gradient[:, start : start + _ROWS].t(), hidden, out=buffer[: len(sums)])
             sums.copy_(ours) if is_first else add_(sums.view(-1), ours.view(-1))

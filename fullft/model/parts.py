@@ -1,10 +1,5 @@
-"""The model, understood: the dtypes that a precision means, its decoder and the layers of that, its size and its work.
+"""The parts of a model: its decoder, the layers of that, and how many parameters and operations they make."""
 
-Where models come from is `find.py`'s business, how weights get in and out `weights.py`'s, what a model does with tokens
-`probe.py`'s.
-"""
-
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,30 +7,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fullft.config.config import Config
+from fullft.config.numerics import Format
 from fullft.errors import ModelError
 
-
-@dataclass(frozen=True)
-class Precision:
-    """What `--precision` means: the dtype that weights are kept in, and whether autocast computes in bf16."""
-
-    weights: torch.dtype
-    autocast: bool
-    meaning: str
-
-
-PRECISIONS = {
-    "fp32": Precision(torch.float32, False, "weights, gradients and computation in fp32"),
-    "bf16-mixed": Precision(
-        torch.float32, True, "weights and gradients in fp32, computation in bf16 under torch.autocast"
-    ),
-    "bf16-true": Precision(torch.bfloat16, False, "weights, gradients and computation in bf16"),
+_MEANINGS = {
+    "fp32": "weights, gradients and computation in fp32",
+    "bf16-mixed": "weights and gradients in fp32, computation in bf16 under torch.autocast",
+    "bf16-true": "weights, gradients and computation in bf16",
 }
-
-
-def pick_device() -> torch.device:
-    """Choose this machine's accelerator, or the CPU where there is none."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -47,20 +26,24 @@ def describe_model(config: Config, model: PreTrainedModel) -> str:
     """Say how many parameters are trained, where and in which precision, and warn of what that costs.
 
     Args:
-        config: `precision` counts.
+        config: its number formats are named.
         model: on its device.
     """
     count = count_parameters(model)
     scale, letter = next(((s, n) for s, n in ((1e9, "B"), (1e6, "M"), (1e3, "K")) if count >= s), (1, ""))
     lines = [
         f"Total trainable parameters: {count:,} ({count / scale:.2f}{letter})",
-        f"Precision: {config.precision} on {model.device}: {PRECISIONS[config.precision].meaning}",
+        f"Precision: {config.precision} on {model.device}: {_MEANINGS[config.precision]}",
     ]
-    if config.precision == "bf16-true" and config.master_weights == "none":
+    if config.numerics.weights is Format.BF16 and config.numerics.masters == "none":
         lines.append(
             "warning: bf16 weights round away updates below 1/512 of a weight; --master_weights split keeps them"
         )
-    if model.device.type == "cuda" and config.precision != "fp32" and not torch.cuda.is_bf16_supported(False):
+    if (
+        model.device.type == "cuda"
+        and config.numerics.computation is Format.BF16
+        and not torch.cuda.is_bf16_supported(False)
+    ):
         lines.append("warning: this GPU has no bf16 units and emulates them slowly: --precision fp32 may be faster")
     return "\n".join(lines)
 
@@ -75,7 +58,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
         ModelError: no list of modules has as many entries as the config has layers.
     """
     count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
-    # In the decoder first: a model that also sees or hears has other stacks, perhaps as high.
+    # In the decoder first: a model that also sees or hears has other stacks, perhaps of the same height.
     for part in (model.get_decoder(), model):
         for module in part.modules() if isinstance(part, nn.Module) else []:
             if isinstance(module, nn.ModuleList) and len(module) == count:
@@ -86,7 +69,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 class _ReachedError(Exception):
-    """Tells which module a model's forward has come to."""
+    """Carries the module that a model's forward has reached."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -107,7 +90,7 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
     def reached(module: nn.Module, *_: Any) -> None:
         raise _ReachedError(module)
 
-    # First in line, so that nobody else's hooks see a call that does not take place.
+    # First in line, so that no other hook sees a call that does not take place.
     hooks = [
         module.register_forward_pre_hook(reached, prepend=True) for module in model.modules() if module is not model
     ]

@@ -1,9 +1,30 @@
-"""Master weights: the fp32 numbers that bf16 weights stand for, kept in no more bytes than fp32 takes.
+"""Precision: the dtypes of a run, and the arithmetic between fp32 masters and their bf16 weights.
 
-Owns the arithmetic between an fp32 number, its bf16 weight and what that rounds away; no state and no step.
+A bf16 number is the upper half of an fp32 number. A split master keeps the lower half too: together both take the 4
+bytes of fp32, and lose no bit of it.
 """
 
 import torch
+
+from fullft.config.numerics import Format, Numerics
+
+_DTYPES = {Format.FP32: torch.float32, Format.BF16: torch.bfloat16, Format.EIGHT_BIT: torch.uint8}
+
+
+def dtype_of(format: Format) -> torch.dtype:
+    """Return torch's dtype of a number format."""
+    return _DTYPES[format]
+
+
+def autocast_of(numerics: Numerics, device: torch.device) -> torch.autocast:
+    """Return the context that training computes in: autocast to bf16, or one that does nothing.
+
+    Args:
+        numerics: the run's formats.
+        device: that computes.
+    """
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=numerics.autocast)
+
 
 # A float32 is 1 sign, 8 exponent and 23 fraction bits; a bfloat16 is its upper half.
 _HALF_BITS = 16
@@ -11,11 +32,10 @@ _ROUND_UP = 1 << 15
 
 
 def split(master: torch.Tensor, weights: torch.Tensor, remainder: torch.Tensor) -> None:
-    """Split fp32 numbers into bf16 weights and 16-bit remainders, which together are every bit of them.
+    """Split fp32 numbers into bf16 weights and 16-bit remainders, which together hold every bit.
 
-    The weight is the nearest bf16 number. Of two equally near ones it is the one of larger magnitude; the even one,
-    which torch's cast would take, could not be told from its neighbour by 16 bits (there are 2^16 + 1 numbers that
-    round to an even weight).
+    The weight is the nearest bf16 number, and of two equally near ones that of larger magnitude. torch's cast takes the
+    even one, but 2^16 + 1 fp32 numbers round to an even weight: 16 bits could not give each of them back.
 
     Args:
         master: [n] float32; overwritten.
@@ -29,7 +49,7 @@ def split(master: torch.Tensor, weights: torch.Tensor, remainder: torch.Tensor) 
 
 
 def join(weights: torch.Tensor, remainder: torch.Tensor, master: torch.Tensor) -> None:
-    """Put split numbers together again.
+    """Join split numbers again.
 
     Args:
         weights: [n] bfloat16.
@@ -38,7 +58,7 @@ def join(weights: torch.Tensor, remainder: torch.Tensor, master: torch.Tensor) -
     """
     bits = master.view(torch.int32)
     bits.copy_(weights.view(torch.int16)).bitwise_left_shift_(_HALF_BITS)
-    bits.add_(remainder)  # as a signed number: where the weight was rounded up, it takes the excess away
+    bits.add_(remainder)  # a signed number: it is negative where the weight was rounded up
 
 
 def round_stochastically(numbers: torch.Tensor, weights: torch.Tensor, generator: torch.Generator | None) -> None:

@@ -1,6 +1,6 @@
 """Where a model comes from: its config, weights and tokenizer, in a folder, among the bundled configs or on the hub.
 
-Owns finding them, and refusing what is no causal language model, not all there, or of sizes that no model has.
+What is no causal language model, not complete, or of absurd sizes is refused here, before anything is built.
 """
 
 import json
@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import has_file
 from transformers.utils import logging as transformers_logging
 
-from fullft.config.config import DEMO_FOLDER, Config
+from fullft.config.config import Config
+from fullft.config.options import DEMO_FOLDER
 from fullft.errors import FullftError, ModelError, exhaustion
 from fullft.model.configs import bundled_config
 
@@ -34,15 +35,15 @@ _POSITIONS = ("max_position_embeddings", "n_positions")
 
 
 def find_model(config: Config) -> str:
-    """Give the folder or hub id to load from, after checking that weights are there; `find_config` checks the rest.
+    """Return the folder or hub id to load from, after checking that weights are there; `find_config` checks the rest.
 
     Args:
-        config: `model` counts.
+        config: `model` is read.
 
     Raises:
         ModelError: the folder, its weights, or the hub's copy is missing.
     """
-    transformers_logging.set_verbosity_error()  # its advice is addressed to callers of its API, not to our users
+    transformers_logging.set_verbosity_error()  # its advice is for callers of its API, not for our users
     if config.model is None:
         return str(DEMO_MODEL)
     if (folder := model_folder(config.model)) is not None:
@@ -57,7 +58,7 @@ def find_config(config: Config) -> PreTrainedConfig:
     """Find and check a model's config; its weights need not exist.
 
     Args:
-        config: `model` and `trust_remote_code` count.
+        config: `model` and `trust_remote_code` are read.
 
     Raises:
         ModelError: there is none, it is no causal language model's, or it has absurd sizes.
@@ -83,7 +84,7 @@ def load_tokenizer(config: Config, source: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to a model.
 
     Args:
-        config: `trust_remote_code` counts.
+        config: `trust_remote_code` is read.
         source: folder or hub id, from `find_model`.
 
     Raises:
@@ -92,7 +93,7 @@ def load_tokenizer(config: Config, source: str) -> PreTrainedTokenizerBase:
     with loading(source):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
     if not tokenizer("a").input_ids:
-        raise ModelError(f"{source} has no tokenizer files: copy tokenizer.json beside the weights")
+        raise ModelError(f"{source} has no tokenizer files: copy tokenizer.json next to the weights")
     if not tokenizer.is_fast:
         raise ModelError(f"{source} has no tokenizer.json: prompts are masked by character offsets, which need it")
     if tokenizer.eos_token_id is None:
@@ -101,7 +102,7 @@ def load_tokenizer(config: Config, source: str) -> PreTrainedTokenizerBase:
 
 
 def model_folder(name: str) -> Path | None:
-    """Give the folder that a model's name stands for, or None for a hub id.
+    """Return the folder that a model's name stands for, or None for a hub id.
 
     Args:
         name: as the user gives it.

@@ -1,37 +1,32 @@
-"""AdamW, streamed: the update runs over flat chunks, so that its own memory is a chunk's, never a tensor's.
+"""AdamW over flat chunks, so that a step's own memory is a few chunks for any model.
 
-Owns the states and the step: fp32 or 8-bit moments, weights that are updated as they are or through an fp32 master
-(`master_weights.py`), all of it wherever `--offload` puts it. The arithmetic itself is torch's fused kernel, or that of
-`blockwise.py`.
+How it works: each parameter is cut into chunks of 4 million elements. A `ChunkStream` brings a chunk's weights,
+gradient and states to the device while the chunk before is updated and the one before that is stored. On the device a
+chunk is updated tile by tile: bf16 weights and their remainders are joined to fp32 masters, updated, and split again.
+
+It replaces `torch.optim.AdamW`, whose kernel it calls, and bitsandbytes' optimizers, whose 8-bit states it shares
+(`adamw_8bit.py`). It gives the same bits in every placement. The price is one kernel launch per tile and field.
 """
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.adamw import adamw
 
+from fullft.config.placement import Placement
 from fullft.model.precision import join, round_stochastically, split
-from fullft.optim import adamw_8bit as blockwise
+from fullft.optim import adamw_8bit
 from fullft.optim.gradients import Gradients
-from fullft.storage.tiers import CHUNK, Array, ChunkStream, Field, Storage, home_of
+from fullft.storage.stream import ChunkStream, Field
+from fullft.storage.tiers import CHUNK, Array, Storage, home_of
 
-# Elements that a CPU updates at a time: few enough for its cache, where the passes over them cost next to nothing. An
-# accelerator would only launch more kernels.
+# Elements that a CPU updates at a time: few enough for its cache. An eager split step runs at 84 million parameters/s
+# over tiles of 4 million elements, and at 1,200 to 1,400 over these. An accelerator would only launch more kernels.
 CPU_TILE = 1 << 18
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where things live: `device`, `host` or `disk`; gradients may also be `released`, used up within backward."""
-
-    parameters: str = "device"
-    gradients: str = "device"
-    optimizer: str = "device"
-
 
 _ABSMAX = "_absmax"  # ends the names of the scales of 8-bit moments, one per block
 
@@ -39,8 +34,24 @@ _ABSMAX = "_absmax"  # ends the names of the scales of 8-bit moments, one per bl
 class AdamW(torch.optim.Optimizer):
     """AdamW with decoupled weight decay.
 
-    With fp32 moments and weights it is torch's fused AdamW to the bit, in every placement, and with split masters that
-    of the fp32 masters.
+    With fp32 moments and weights it is torch's fused AdamW to the bit, in every placement. With split masters it is
+    that of the fp32 masters.
+
+    Args:
+        groups: groups of contiguous parameters, each with its `weight_decay`.
+        lr: learning rate.
+        betas: decays of the first and the second moment.
+        eps: added to the update's denominator.
+        moments: returns the dtype of a parameter's moments; uint8 stands for blocks of 8-bit numbers.
+        masters: what bf16 weights stand for: `split`, `stochastic` or `none`.
+        gradient_dtype: of the gradients' sums; None for each weight's own.
+        placement: where things live; None keeps all of them on the device.
+        storage: makes the arrays.
+        seed: of stochastic rounding.
+
+    Attributes:
+        num_steps: steps taken so far.
+        missed: by a parameter's id, the steps in which it had no gradient. torch ages each parameter by its own steps.
 
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019), algorithm 2.
     """
@@ -59,20 +70,6 @@ class AdamW(torch.optim.Optimizer):
         storage: Storage,
         seed: int = 0,
     ) -> None:
-        """Keep no states yet.
-
-        Args:
-            groups: of contiguous parameters, with `weight_decay` each.
-            lr: learning rate.
-            betas: decays of the first and the second moment.
-            eps: added to the update's denominator.
-            moments: the dtype of a parameter's moments; uint8 for blocks of 8-bit numbers.
-            masters: of bf16 weights: `split`, `stochastic` or `none`.
-            gradient_dtype: of the gradients' sums; None for each weight's own.
-            placement: where things live; None keeps all of them on the device.
-            storage: makes arrays.
-            seed: of stochastic rounding.
-        """
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
         self.parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         self.placement = placement or Placement()
@@ -85,20 +82,19 @@ class AdamW(torch.optim.Optimizer):
             use=lambda parameter: self._update([parameter]),
         )
         self.num_steps = 0
-        self.missed: dict[int, int] = {}  # steps in which a parameter, by its id, has had no gradient
+        self.missed: dict[int, int] = {}
         self._updated: set[int] = set()
         self._moments, self._masters, self._seed = moments, masters, seed
         self._numbers = {id(parameter): number for number, parameter in enumerate(self.parameters)}
         self._groups = {id(parameter): group for group in self.param_groups for parameter in group["params"]}
-        self._stream = ChunkStream(self.storage.device)
-        self._is_rehearsal = False
+        self._stream = ChunkStream(self.storage)
         self._scale: torch.Tensor | None = None  # what clipping multiplies the gradients with
 
     # ------------------------------------------------------------------------------------------ the step
 
     @torch.no_grad()
     def clip_gradients(self, max_norm: float) -> torch.Tensor:
-        """Measure the gradients' global norm, and have the step scale them so that it is at most `max_norm`.
+        """Measure the gradients' global norm, and make the step scale them so that it is at most `max_norm`.
 
         The step scales gradients as it reads them, so that those on disk are not written once more.
 
@@ -106,10 +102,13 @@ class AdamW(torch.optim.Optimizer):
             max_norm: 0 only measures.
 
         Returns:
-            The norm before scaling: a float64 scalar on the device (float32 on Apple's, which has no float64).
+            The norm before scaling: a float64 scalar on the device (float32 on Apple's GPUs, which have no float64).
         """
-        norm = self.gradients.norm(only=self._examples() if self._is_rehearsal else None)
-        # Source: torch.nn.utils.clip_grads_with_norm_. No host sync: within the limit it is exactly 1.
+        return self.scale_by(self.gradients.norm(), max_norm)
+
+    def scale_by(self, norm: torch.Tensor, max_norm: float) -> torch.Tensor:
+        """Make the step scale gradients of this norm to at most `max_norm`; return the norm."""
+        # Source: torch.nn.utils.clip_grads_with_norm_. No wait for the device: within the limit the scale is exactly 1.
         self._scale = torch.clamp(max_norm / (norm.float() + 1e-6), max=1.0) if max_norm > 0 else None
         return norm
 
@@ -118,82 +117,85 @@ class AdamW(torch.optim.Optimizer):
         """Update every parameter that has a gradient.
 
         Args:
-            closure: not taken; `torch.optim.Optimizer` has it.
+            closure: not supported; `torch.optim.Optimizer` has this argument.
         """
         self._update(self.parameters)
         self._scale = None
-        if not self._is_rehearsal:
-            self.num_steps += 1
-            for key in self._groups.keys() - self._updated:
-                self.missed[key] = self.missed.get(key, 0) + 1
+        self.num_steps += 1
+        for key in self._groups.keys() - self._updated:
+            self.missed[key] = self.missed.get(key, 0) + 1
         self._updated.clear()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the step's gradients.
+        """Drop the step's gradients.
 
         Args:
-            set_to_none: always; zeros would take memory.
+            set_to_none: always true here; zeros would take memory.
         """
+        self._scale = None
         self.gradients.clear()
 
     @torch.no_grad()
     def _update(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Update parameters chunk by chunk, and each chunk tile by tile."""
-        if self._is_rehearsal:
-            examples = {id(parameter) for parameter in self._examples()}
-            parameters = [parameter for parameter in parameters if id(parameter) in examples]
-        jobs = [job for parameter in parameters for job in self._jobs(parameter)]
-        if not jobs:
-            return
-        device = self.storage.device
-        tile = CPU_TILE if device.type == "cpu" else CHUNK
-        scratch = torch.empty(2, min(tile, max(job.count for job in jobs)), device=device)
-        # torch counts the steps of each parameter apart: those without a gradient do not age.
-        steps = {job.step: torch.tensor(float(job.step), device=device) for job in jobs}
-        for job, fields in zip(jobs, self._stream.run(job.fields for job in jobs), strict=True):
-            if self._is_rehearsal:
-                fields["gradient"].zero_()
-            for start in range(0, tile if self._is_rehearsal else job.count, tile):
-                work = _Tile(job, start, _cut(fields, start, min(start + tile, job.count)), steps[job.step])
-                self._update_tile(work, scratch)
+        jobs = [job for parameter in parameters for job in self.jobs_of(parameter)]
+        self._updated.update(id(job.parameter) for job in jobs)
+        for tile in self.tiles_of(jobs):
+            self.update_tile(tile, self._generator(tile) if self._masters == "stochastic" else None)
 
-    def _examples(self) -> list[nn.Parameter]:
-        """Give one parameter of each size and kind: the others' updates take the same memory, one after the other."""
-        kinds = {(p.numel(), p.dtype, self._moments(p), home_of(p) is p): p for p in self.parameters}
-        return list(kinds.values())
+    def jobs_of(self, parameter: nn.Parameter) -> "Iterator[Job]":
+        """Cut a parameter into chunks; one without a gradient has none.
 
-    def _jobs(self, parameter: nn.Parameter) -> "Iterator[_Job]":
-        """Cut a parameter that has a gradient into chunks."""
+        Args:
+            parameter: one of those trained.
+        """
         gradient = self.gradients.of(parameter)
         if gradient is None:
             return
         states = self.states_of(parameter)
-        self._updated.add(id(parameter))
         step = self.num_steps - self.missed.get(id(parameter), 0) + 1
-        starts = range(0, parameter.numel(), CHUNK)
-        if self._is_rehearsal:
-            starts = starts[:1]  # the largest: its stream takes as much memory for one chunk as for all
-        for start in starts:
+        for start in range(0, parameter.numel(), CHUNK):
             count = min(CHUNK, parameter.numel() - start)
             fields = {
-                "weights": Field(home_of(parameter), start, count, is_written=not self._is_rehearsal),
+                "weights": Field(home_of(parameter), start, count, is_written=True),
                 "gradient": Field(gradient, start, count, is_written=False),
             }
             for name, array in states.items():
                 block = _block(name)
-                fields[name] = Field(array, start // block, -(-count // block), is_written=not self._is_rehearsal)
-            yield _Job(parameter, start, count, step, fields)
+                fields[name] = Field(array, start // block, -(-count // block), is_written=True)
+            yield Job(parameter, start, count, step, fields)
 
-    def _update_tile(self, tile: "_Tile", scratch: torch.Tensor) -> None:
+    def tiles_of(self, jobs: "list[Job]") -> "Iterator[Tile]":
+        """Stream chunks through the device, and cut each into tiles, to be updated before the next one is asked for.
+
+        Args:
+            jobs: in the order of the updates.
+        """
+        if not jobs:
+            return
+        device = self.storage.device
+        size = CPU_TILE if device.type == "cpu" else CHUNK
+        scratch = torch.empty(2, min(size, max(job.count for job in jobs)), device=device)
+        steps = {job.step: torch.tensor(float(job.step), device=device) for job in jobs}
+        for job, fields in zip(jobs, self._stream.run(job.fields for job in jobs), strict=True):
+            for start in range(0, job.count, size):
+                yield Tile(job, start, _cut(fields, start, min(start + size, job.count)), steps[job.step], scratch)
+
+    def update_tile(self, tile: "Tile", generator: torch.Generator | None) -> None:
+        """Update a tile's weights and states in place.
+
+        Args:
+            tile: from `tiles_of`.
+            generator: of stochastic rounding; None draws from torch's own stream.
+        """
         fields = tile.fields
         weights, gradient, moment = fields["weights"], fields["gradient"], fields["exp_avg"]
         dtype = torch.float32 if moment.dtype == torch.uint8 else moment.dtype
         master, wide_gradient = weights, gradient
         if weights.dtype != dtype:
-            master = scratch[0, : weights.numel()]
+            master = tile.scratch[0, : weights.numel()]
             join(weights, fields["remainder"], master) if "remainder" in fields else master.copy_(weights)
         if gradient.dtype != dtype:
-            wide_gradient = scratch[1, : gradient.numel()].copy_(gradient)
+            wide_gradient = tile.scratch[1, : gradient.numel()].copy_(gradient)
         if self._scale is not None:
             wide_gradient.mul_(self._scale)
         self._apply(tile, master, wide_gradient)
@@ -201,35 +203,34 @@ class AdamW(torch.optim.Optimizer):
             if "remainder" in fields:
                 split(master, weights, fields["remainder"])
             elif self._masters == "stochastic":
-                round_stochastically(master, weights, self._generator(tile))
+                round_stochastically(master, weights, generator)
             else:
                 weights.copy_(master)
 
-    def _apply(self, tile: "_Tile", master: torch.Tensor, gradient: torch.Tensor) -> None:
+    def _apply(self, tile: "Tile", master: torch.Tensor, gradient: torch.Tensor) -> None:
         group = self._groups[id(tile.job.parameter)]
         (beta1, beta2), moments = group["betas"], (tile.fields["exp_avg"], tile.fields["exp_avg_sq"])
         constants = {"lr": group["lr"], "beta1": beta1, "beta2": beta2, "eps": group["eps"]}
         constants["weight_decay"] = group["weight_decay"]
         if moments[0].dtype == torch.uint8:
             scales = (tile.fields["exp_avg" + _ABSMAX], tile.fields["exp_avg_sq" + _ABSMAX])
-            blockwise.adamw_8bit_(master, gradient, *moments, *scales, step=tile.job.step, **constants)
+            adamw_8bit.adamw_8bit_(master, gradient, *moments, *scales, step=tile.job.step, **constants)
             return
-        torch._fused_adamw_(
+        adamw(
             [master],
             [gradient],
             [moments[0]],
             [moments[1]],
             [],
-            [tile.step],
+            [tile.step.fill_(tile.job.step - 1)],  # it counts this step itself
+            fused=True,
             amsgrad=False,
             maximize=False,
             **constants,
         )
 
-    def _generator(self, tile: "_Tile") -> torch.Generator | None:
-        """Make the random stream of one tile: the same in every placement, and after every resume."""
-        if self._is_rehearsal:
-            return None
+    def _generator(self, tile: "Tile") -> torch.Generator:
+        """Return the random stream of one tile: the same in every placement, and after every resume."""
         job = tile.job
         key = (self._seed, self.num_steps, self._numbers[id(job.parameter)], job.start + tile.start)
         seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
@@ -238,7 +239,7 @@ class AdamW(torch.optim.Optimizer):
     # ------------------------------------------------------------------------------------------ states
 
     def states_of(self, parameter: nn.Parameter) -> dict[str, Array]:
-        """Give a parameter's states, flat arrays under their names; zeros before the first step.
+        """Return a parameter's states: flat arrays under their names, zeros before the first step.
 
         Args:
             parameter: one of those trained.
@@ -248,55 +249,36 @@ class AdamW(torch.optim.Optimizer):
         """
         states: dict[str, Array] = self.state[parameter]
         if not states:
-            # What loading has kept of fp32 weights, if anything, is where it is to be.
-            tier = self.placement.optimizer
-            made: dict[str, Array] = {}
-            if hasattr(parameter, "rounded_off"):
-                made["remainder"] = parameter.rounded_off
-                del parameter.rounded_off
+            # Loading may have kept the lower halves of fp32 weights, in the tier that they belong to.
+            remainder = self.storage.remainders.pop(parameter, None)
             for name, (numel, dtype) in state_layout(parameter, self._moments(parameter), self._masters).items():
-                states[name] = made[name] if name in made else self.storage.zeros(tier, numel, dtype)
+                loaded = remainder if name == "remainder" else None
+                states[name] = self.storage.zeros(self.placement.optimizer, numel, dtype) if loaded is None else loaded
         return states
+
+    def kinds(self) -> list[nn.Parameter]:
+        """Return one parameter of each size and kind; the updates of others of its kind take the same memory."""
+        kinds = {(p.numel(), p.dtype, self._moments(p), home_of(p) is p): p for p in self.parameters}
+        return list(kinds.values())
 
     def close(self) -> None:
         """Free the states and the gradients, and leave the parameters alone from now on."""
         self.gradients.close()
         self.state.clear()
 
-    @contextmanager
-    def rehearsal(self) -> Iterator[None]:
-        """Let steps within the body need all their memory and change nothing: gradients count as zero.
-
-        Only a few tiles of a few chunks of a few parameters are worked on; those on the host and on disk are not
-        written back. To be entered before the first step, with a learning rate of 0.
-        """
-        self._is_rehearsal = True
-        for parameter in self.parameters:
-            self.states_of(parameter)
-        try:
-            yield
-        finally:
-            self._is_rehearsal = False
-            self._scale = None
-            self.zero_grad()
-            for states in self.state.values():
-                for array in states.values():  # 8-bit blocks have several codes for zero
-                    if isinstance(array, torch.Tensor) and array.dtype == torch.uint8:
-                        array.zero_()
-
 
 def state_layout(parameter: nn.Parameter, moments: torch.dtype, masters: str) -> dict[str, tuple[int, torch.dtype]]:
-    """Give the number of elements and the dtype of each of a parameter's states.
+    """Return the number of elements and the dtype of each of a parameter's states.
 
     Args:
-        parameter: its size and dtype count.
+        parameter: its size and dtype are read.
         moments: their dtype; uint8 for blocks of 8-bit numbers.
-        masters: `split` keeps what bf16 weights round away.
+        masters: `split` keeps the lower halves of bf16 weights' masters.
     """
     count = parameter.numel()
     layout = {"exp_avg": (count, moments), "exp_avg_sq": (count, moments)}
     if moments == torch.uint8:
-        scales = (-(-count // blockwise.BLOCK), torch.float32)
+        scales = (-(-count // adamw_8bit.BLOCK), torch.float32)
         layout |= {"exp_avg" + _ABSMAX: scales, "exp_avg_sq" + _ABSMAX: scales}
     if masters == "split" and parameter.dtype == torch.bfloat16:
         layout["remainder"] = (count, torch.int16)
@@ -304,8 +286,8 @@ def state_layout(parameter: nn.Parameter, moments: torch.dtype, masters: str) ->
 
 
 @dataclass(frozen=True)
-class _Job:
-    """One chunk's update."""
+class Job:
+    """One chunk's update: elements `start` to `start + count` of a parameter, in its own `step`."""
 
     parameter: nn.Parameter
     start: int
@@ -315,20 +297,29 @@ class _Job:
 
 
 @dataclass(frozen=True)
-class _Tile:
-    """A stretch of a chunk, on the device; its step is the job's as torch's kernel wants it."""
+class Tile:
+    """A stretch of a chunk, on the device.
 
-    job: _Job
+    Attributes:
+        job: the chunk's.
+        start: its first element within the chunk.
+        fields: weights, gradient and states.
+        step: memory for the kernel's count of steps.
+        scratch: [2, elements] fp32, for a master and a gradient.
+    """
+
+    job: Job
     start: int
     fields: dict[str, torch.Tensor]
     step: torch.Tensor
+    scratch: torch.Tensor
 
 
 def _block(name: str) -> int:
-    """How many elements of a parameter one element of a field stands for."""
-    return blockwise.BLOCK if name.endswith(_ABSMAX) else 1
+    """Return how many elements of a parameter one element of a field stands for."""
+    return adamw_8bit.BLOCK if name.endswith(_ABSMAX) else 1
 
 
 def _cut(fields: dict[str, torch.Tensor], start: int, end: int) -> dict[str, torch.Tensor]:
-    """Take a tile out of a chunk; tiles start at multiples of blocks."""
+    """Cut a tile out of a chunk; tiles start at multiples of blocks."""
     return {name: view[start // _block(name) : -(-end // _block(name))] for name, view in fields.items()}

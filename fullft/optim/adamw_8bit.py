@@ -16,10 +16,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fullft.errors import OptionsError
+from fullft.tracing import is_tracing, standing_for_all
 
 BLOCK = 256  # elements that share one scale; chunks must begin at multiples of it
 # Elements updated at a time, which bounds the temporaries: 0.5 MiB compiled, 7.3 MiB eager. Smaller ones are slower.
@@ -64,8 +64,7 @@ def adamw_8bit_(
     Raises:
         OptionsError: on CUDA without bitsandbytes.
     """
-    is_fake = isinstance(weights, FakeTensor)
-    if weights.device.type == "cuda" and not is_fake:
+    if weights.device.type == "cuda":
         book1, book2 = code_books(weights.device)
         _bitsandbytes().optimizer_update_8bit_blockwise(
             *("adam", gradient, weights, moment1, moment2, beta1, beta2, 0.0, 0.0, eps, step, lr, book1, book2),
@@ -82,10 +81,8 @@ def adamw_8bit_(
     weights = weights.detach()  # a parameter would have the tile compiled anew
     count = weights.numel()
     whole = count // BLOCK * BLOCK
-    starts = list(range(0, whole, TILE))
+    starts = list(standing_for_all(range(0, whole, TILE)))
     ends = [min(start + TILE, whole) for start in starts]
-    if is_fake:
-        starts, ends = starts[:1], ends[:1]
     if whole < count:  # the last block is a tile of its own, of one short row
         starts.append(whole)
         ends.append(count)
@@ -93,10 +90,15 @@ def adamw_8bit_(
         width = min(BLOCK, end - start)
         rows = [tensor[start:end].view(-1, width) for tensor in (weights, gradient, moment1, moment2)]
         scales = [tensor[start // BLOCK : -(-end // BLOCK)] for tensor in (absmax1, absmax2)]
-        update = _compiled_update() if end - start == TILE and weights.device.type == "cpu" and not is_fake else _update
+        update = _update_for(weights.device, end - start)
         arguments = (*rows, *scales, *tables, constants)
         for state, value in zip((*rows[2:], *scales), update(*arguments), strict=True):
             state.copy_(value)
+
+
+def _update_for(device: torch.device, count: int) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """Return the compiled update for whole tiles on a CPU; other lengths would each be compiled anew."""
+    return _compiled_update() if count == TILE and device.type == "cpu" and not is_tracing() else _update
 
 
 def require_kernel(device: torch.device) -> None:
@@ -217,11 +219,8 @@ def _code_book(signed: bool) -> torch.Tensor:
 
 
 def _tables(like: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Give both code books and both rounding tables, as fake tensors if `like` is one."""
-    tables = (*code_books(like.device), *_rounding_tables(like.device))
-    if isinstance(like, FakeTensor):
-        return tuple(like.fake_mode.from_tensor(table) for table in tables)
-    return tables
+    """Return both code books and both rounding tables."""
+    return (*code_books(like.device), *_rounding_tables(like.device))
 
 
 @functools.cache

@@ -1,86 +1,71 @@
-"""The optimizer: what the options make of it, parameter groups, the learning rate of every step.
+"""Building the optimizer from the options: parameter groups, formats, placement.
 
-Owns choices. The step itself is `adamw.py`'s business, what gradients it takes `gradients.py`'s.
+The step itself is the business of `adamw.py`.
 """
 
-import math
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import nn
-from transformers import get_scheduler
+from torch import dtype, float32, nn
 
-from fullft.config.config import Config, parse_offload
-from fullft.optim.adamw import AdamW, Placement, state_layout
+from fullft.config.config import Config
+from fullft.config.numerics import Format, Numerics
+from fullft.model.precision import dtype_of
+from fullft.optim.adamw import AdamW, state_layout
 from fullft.storage.tiers import Storage
-
-# ---------------------------------------------------------------------------------------------- optimizers
+from fullft.transforms.streaming import stream_of
 
 _LEAST_IN_8_BITS = 16384  # elements: no norm of a usual width has as many
 
 
 def build_optimizer(model: nn.Module, config: Config, storage: Storage) -> AdamW:
-    """Build the optimizer that `--optim` names, over all parameters of the model.
+    """Build the optimizer that the options name, over all parameters of the model.
 
     Args:
         model: on its final device, in its final dtype.
-        config: the options of the groups "optimization" and "precision and memory" count, without any auto.
-        storage: makes the states, and the gradients' sums, where they are to live.
+        config: nothing is left to the plan.
+        storage: makes the states and the gradients' sums, where they are to live.
     """
-    masters = config.master_weights if config.precision == "bf16-true" else "none"
-    is_in_fp32 = config.precision == "bf16-true" and masters != "none"
-    accumulates = (config.gradient_accumulation_steps or 1) > 1
+    numerics = config.numerics
     optimizer = AdamW(
         parameter_groups(model, config.weight_decay),
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
-        moments=moments_of(model, config),
-        masters=masters,
-        gradient_dtype=torch.float32 if is_in_fp32 and accumulates else None,
-        placement=placement_of(config),
+        moments=moments_of(model, numerics),
+        masters=numerics.masters,
+        gradient_dtype=None if numerics.gradients is numerics.weights else dtype_of(numerics.gradients),
+        placement=config.placement,
         storage=storage,
         seed=config.seed,
     )
-    if (layer_stream := getattr(model, "layer_stream", None)) is not None:
-        optimizer.register_step_pre_hook(lambda *_: layer_stream.release())
+    if (layers := stream_of(model)) is not None:  # their copies on the device are old after a step
+        optimizer.register_step_pre_hook(lambda *_: layers.release())
     return optimizer
 
 
-def placement_of(config: Config) -> Placement:
-    """Say where things live.
-
-    Args:
-        config: `offload` and `optim` count.
-    """
-    placement = Placement(**parse_offload(config.offload))
-    return replace(placement, optimizer="paged") if config.optim == "paged_adamw_8bit" else placement
-
-
-def moments_of(model: nn.Module, config: Config) -> Callable[[nn.Parameter], torch.dtype]:
-    """Give the dtype of each parameter's moments.
+def moments_of(model: nn.Module, numerics: Numerics) -> Callable[[nn.Parameter], dtype]:
+    """Return the dtype of each parameter's moments.
 
     Args:
         model: tells embeddings from other parameters.
-        config: `optim`, `precision` and `master_weights` count.
+        numerics: the run's formats.
 
     Returns:
         A function of the parameter; uint8 stands for blocks of 8-bit numbers.
     """
-    if config.optim == "adamw":
-        if config.precision == "bf16-true" and config.master_weights != "none":
-            return lambda parameter: torch.float32
-        return lambda parameter: parameter.dtype  # as torch does
+    if numerics.moments is not Format.EIGHT_BIT:
+        if numerics.moments is numerics.weights:
+            return lambda parameter: parameter.dtype  # as torch does; a family may keep some parameters in fp32
+        return lambda parameter: dtype_of(numerics.moments)
     # Embeddings keep 32-bit states: their gradients are too uneven for blocks (Source: Dettmers et al., "8-bit
     # Optimizers via Block-wise Quantization", section 2.3).
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
 
-    def moments(parameter: nn.Parameter) -> torch.dtype:
+    def moments(parameter: nn.Parameter) -> dtype:
         is_small = parameter.numel() < _LEAST_IN_8_BITS
-        return torch.float32 if is_small or id(parameter) in embeddings else torch.uint8
+        return float32 if is_small or id(parameter) in embeddings else dtype_of(Format.EIGHT_BIT)
 
     return moments
 
@@ -112,46 +97,31 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def describe_optimizer(config: Config) -> str:
-    """Say which states the optimizer keeps, in which dtype and where."""
-    moments = "8 bits (embeddings and small tensors: fp32)"
-    if config.optim == "adamw":
-        # torch keeps the moments in the parameter's dtype.
-        moments = "bf16" if config.precision == "bf16-true" and config.master_weights == "none" else "fp32"
-    parts = [f"{config.optim}, two moments per parameter in {moments}"]
-    if config.precision == "bf16-true":
-        parts.append(f"master weights: {config.master_weights}")
-    if placed := parse_offload(config.offload):
-        parts.append("offloaded: " + ", ".join(f"{what} to {where}" for what, where in placed.items()))
+    """Say which states the optimizer keeps, in which format and where."""
+    numerics, offloaded = config.numerics, config.placement.offloaded
+    names = {
+        Format.FP32: "fp32",
+        Format.BF16: "bf16",
+        Format.EIGHT_BIT: "8 bits (embeddings and small tensors: fp32)",
+    }
+    parts = [f"{config.optim}, two moments per parameter in {names[numerics.moments]}"]
+    if numerics.weights is Format.BF16:
+        parts.append(f"master weights: {numerics.masters}")
+    if offloaded:
+        parts.append("offloaded: " + ", ".join(f"{what} to {tier}" for what, tier in offloaded.items()))
     return "; ".join(parts)
 
 
-def estimate_state_bytes(config: Config, model: nn.Module) -> int:
-    """Count the bytes of the optimizer's states."""
-    moments = moments_of(model, config)
+def estimate_state_bytes(model: nn.Module, numerics: Numerics) -> int:
+    """Count the bytes of the optimizer's states.
+
+    Args:
+        model: its parameters are counted.
+        numerics: the run's formats.
+    """
+    moments = moments_of(model, numerics)
     return sum(
         numel * dtype.itemsize
         for parameter in model.parameters()
-        for numel, dtype in state_layout(parameter, moments(parameter), config.master_weights).values()
+        for numel, dtype in state_layout(parameter, moments(parameter), numerics.masters).values()
     )
-
-
-# ---------------------------------------------------------------------------------------------- learning rate
-
-
-def build_schedule(config: Config, total_steps: int) -> Callable[[int], float]:
-    """Build the learning rate as a pure function of the step, so that resuming has nothing to restore.
-
-    Args:
-        config: `learning_rate`, `lr_scheduler_type` and `warmup_steps` count.
-        total_steps: optimizer steps of the whole run.
-
-    Returns:
-        A function from the step, counted from 1, to its learning rate.
-    """
-    warmup = config.warmup_steps
-    warmup = math.ceil(total_steps * warmup) if warmup < 1 else int(warmup)
-    # transformers' `constant` would silently ignore a warmup.
-    name = "constant_with_warmup" if config.lr_scheduler_type == "constant" else config.lr_scheduler_type
-    nothing = torch.optim.SGD([torch.zeros(1)], lr=1.0)  # get_scheduler wants an optimizer; we want only its formula
-    factor = get_scheduler(name, nothing, num_warmup_steps=warmup, num_training_steps=total_steps).lr_lambdas[0]
-    return lambda step: config.learning_rate * float(factor(step - 1))

@@ -1,7 +1,7 @@
-"""Whether the Hugging Face hub can be reached: asked once, briefly.
+"""Whether the Hugging Face hub can be reached: asked once, briefly, before its libraries are imported.
 
-Left alone, the hub's client retries for about 23 seconds per missing file. Owns only this probe; downloading stays
-with transformers and datasets, which read `HF_HUB_OFFLINE` when they are imported: call this before that.
+Left alone, the hub's client retries for about 23 seconds per missing file. transformers and datasets read
+`HF_HUB_OFFLINE` when they are imported.
 """
 
 import os
@@ -17,7 +17,7 @@ def prepare_hub(config: Config) -> None:
     """Go offline unless a run needs the hub and reaches it; a plan needs it only for a config that is not bundled.
 
     Args:
-        config: `model`, `dataset` and `plan` count.
+        config: `model`, `dataset` and `plan` are read.
     """
     if not config.plan:
         go_offline_if_unreachable(config.model, config.dataset)
@@ -26,14 +26,14 @@ def prepare_hub(config: Config) -> None:
 
 
 def go_offline_if_unreachable(*names: str | None) -> None:
-    """Make the hub's libraries use their cache alone when the hub does not answer within `PROBE_SECONDS`.
+    """Make the hub's libraries use their cache alone, if the hub does not answer within `PROBE_SECONDS`.
 
     Args:
-        names: hub ids or local paths; without a hub id among them nothing is asked.
+        names: hub ids or local paths. Without a hub id among them the hub is not asked.
     """
     if os.environ.get("HF_HUB_OFFLINE"):
-        return  # the user's own word counts
-    # When all is local, nobody is asked, and the libraries are spared their own look-ups.
+        return  # the user has decided
+    # When all is local, the hub is not asked, and the libraries need no look-ups of their own.
     local = all(name is None or os.path.exists(os.path.expanduser(name)) for name in names)
     if local or not _answers():
         os.environ["HF_HUB_OFFLINE"] = "1"

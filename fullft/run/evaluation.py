@@ -1,6 +1,6 @@
 """Evaluation: the loss on held-out rows, and what the model writes.
 
-Owns everything that runs the model without training it. Leaves dropout's random stream and the training mode as found.
+Dropout's random state and the training mode are left as they were.
 """
 
 from collections.abc import Iterator
@@ -11,9 +11,11 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from fullft.data.batches import Batches, Data
+from fullft.data.batches import Batches
+from fullft.data.load import Data
 from fullft.data.micro_batch import IGNORED
-from fullft.model.loss import SummedCrossEntropy
+from fullft.model.loss import LossSum
+from fullft.transforms.streaming import stream_of
 
 _TEXT_PROMPT_TOKENS = 16
 _MAX_NEW_TOKENS = 48
@@ -30,11 +32,14 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def evaluate(model: PreTrainedModel, batches: Batches | None, autocast: torch.autocast) -> torch.Tensor | None:
-    """Take the mean loss over all target tokens of the held-out rows.
+def evaluate(
+    model: PreTrainedModel, loss_sum: LossSum, batches: Batches | None, autocast: torch.autocast
+) -> torch.Tensor | None:
+    """Return the mean loss over all target tokens of the held-out rows.
 
     Args:
-        model: it is evaluated where it is, in the dtype that it has.
+        model: evaluated where it is, in its own dtype.
+        loss_sum: of the model.
         batches: None when no row is held out.
         autocast: the context that training computes in.
 
@@ -43,14 +48,11 @@ def evaluate(model: PreTrainedModel, batches: Batches | None, autocast: torch.au
     """
     if batches is None:
         return None
-    summed_cross_entropy = SummedCrossEntropy(model)
-    decoder = summed_cross_entropy.decoder
     losses, num_target_tokens = [], 0
     with _evaluating(model):
         for micro_batch in batches.by_length():
-            inputs = micro_batch.to(model.device)
             with autocast:
-                losses.append(summed_cross_entropy(decoder(**inputs.inputs, use_cache=False), inputs))
+                losses.append(loss_sum(micro_batch.to(model.device)))
             num_target_tokens += micro_batch.num_target_tokens
     return torch.stack(losses).sum() / num_target_tokens
 
@@ -66,21 +68,20 @@ class Sample:
 
 
 class Samples:
-    """The same few prompts, completed before and after training."""
+    """The same few prompts, completed before and after training: one that is trained on, and two held-out ones.
+
+    Args:
+        data: where the prompts come from.
+        tokenizer: decodes them.
+        model: one whose layers are streamed completes none, since it would fetch all of them for every token.
+    """
 
     def __init__(self, data: Data, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-        """Choose prompts: one that is trained on, and two held-out ones.
-
-        Args:
-            data: where the prompts come from.
-            tokenizer: decodes them.
-            model: one whose layers are streamed completes none: it would fetch all of them for every token.
-        """
         self.tokenizer = tokenizer
         chosen = [(False, data.train.rows[0])]
         if data.evaluation is not None:
             chosen += [(True, row) for row in data.evaluation.rows.select(range(min(2, len(data.evaluation.rows))))]
-        if hasattr(model, "layer_stream"):
+        if stream_of(model) is not None:
             chosen = []
         self.prompts = [_prompt_ids(row["input_ids"], row["labels"]) for _, row in chosen]
         self.samples = [

@@ -1,13 +1,12 @@
-"""Metrics: the progress bar, `log.jsonl`, plots and reports. Every `.item()` of a run is in here.
+"""The log of a run: the progress bar, `log.jsonl`, `loss.png`, `train_results.json`. The loop says what happened.
 
-Owns what is told about a run while it trains and when it ends. Decides nothing: the loop says what happened.
+The loop's one wait for the device per step is here, in `require_finite`.
 """
 
 import json
 import math
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from fullft.config.config import Config, to_yaml
-from fullft.config.steps import Calendar
-from fullft.errors import NonFiniteError, OptionsError
-from fullft.hardware import peak_flops
-from fullft.memory.snapshot import peak_bytes
+from fullft.config.numerics import Format
+from fullft.config.steps import Steps
+from fullft.errors import NonFiniteError
+from fullft.hardware import peak_bytes, peak_flops
 from fullft.model.parts import count_parameters, flops_per_token
 from fullft.run.evaluation import Samples
+from fullft.run.trackers import open_trackers
 from fullft.saving.files import write_text
 
 _NON_FINITE_REMEDY = (
@@ -31,58 +31,59 @@ _NON_FINITE_REMEDY = (
 )
 
 
-class Metrics:
-    """Tells what happens, and keeps it. A context manager around the loop."""
+class Log:
+    """Shows and records what happens. A context manager around the loop.
+
+    Args:
+        config: the options of the group "records", and `output_dir`.
+        steps: says when to log.
+        model: its size, device and speed are reported.
+        mean_length: tokens of the average sequence.
+        first_step: above 1 for a resumed run; the log's records from there on are dropped.
+    """
 
     def __init__(
-        self, config: Config, calendar: Calendar, model: PreTrainedModel, mean_length: float, first_step: int
+        self, config: Config, steps: Steps, model: PreTrainedModel, mean_length: float, first_step: int
     ) -> None:
-        """Prepare the records; nothing is written yet.
-
-        Args:
-            config: the options of the group "records", and `output_dir`.
-            calendar: tells when to log.
-            model: whose size, device and speed are reported.
-            mean_length: tokens of the average sequence.
-            first_step: above 1 for a resumed run; what the log holds from there on is dropped.
-        """
-        self.config, self.calendar, self.device, self.first_step = config, calendar, model.device, first_step
-        self.folder = Path(str(config.output_dir))
+        self.config, self.steps, self.device, self.first_step = config, steps, model.device, first_step
+        self.folder = config.output_dir
         self.num_parameters = count_parameters(model)
         self.flops_per_token = flops_per_token(model, mean_length)
-        self.peak_flops = peak_flops(model.device) if config.precision != "fp32" else None
+        self.peak_flops = peak_flops(model.device) if config.numerics.computation is Format.BF16 else None
         self.records: list[dict[str, Any]] = []
         self.loss = self.grad_norm = math.nan
         self.seconds = self._interval_seconds = 0.0
         self.num_tokens = self._interval_tokens = 0
 
-    def __enter__(self) -> "Metrics":
+    def __enter__(self) -> "Log":
         """Open the log and the bar."""
         write_text(self.folder / "config.yaml", to_yaml(self.config))
-        self._reports = _build_reports(self.config)
+        self._trackers = open_trackers(self.config)
         self.records = [r for r in _read_log(self.folder / "log.jsonl") if r["step"] < self.first_step]
         lines = "".join(json.dumps(record) + "\n" for record in self.records)
         write_text(self.folder / "log.jsonl", lines)
         self._bar = tqdm(
-            total=self.calendar.total_steps,
+            total=self.steps.total,
             initial=self.first_step - 1,
             unit="step",
             desc="Training",
             dynamic_ncols=True,
             mininterval=0.1 if sys.stderr.isatty() else 10.0,  # a log file wants few lines
         )
-        if self.config.compile == "true":
+        if self.config.compiles:
             self._bar.set_postfix_str("compiling")
         self._mark = time.perf_counter()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close the bar, and draw what there is, also when the run has failed."""
+        """Close the bar, and draw the records so far, also when the run has failed."""
         self._bar.close()
         if any("loss" in record for record in self.records):
             try:
                 plot_loss(self.records, self.folder / "loss.png", title=self.folder.name)
-            except Exception as error:  # must neither hide why a run failed, nor cost the model of one that did not
+            except (
+                Exception
+            ) as error:  # a picture must neither hide why a run failed, nor cost the model of one that did not
                 print(f"warning: loss.png could not be drawn ({type(error).__name__}: {error})")
 
     def say(self, text: str) -> None:
@@ -135,11 +136,11 @@ class Metrics:
             refresh=False,
         )
         self._bar.update()
-        if self.calendar.log_due(step):
+        if self.steps.log_due(step):
             self._record(
                 {
                     "step": step,
-                    "epoch": round(self.calendar.epoch(step), 4),
+                    "epoch": round(self.steps.epoch(step), 4),
                     "loss": self.loss,
                     "grad_norm": self.grad_norm,
                     "learning_rate": learning_rate,
@@ -186,8 +187,8 @@ class Metrics:
         evaluations = [record for record in self.records if "eval_loss" in record]
         before = next((record["eval_loss"] for record in evaluations if record["step"] == 0), None)
         results = {
-            "steps": self.calendar.total_steps,
-            "epochs": self.calendar.epoch(self.calendar.total_steps),
+            "steps": self.steps.total,
+            "epochs": self.steps.epoch(self.steps.total),
             "num_parameters": self.num_parameters,
             "first_loss": losses[0]["loss"] if losses else None,
             "last_loss": losses[-1]["loss"] if losses else None,
@@ -207,11 +208,11 @@ class Metrics:
         self.records.append(record)
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as log:
             log.write(json.dumps(record) + "\n")
-        for report in self._reports:
-            report(record)
+        for track in self._trackers:
+            track(record)
 
     def _elapsed(self) -> float:
-        """Seconds since this was last asked."""
+        """Return the seconds since the last call."""
         mark, self._mark = self._mark, time.perf_counter()
         return self._mark - mark
 
@@ -229,9 +230,6 @@ def describe_results(results: dict[str, Any]) -> str:
     return f"Done: {results['steps']} steps, {loss}{held_out}; {minutes} min {seconds} s{pace}"
 
 
-# ---------------------------------------------------------------------------------------------- sources and sinks
-
-
 def _read_log(file: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         return []
@@ -242,39 +240,6 @@ def _read_log(file: Path) -> list[dict[str, Any]]:
         except ValueError:
             break  # a crash cut the last line short
     return records
-
-
-def _build_reports(config: Config) -> list[Callable[[dict[str, Any]], None]]:
-    """Open the trackers that `--report_to` names; no tracker is an empty list."""
-    builders = {"tensorboard": _tensorboard, "wandb": _wandb}
-    return [builders[name](config) for name in config.report_to.split(",") if name != "none"]
-
-
-def _tensorboard(config: Config) -> Callable[[dict[str, Any]], None]:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise OptionsError("--report_to tensorboard needs tensorboard: pip install tensorboard") from error
-    writer = SummaryWriter(log_dir=str(Path(str(config.output_dir)) / "runs"))
-
-    def report(record: dict[str, Any]) -> None:
-        for name, value in record.items():
-            if name != "step" and value is not None:
-                writer.add_scalar(name, value, record["step"])
-        writer.flush()
-
-    return report
-
-
-def _wandb(config: Config) -> Callable[[dict[str, Any]], None]:
-    try:
-        import wandb
-    except ImportError as error:
-        raise OptionsError("--report_to wandb needs wandb: pip install wandb") from error
-    run = wandb.init(
-        project="fullft", name=Path(str(config.output_dir)).name, dir=config.output_dir, config=asdict(config)
-    )
-    return lambda record: run.log({n: v for n, v in record.items() if n != "step"}, step=record["step"])
 
 
 def plot_loss(records: list[dict[str, Any]], file: Path, title: str) -> None:

@@ -17,12 +17,13 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fullft.config.config import NEWEST, Config
-from fullft.config.options import by_name
-from fullft.config.steps import Calendar
+from fullft.config.config import Config, to_words
+from fullft.config.declare import by_name
+from fullft.config.numerics import Format, Numerics
+from fullft.config.options import NEWEST, Options
+from fullft.config.placement import UNDECIDED
+from fullft.config.steps import Steps
 from fullft.errors import CheckpointError, OptionsError
-from fullft.model.load import save_weights
-from fullft.model.parts import PRECISIONS
 from fullft.optim.adamw import AdamW
 from fullft.saving.files import staged_folder, sync_folder, write_tensors
 from fullft.saving.output_dir import (
@@ -35,8 +36,9 @@ from fullft.saving.output_dir import (
     recover,
     step_of,
 )
+from fullft.saving.weights import save_weights
 from fullft.storage.tiers import Array, fill
-from fullft.transforms.activation_checkpointing import checkpointing_of
+from fullft.transforms.activation_checkpointing import recomputation_of
 
 STATE = "trainer_state.json"
 OPTIMIZER = "optimizer.safetensors"
@@ -56,7 +58,7 @@ class Checkpoint:
 
 def save_checkpoint(
     config: Config,
-    calendar: Calendar,
+    steps: Steps,
     step: int,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -67,7 +69,7 @@ def save_checkpoint(
 
     Args:
         config: `output_dir`, `save_total_limit`; all of it is kept, to be compared on resume.
-        calendar: gives the epoch and the place in it.
+        steps: says which epoch it is, and where in it.
         step: the last finished step.
         model: saved as `save_pretrained` does.
         tokenizer: saved beside it, so that the folder is a usable model.
@@ -80,21 +82,21 @@ def save_checkpoint(
     Raises:
         OSError: the disk is full or cannot be written; earlier checkpoints are untouched.
     """
-    folder = Path(str(config.output_dir)) / f"checkpoint-{step}"
+    folder = config.output_dir / f"checkpoint-{step}"
     state = {
         "step": step,
-        "total_steps": calendar.total_steps,
-        "epoch": calendar.epoch(step),
+        "total_steps": steps.total,
+        "epoch": steps.epoch(step),
         "data": {
             "fingerprint": data_fingerprint,
-            "epoch": step // calendar.steps_per_epoch,
-            "cursor": step % calendar.steps_per_epoch,  # in global batches
+            "epoch": step // steps.steps_per_epoch,
+            "cursor": step % steps.steps_per_epoch,  # in global batches
             "global_batch_size": config.global_batch_size,
         },
         "schedule": {"lr_scheduler_type": config.lr_scheduler_type, "last_step": step},
         "rng": _random_states(model.device),
         "optimizer": _step_counts(optimizer, model),
-        "options": dataclasses.asdict(config),
+        "options": to_words(config),
     }
     with staged_folder(folder) as staging:
         hashes = save_weights(model, staging)
@@ -166,11 +168,11 @@ def open_checkpoint(config: Config) -> Checkpoint | None:
     """
     if config.resume_from_checkpoint is None:
         return None
-    recover(Path(str(config.output_dir)))
+    recover(config.output_dir)
     if config.resume_from_checkpoint != NEWEST:
         checkpoint = verify(Path(config.resume_from_checkpoint))
     else:
-        checkpoint = _newest_good(Path(str(config.output_dir)))
+        checkpoint = _newest_good(config.output_dir)
     _require_same_options(config, checkpoint)
     return checkpoint
 
@@ -230,15 +232,17 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _changed_options(config: Config, saved: dict[str, Any]) -> list[str]:
-    now = dataclasses.asdict(config)
-    fixed = [name for name, option in by_name(Config).items() if not option.metadata["may_change"]]
-    if config.compile == "true":  # graphs that recompute something else may round otherwise
+    now = to_words(config)
+    fixed = [name for name, option in by_name(Options).items() if not option.metadata["may_change"]]
+    if config.compiles:  # graphs that recompute something else may round otherwise
         decisive = ("activation_checkpointing", "offload")
         before = dataclasses.replace(config, **{name: saved[name] for name in decisive})
-        fixed += decisive if checkpointing_of(config) != checkpointing_of(before) else ()
+        fixed += decisive if recomputation_of(config) != recomputation_of(before) else ()
     # What is still at auto is compared when it has been chosen.
     return [
-        f"{name} was {saved.get(name)}, is {now[name]}" for name in fixed if now[name] not in (saved.get(name), "auto")
+        f"{name} was {saved.get(name)}, is {now[name]}"
+        for name in fixed
+        if now[name] not in (saved.get(name), UNDECIDED)
     ]
 
 
@@ -282,9 +286,11 @@ def restore(
     saved = state["options"]
     if saved["optim"] != config.optim:
         raise CheckpointError(f"{checkpoint.folder} holds states of --optim {saved['optim']}: pass that")
-    if config.precision == "bf16-true" and (masters := saved.get("master_weights", "none")) != config.master_weights:
+    masters = saved.get("master_weights", "none")
+    before = Numerics.of(saved["precision"], masters, saved["optim"], config.accumulates)
+    if config.numerics.weights is Format.BF16 and masters != config.master_weights:
         raise CheckpointError(f"{checkpoint.folder} holds --master_weights {masters}: pass that")
-    if PRECISIONS[saved["precision"]].weights != PRECISIONS[config.precision].weights:
+    if before.weights is not config.numerics.weights:
         raise CheckpointError(
             f"{checkpoint.folder} holds weights and states of --precision {saved['precision']}: pass that"
         )
@@ -303,7 +309,7 @@ def restore(
             torch.set_rng_state(random_state)
         elif kind == model.device.type:
             torch.get_device_module(model.device).set_rng_state(random_state)
-    _leave_later_checkpoints(Path(str(config.output_dir)), state["step"])
+    _leave_later_checkpoints(config.output_dir, state["step"])
     return int(state["step"])
 
 

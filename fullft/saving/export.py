@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from fullft.config.config import Config
-from fullft.memory.machine import available_host_bytes
-from fullft.model.load import save_weights
+from fullft.hardware import available_host_bytes
 from fullft.saving.files import staged_folder, sync, sync_folder
 from fullft.saving.output_dir import WEIGHT_FILES, discard_earlier_run
+from fullft.saving.weights import save_weights
 
 _PROBE_TOKENS = 64
 _CONFIG = Path("config.json")
@@ -35,7 +35,7 @@ def export_model(
     Raises:
         OSError: the disk is full or cannot be written.
     """
-    output_dir = Path(str(config.output_dir))
+    output_dir = config.output_dir
     with staged_folder(output_dir / "export") as staging:
         save_weights(model, staging, is_hashed=False)
         tokenizer.save_pretrained(staging)
@@ -75,7 +75,7 @@ def _card(config: Config, results: dict[str, Any]) -> str:
             "---",
             *front,
             "---",
-            f"# {Path(str(config.output_dir)).name}",
+            f"# {config.output_dir.name}",
             "",
             f"{base}, fully fine-tuned: all {results['num_parameters']:,} parameters.",
             "",

@@ -1,6 +1,6 @@
-"""Writing so that a crash leaves the old or the new, and never half of either; tensors one at a time.
+"""Atomic writes: a crash leaves the old file or the new one, never half of either. Tensors are written one at a time.
 
-Owns single writes. Which files there are, and what becomes of them, is `output_dir.py`'s business.
+sha256 runs at 1.7 GB/s, so next to the writing it still costs a third of it on two cores: only manifests ask for it.
 """
 
 import errno
@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from fullft.storage.tiers import Array, aligned_bytes, host_pieces, set_direct
+from fullft.storage.disk import aligned_bytes, set_direct
+from fullft.storage.tiers import Array, host_pieces
 
 _BLOCK = 1 << 24  # bytes written and hashed at a time
 
@@ -33,7 +34,7 @@ def sync(path: Path) -> None:
 
 
 def temporary(target: Path) -> Path:
-    """Give the hidden name under which a file or folder is written."""
+    """Return the hidden name under which a file or folder is written."""
     return target.parent / f".{target.name}.tmp"
 
 
@@ -54,7 +55,7 @@ def write_text(file: Path, text: str) -> None:
 
 @contextmanager
 def staged_folder(target: Path) -> Iterator[Path]:
-    """Give a hidden folder to write into; it is gone afterwards, and with it whatever was not moved out.
+    """Yield a hidden folder to write into; afterwards it is deleted, with all that was not moved out.
 
     Args:
         target: what it is written for; not touched.
@@ -106,10 +107,10 @@ def write_tensors(
         file: to write.
         tensors: any shapes, on any device or on disk; memory may be shared between them.
         shapes: under the tensors' names, where they are not their own.
-        is_hashed: whether anybody wants the sha256, which takes as long as writing.
+        is_hashed: whether the sha256 is wanted, which takes as long as writing.
 
     Returns:
-        The sha256 of what was written, in hexadecimal digits; empty if nobody wants it.
+        The sha256 of the file, in hexadecimal digits; empty if it is not wanted.
 
     Raises:
         OSError: the disk is full or cannot be written.
@@ -131,13 +132,13 @@ def write_tensors(
     return digest.hexdigest() if is_hashed else ""
 
 
-def _write(file: Path, pieces: Iterable[torch.Tensor], look: Callable[[memoryview], None]) -> None:
-    """Write tensors' bytes one after the other; each block is written and looked at while the next one is gathered."""
+def _write(file: Path, pieces: Iterable[torch.Tensor], digest: Callable[[memoryview], None]) -> None:
+    """Write tensors' bytes in order; each block is written and hashed while the next one is gathered."""
     with file.open("wb", buffering=0) as content, ThreadPoolExecutor(2) as threads:
         under_way: list[Future[None]] = []
         for block in _blocks(pieces):
             _finish(under_way)  # its memory is filled next
-            under_way = [threads.submit(look, block), threads.submit(_write_block, content, block)]
+            under_way = [threads.submit(digest, block), threads.submit(_write_block, content, block)]
         _finish(under_way)
 
 
@@ -147,7 +148,7 @@ def _finish(futures: Iterable[Future[None]]) -> None:
 
 
 def _write_block(content: FileIO, block: memoryview) -> None:
-    """Write a block past the page cache; what that does not take, such as a part of a page, goes through it."""
+    """Write a block past the page cache, and the rest that direct I/O refuses, such as part of a page, through it."""
     set_direct(content, True)
     try:
         block = block[content.write(block) :]
@@ -160,7 +161,7 @@ def _write_block(content: FileIO, block: memoryview) -> None:
 
 
 def _blocks(pieces: Iterable[torch.Tensor]) -> Iterator[memoryview]:
-    """Gather bytes in blocks that start at a page; two of them share the memory, by turns."""
+    """Gather bytes in blocks that start at a page, in two buffers by turns."""
     block, other = (aligned_bytes(_BLOCK, torch.device("cpu")) for _ in range(2))
     filled = 0
     for piece in pieces:

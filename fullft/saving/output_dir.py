@@ -14,13 +14,13 @@ from pathlib import Path
 from torch import nn
 
 from fullft.config.config import Config
-from fullft.config.steps import Calendar
+from fullft.config.steps import Steps
 from fullft.errors import DiskError
-from fullft.memory.snapshot import SNAPSHOT
 from fullft.optim.build import estimate_state_bytes
 from fullft.saving.files import sync
 
-MANIFEST = "manifest.json"  # what makes a folder `checkpoint-<step>` ours: it lists the files that we wrote there
+MANIFEST = "manifest.json"  # it makes a folder `checkpoint-<step>` ours, and lists the files that we wrote there
+SNAPSHOT = "memory_snapshot.pickle"  # torch's own format, for https://pytorch.org/memory_viz
 
 _DIGITS = "[0-9]" * 5
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", f"model-{_DIGITS}-of-{_DIGITS}.safetensors")
@@ -149,14 +149,14 @@ class EarlierRun:
                 print(f"warning: the earlier run is still in {self.output_dir}, not put back: {error}")
 
 
-def prepare_output_dir(config: Config, calendar: Calendar, model: nn.Module) -> EarlierRun:
+def prepare_output_dir(config: Config, steps: Steps, model: nn.Module) -> EarlierRun:
     """Make the output folder; check that this run's files will fit; set an earlier run's files aside.
 
     Called when all else has been loaded, so that most mistakes show before anything moves.
 
     Args:
         config: `output_dir`, `resume_from_checkpoint` and the saving options count.
-        calendar: tells how many checkpoints there will be.
+        steps: says how many checkpoints there will be.
         model: its size, and the optimizer's with it.
 
     Returns:
@@ -165,11 +165,11 @@ def prepare_output_dir(config: Config, calendar: Calendar, model: nn.Module) -> 
     Raises:
         DiskError: the disk has less room than the run will need.
     """
-    output_dir = Path(str(config.output_dir))
+    output_dir = config.output_dir
     output_dir.mkdir(parents=True, exist_ok=True)
     recover(output_dir)
     shutil.rmtree(output_dir / _FAILED, ignore_errors=True)
-    _require_space(config, calendar, model)
+    _require_space(config, steps, model)
     if config.resume_from_checkpoint is None and (own := _own_files(output_dir)):
         _move(own, output_dir, output_dir / _MOVING)
         (output_dir / _MOVING).rename(output_dir / _REPLACED)
@@ -251,11 +251,11 @@ def _remove_emptied(root: Path, files: Iterable[Path]) -> None:
             folder.rmdir()
 
 
-def _require_space(config: Config, calendar: Calendar, model: nn.Module) -> None:
-    output_dir, resumes = Path(str(config.output_dir)), config.resume_from_checkpoint is not None
+def _require_space(config: Config, steps: Steps, model: nn.Module) -> None:
+    output_dir, resumes = config.output_dir, config.resume_from_checkpoint is not None
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    checkpoint = weights + estimate_state_bytes(config, model)
-    saved = calendar.num_checkpoints
+    checkpoint = weights + estimate_state_bytes(model, config.numerics)
+    saved = steps.num_checkpoints
     kept = saved if config.save_total_limit is None else min(saved, config.save_total_limit)
     # Beside those kept there is once the next one, which is written before an old one goes, or the final model.
     needed = kept * checkpoint + (checkpoint if saved > kept else weights)

@@ -1,9 +1,8 @@
 """Compilation: a decoder layer's forward and backward become graphs in which everything but its products is fused.
 
-Owns which runs gain by it, and what is compiled: the layers, whose one graph serves all that are alike. It must be
-applied after activation checkpointing, so that graphs recompute, and before layers are streamed.
-Only training uses it: evaluation and generation have too many shapes, and the worst step is watched operation by
-operation.
+One graph serves all layers that are alike. It must be applied after activation checkpointing, so that graphs recompute,
+and before layer streaming. Only training uses it: evaluation and generation have too many shapes, and the worst step is
+tracked operator by operator.
 """
 
 import functools
@@ -27,46 +26,46 @@ from fullft.config.config import Config
 from fullft.errors import OptionsError
 from fullft.model.parts import decoder_layers
 
-# It warns of operators in place under selective checkpointing; a graph has none left by then.
+# It warns of in-place operators under selective checkpointing, of which a graph has none.
 logging.getLogger("torch._higher_order_ops.wrap").addFilter(lambda record: "in-place ops" not in record.getMessage())
 
-# Operations of a run, from which on it gains more than the minute that it waits for the compiler: some ten minutes of
-# two cores, or of a large GPU.
+# A run of more operations gains more than the minute that it waits for the compiler: some ten minutes of two cores, or
+# of a large GPU.
 WORTH_IT = {"cpu": 2e14, "cuda": 1e17}
 
 
 def choose_compilation(config: Config, flops: float, device: torch.device) -> tuple[Config, str]:
-    """Decide what was left at auto: long runs of packed sequences, all of one length, are compiled.
+    """Decide whether to compile where that was left at auto: long runs of packed sequences, all of one length, gain.
 
     Sequences of many lengths would need a graph for any length, which gains next to nothing.
 
     Args:
-        config: `compile` and `packing` count.
-        flops: of the whole run, forward and backward.
+        config: `compile` and `packing` are read.
+        flops: operations of the whole run, forward and backward.
         device: that computes.
 
     Returns:
-        The options with `compile` at true or false, and a line for the user, empty where auto has chosen false.
+        The options with `compile` decided, and a line for the user, which is empty where auto has chosen false.
 
     Raises:
         OptionsError: it was asked for, and there is no compiler.
     """
     lack = _lack(device)
-    if config.compile == "true" and lack:
+    if config.compiles and lack:
         raise OptionsError(f"compile true needs {lack}: install it, or leave out --compile")
-    if config.compile != "auto":
+    if "compile" not in config.undecided:
         return config, ""
     gains = config.packing and flops >= WORTH_IT.get(device.type, math.inf)
     chosen = replace(config, compile="true" if gains and not lack else "false")
     if not gains:
         return chosen, ""
     if lack:
-        return chosen, f"Compile: nothing, for want of {lack}; with one this run would be some 10% shorter"
-    return chosen, "Compile: the decoder layers, within the first step; the run is long enough to gain by it"
+        return chosen, f"Not compiled: {lack} was not found (with one this run would be about 10% shorter)"
+    return chosen, "Compiled within the first step: the decoder layers, since the run is long enough to gain by it"
 
 
 def _lack(device: torch.device) -> str:
-    """Name what is missing to compile for a device; the compiler's own needs show when it runs."""
+    """Name what is missing to compile for a device. What the compiler itself needs shows when it runs."""
     compilers = (os.environ.get("CXX") or "g++", "clang++", "cl")
     if device.type == "cpu":
         return "" if any(map(shutil.which, compilers)) else "a C++ compiler such as g++"
@@ -74,20 +73,21 @@ def _lack(device: torch.device) -> str:
 
 
 def apply_compilation(model: PreTrainedModel, config: Config) -> None:
-    """Have the decoder layers compiled when they first compute with gradients.
+    """Compile the decoder layers when they first compute with gradients; without `config.compiles`, do nothing.
 
-    Losses and gradients are the same up to rounding: exactly as many numbers are added, but a fused one is not rounded
-    in between. A compiler that fails costs a warning: the layers then go on as they were.
+    Losses and gradients are the same up to rounding: a graph adds the same numbers, but rounds less in between. A
+    compiler that fails costs a warning, and the layers go on as they were.
 
     Args:
         model: changed in place.
-        config: `compile` is true, or nothing happens; packed sequences get a graph of their length, others one for all
-            lengths: which graph computes a step must not depend on where the run was resumed.
+        config: packed sequences get a graph of their length, others one for all lengths. `dynamic` is always given:
+            automatic dynamic shapes compile a second, different graph after the first other length, and which graph
+            computes a step must not depend on where the run was resumed.
 
     Raises:
         ModelError: the model's decoder layers cannot be found.
     """
-    if config.compile != "true":
+    if not config.compiles:
         return
     attempt = _Attempt(dynamic=not config.packing)
     for layer in decoder_layers(model):
@@ -95,14 +95,15 @@ def apply_compilation(model: PreTrainedModel, config: Config) -> None:
 
 
 class _Attempt:
-    """To compile all layers, or none if the first one fails."""
+    """Compiles all layers, or none if the first one fails."""
 
     def __init__(self, *, dynamic: bool) -> None:
         self._dynamic = dynamic
         self._has_failed = self._has_succeeded = False
 
     def compiled(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        # One graph or none: what is recomputed cannot be cut in two. Dropout draws what it draws without a compiler.
+        # One graph or none: a break within `torch.utils.checkpoint` leaves a half that is recomputed otherwise. With
+        # `fallback_random` dropout draws what it draws without a compiler.
         graph = torch.compile(forward, fullgraph=True, dynamic=self._dynamic, options={"fallback_random": True})
         is_left_out = False
 
@@ -114,7 +115,7 @@ class _Attempt:
             try:
                 outputs = graph(*args, **kwargs)
             except (TorchDynamoException, InductorError, FailOnRecompileLimitHit) as error:
-                # Layers that have run by their graphs keep them: backward may recompute them in the same step.
+                # Layers that have run as graphs keep them: backward may recompute them in the same step.
                 is_left_out, self._has_failed = True, not self._has_succeeded
                 cause = str(error).strip().split("\n")[0][:200]
                 tqdm.write(f"warning: the compiler failed ({cause}); training goes on without it")

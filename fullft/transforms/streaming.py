@@ -1,63 +1,50 @@
 """Layer streaming: a decoder layer's weights are on the device only while it computes; their home is elsewhere.
 
-Owns the homes, and bringing layers from there, the next one ahead of time. The optimizer updates weights at home.
-Backward recomputes a layer, and so asks for it again. It must be applied last: compiled layers come, too, before they
-compute.
+How it works: before a layer computes, its weights must have come, and those of the next layer are sent for. Backward
+recomputes each layer, and so asks for its weights again. The optimizer updates weights at home. Under non-reentrant
+checkpointing no saved tensor refers to weights between a layer's forward and its recomputation, so they may be dropped.
+
+It must be applied last, so that compiled layers, too, have their weights before they compute.
 """
 
 import functools
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from fullft.model.homes import drop_memory
 from fullft.model.parts import decoder_layers
-from fullft.storage.tiers import Array, DiskArray, Storage, Workers, aligned_bytes, fill, home_of, mark_computed, paged
+from fullft.storage.disk import DiskArray, paged
+from fullft.storage.tiers import Array, Storage, home_of, lives_elsewhere
+from fullft.storage.workers import mark_computed
 from fullft.transforms.activation_checkpointing import recompute
 
-
-def settle_layers(model: PreTrainedModel, tier: str, storage: Storage, with_values: bool = True) -> None:
-    """Give the weights of the decoder layers a home, and leave shapes without bytes in their place.
-
-    Args:
-        model: on any device.
-        tier: `host` or `disk`.
-        storage: makes the homes, of each weight's own dtype.
-        with_values: whether to move the weights there; else they are left to be filled.
-
-    Raises:
-        ModelError: the model's decoder layers cannot be found.
-        DiskError: the disk has no room for them.
-    """
-    for parameter in decoder_layers(model).parameters():
-        home = storage.zeros(tier, parameter.numel(), parameter.dtype)
-        if with_values:
-            fill(home, parameter.detach().cpu())
-        parameter.home = home  # type: ignore[attr-defined]
-        _leave(parameter, storage.device)
+_STREAMS: "WeakKeyDictionary[nn.Module, LayerStream]" = WeakKeyDictionary()
 
 
-def _leave(parameter: nn.Parameter, device: torch.device) -> None:
-    """Put a single number in the shape of the weight: everything that reads shapes goes on working."""
-    parameter.data = torch.zeros(1, dtype=parameter.dtype, device=device).expand(parameter.shape)
-
-
-def apply_layer_streaming(model: PreTrainedModel) -> None:
+def apply_layer_streaming(model: PreTrainedModel, storage: Storage) -> None:
     """Have each decoder layer fetch its weights before it computes; a model that is all on its device stays as it is.
 
     Args:
-        model: changed in place; `model.layer_stream` then holds the memory that layers take turns in.
+        model: changed in place; `stream_of` then returns the memory that layers take turns in.
+        storage: of the layers' homes.
     """
-    if not any(home_of(parameter) is not parameter for parameter in model.parameters()):
+    if not any(map(lives_elsewhere, model.parameters())):
         return
     layers = decoder_layers(model)
-    stream = LayerStream(list(layers), next(iter(model.get_input_embeddings().parameters())).device)
+    stream = _STREAMS[model] = LayerStream(list(layers), storage)
     for number, layer in enumerate(layers):
         layer.forward = recompute(_streamed(layer.forward, stream, number))
-    model.layer_stream = stream
+
+
+def stream_of(model: nn.Module) -> "LayerStream | None":
+    """Return the stream of a model's layers, or None if they are all on the device."""
+    return _STREAMS.get(model)
 
 
 def _streamed(forward: Callable[..., Any], stream: "LayerStream", number: int) -> Callable[..., Any]:
@@ -70,22 +57,25 @@ def _streamed(forward: Callable[..., Any], stream: "LayerStream", number: int) -
 
 
 class LayerStream:
-    """Memory for two layers: the one at work, and the next one on its way."""
+    """Memory for two layers: the one at work, and the next one on its way.
 
-    def __init__(self, layers: list[nn.Module], device: torch.device) -> None:
-        """Take the memory.
+    Args:
+        layers: in the order of the forward pass, with homes.
+        storage: of the homes.
 
-        Args:
-            layers: in the order of the forward pass, with homes.
-            device: that computes.
-        """
+    Attributes:
+        memory: two blocks of bytes on the device.
+    """
+
+    def __init__(self, layers: list[nn.Module], storage: Storage) -> None:
         self._layers = [list(layer.parameters()) for layer in layers]
-        self._device, self._workers = device, Workers(device)
+        self._device, self._workers = storage.device, storage.workers()
+        device = storage.device
         size = max(sum(_num_bytes(parameter) for parameter in layer) for layer in self._layers)
         on_cpu = device.type == "cpu"
         # Only what comes from disk needs memory on the host on its way to an accelerator.
         is_on_disk = any(isinstance(home_of(parameter), DiskArray) for parameter in self._layers[0])
-        self._hosts = [aligned_bytes(size if on_cpu or is_on_disk else 0, device) for _ in range(2)]
+        self._hosts = [storage.buffer(size if on_cpu or is_on_disk else 0) for _ in range(2)]
         self.memory = self._hosts
         if not on_cpu:
             self.memory = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
@@ -94,13 +84,13 @@ class LayerStream:
         self._at_work: int | None = None
 
     def enter(self, number: int) -> None:
-        """Have a layer's weights in place, and send for those of the layer that is probably next.
+        """Put a layer's weights in place, and send for those of the layer that is probably next.
 
-        The layer that was at work is done: in forward by order, and in backward because a layer's gradients are
+        The layer that was at work is done. In forward that follows from the order; in backward a layer's gradients are
         complete before its input's gradient reaches the layer below.
 
         Args:
-            number: of the layer.
+            number: the layer's.
         """
         previous, self._at_work = self._at_work, number
         if number not in self._present:
@@ -121,7 +111,7 @@ class LayerStream:
             self._send_for(following)
 
     def release(self) -> None:
-        """Let all layers go: what is here is old as soon as the optimizer has changed what is at home."""
+        """Drop all layers: their weights here are old once the optimizer has changed those at home."""
         self._at_work = None
         self._make_room(keep=None)
 
@@ -131,19 +121,19 @@ class LayerStream:
                 future.result()
             del self._present[number]
             for parameter in self._layers[number]:
-                _leave(parameter, self._device)
+                drop_memory(parameter, self._device)
 
     def _send_for(self, number: int) -> None:
         slot = next(slot for slot in range(len(self.memory)) if slot not in self._present.values())
         self._present[number] = slot
-        free = mark_computed(self._device)  # it may still be reading what this memory held before
+        free = mark_computed(self._device)  # the computation may still read what this memory held before
         self._coming[number] = [
             self._workers.submit(self._bring, home_of(parameter), slot, place, size, free)
             for parameter, (size, place) in zip(self._layers[number], self._places(number), strict=True)
         ]
 
     def _places(self, number: int) -> Iterator[tuple[int, int]]:
-        """Give the size and the place of each weight in a layer's memory, in bytes."""
+        """Yield the size and the place of each weight in a layer's memory, in bytes."""
         place = 0
         for parameter in self._layers[number]:
             yield _num_bytes(parameter), place

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from fullft.config.config import DEMO_FOLDER, Config, parse_config, to_yaml
+from fullft.config.config import Config, to_yaml
+from fullft.config.options import DEMO_FOLDER
+from fullft.config.parse import parse_config
 from fullft.config.options import build_parser, by_name, options_table
 from fullft.errors import OptionsError
 

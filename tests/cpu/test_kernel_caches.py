@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from fullft.config.config import parse_config
+from fullft.config.parse import parse_config
 from fullft.cpu.kernel_caches import KERNEL_CACHES, prepare_environment
 
 

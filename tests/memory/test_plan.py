@@ -15,7 +15,10 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from models import make_config, tiny_model
 from transformers import AutoConfig, PreTrainedConfig
 
-from fullft.config.config import DEMO_FOLDER, Config, parse_config, parse_size
+from fullft.config.config import Config
+from fullft.config.options import DEMO_FOLDER
+from fullft.config.parse import parse_config
+from fullft.config.sizes import parse_size
 from fullft.data.micro_batch import MicroBatch
 from fullft.errors import MemoryExhaustedError, ModelError, OptionsError
 from fullft.memory import plan as plan_module

@@ -10,8 +10,10 @@ from models import make_config, optimizer_of, tiny_model
 from torch import nn
 from transformers import Trainer, get_scheduler
 
-from fullft.config.config import Config, OptionsError, parse_config
-from fullft.config.options import by_name
+from fullft.config.config import Config
+from fullft.config.parse import parse_config
+from fullft.errors import OptionsError
+from fullft.config.declare import by_name
 from fullft.model.parts import PRECISIONS
 from fullft.optim.adamw import AdamW
 from fullft.optim.build import build_schedule, estimate_state_bytes, parameter_groups

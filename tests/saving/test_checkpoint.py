@@ -19,7 +19,8 @@ import fullft.saving.export
 import fullft.saving.files
 import fullft.saving.output_dir
 import train
-from fullft.config.config import parse_config, to_yaml
+from fullft.config.config import to_yaml
+from fullft.config.parse import parse_config
 from fullft.config.steps import Calendar
 from fullft.errors import CheckpointError, DiskError, NonFiniteError
 from fullft.optim.adamw import AdamW

@@ -16,7 +16,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import train
-from fullft.config.config import Config, parse_config
+from fullft.config.config import Config
+from fullft.config.parse import parse_config
 from fullft.config.steps import Calendar
 from fullft.errors import DiskError, OptionsError, report_errors
 from fullft.model.load import load_model

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig, PreT
 
 import train
 from fullft.attention.documents import apply_document_attention
-from fullft.config.config import parse_config
+from fullft.config.parse import parse_config
 from fullft.data.micro_batch import MicroBatch
 from fullft.errors import OptionsError
 from fullft.model.loss import SummedCrossEntropy

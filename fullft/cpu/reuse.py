@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch._guards import detect_fake_mode as active_fake_mode
 from transformers import PreTrainedModel
 
-from fullft.memory.proc import memory_field
+from fullft.cpu.proc import memory_field
+from fullft.tracing import is_tracing
 
 _LARGE = 1 << 25  # bytes: what glibc does not keep; its own largest, as more would fragment its heap
 _LARGE_AT_FIRST = 1 << 22  # the same until a micro-batch has passed; with less, much is cleared anew within that one
@@ -44,7 +44,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
         device: where it is to be.
     """
     size = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or size < _LARGE or active_fake_mode() is not None:
+    if device.type != "cpu" or size < _LARGE or is_tracing():
         return torch.empty(shape, dtype=dtype, device=device)
     memory = _take(size)
     lease = memory[:size]
@@ -68,7 +68,7 @@ def _take(size: int) -> "np.ndarray[Any, Any]":
     return memory[start : start + size]
 
 
-def apply_recycling(model: PreTrainedModel) -> None:
+def reuse_memory(model: PreTrainedModel) -> None:
     """Let a model's activations and gradients go where those of earlier micro-batches were.
 
     On a CPU this changes the whole process's allocator, for good.
@@ -80,7 +80,7 @@ def apply_recycling(model: PreTrainedModel) -> None:
         embeddings = model.get_input_embeddings()
         if (glibc := _glibc()) is not None:
             embeddings.register_forward_pre_hook(_Heap(glibc).before_micro_batch)  # the first module of a micro-batch
-        recycle_gradient(embeddings)
+        reuse_for_gradient(embeddings)
 
 
 def _glibc() -> ctypes.CDLL | None:
@@ -126,7 +126,7 @@ class _Heap:
             self._were_returned = True
 
 
-def recycle_gradient(embeddings: nn.Module) -> None:
+def reuse_for_gradient(embeddings: nn.Module) -> None:
     """Let the gradient of a table of embeddings, which is as large and nearly all zeros, take recycled memory.
 
     Args:

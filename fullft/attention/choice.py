@@ -1,0 +1,54 @@
+"""The choice of how a model attends: document by document with our operator, or as transformers has it."""
+
+from transformers import PreTrainedModel
+
+from fullft.attention.documents import NAME
+from fullft.model.probing import DOCUMENT, TWO_DOCUMENTS, agrees_layer_by_layer, probing, tolerance_of, trace
+
+
+def choose_attention(model: PreTrainedModel, packing: bool) -> None:
+    """Let a model on a CPU attend document by document, if that gives the same as its own attention.
+
+    Args:
+        model: loaded; changed in place.
+        packing: whether sequences hold several documents.
+    """
+    documents = (DOCUMENT + DOCUMENT[::-1], TWO_DOCUMENTS) if packing else (DOCUMENT, None)
+    if not attend_by_document(model):
+        return
+    try:
+        with probing(model):
+            attend_as_before(model)
+            own = trace(model, *documents)
+            attend_by_document(model)
+            agrees = agrees_layer_by_layer(model, own, tolerance_of(model), *documents)
+    except Exception:  # a family may pass on what ours cannot take; one without positions is refused later
+        agrees = False
+    if not agrees:
+        attend_as_before(model)
+
+
+def attend_by_document(model: PreTrainedModel) -> bool:
+    """Let a model attend document by document, as told by positions that restart at 0.
+
+    Args:
+        model: changed in place, if it attends by torch's kernel on a CPU.
+
+    Returns:
+        Whether it was changed.
+    """
+    is_sdpa, is_on_cpu = model.config._attn_implementation == "sdpa", model.device.type == "cpu"
+    if not (is_sdpa and is_on_cpu and model._supports_attention_backend):
+        return False
+    model.set_attn_implementation(NAME)
+    return True
+
+
+def attend_as_before(model: PreTrainedModel) -> None:
+    """Undo `attend_by_document`.
+
+    Args:
+        model: changed in place.
+    """
+    if model.config._attn_implementation == NAME:
+        model.set_attn_implementation("sdpa")

@@ -1,0 +1,161 @@
+"""Checks of the options against each other and against the disk, before anything is loaded. They change nothing."""
+
+import importlib.util
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fullft.config.config import DEFAULT_ACCUMULATION, output_dir_of
+from fullft.config.options import NEWEST, Options
+from fullft.config.placement import UNDECIDED, Placement
+from fullft.config.sizes import parse_size
+
+
+def find_problems(options: Options, given: Mapping[str, Any]) -> list[str]:
+    """Check options against each other and against the disk, before anything is loaded.
+
+    Args:
+        options: as read, not yet resolved.
+        given: the options that the user set.
+
+    Returns:
+        One message per problem, each with its remedy; empty when the run can start.
+    """
+    problems = [] if options.plan else _output_dir_problems(options)  # a plan writes nothing
+    problems += _package_problems(options)
+    problems += _offload_problems(options)
+    if options.device_memory is not None:
+        try:
+            parse_size(options.device_memory)
+        except ValueError as error:
+            problems.append(f"device_memory: {error}")
+    if options.max_steps == 0:
+        problems.append("max_steps 0 trains nothing: give a number above 0, or -1 to use num_train_epochs")
+    if options.warmup_steps > 1 and options.warmup_steps != int(options.warmup_steps):
+        problems.append(f"warmup_steps {options.warmup_steps:g} is neither whole nor below 1")
+    batch, accumulation = options.per_device_train_batch_size, given.get("gradient_accumulation_steps")
+    if options.global_batch_size is not None:
+        if options.global_batch_size % batch:
+            problems.append(
+                f"global_batch_size {options.global_batch_size} is not a multiple of per_device_train_batch_size "
+                f"{batch}: change one of the two"
+            )
+        elif accumulation is not None and accumulation * batch != options.global_batch_size:
+            problems.append(
+                f"global_batch_size {options.global_batch_size} is not {batch} x {accumulation}: "
+                "leave out gradient_accumulation_steps, or correct one of the two"
+            )
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
+        problems.append("this version trains on one device: start it with `python`, not with torchrun")
+    return problems
+
+
+def find_idle_flags(options: Options, flags: Mapping[str, Any]) -> list[str]:
+    """Name flags that would do nothing, unless the strategy was chosen too: then nothing was forgotten.
+
+    In a file they may stay: a run's own config.yaml holds every option.
+    """
+    return [
+        f"--{flag} does nothing with {strategy} {getattr(options, strategy)}: add --{strategy} steps"
+        for flag, strategy in (("eval_steps", "eval_strategy"), ("save_steps", "save_strategy"))
+        if flag in flags and strategy not in flags and getattr(options, strategy) != "steps"
+    ] + [
+        f"--{flag} does nothing without --plan: add it"
+        for flag in ("json", "gpus", "gpu_hour_price")
+        if flags.get(flag) and not options.plan
+    ]
+
+
+def _offload_problems(options: Options) -> Iterator[str]:
+    try:
+        placement = Placement.parse(options.offload)
+    except ValueError as error:
+        yield f"offload: {error}"
+        return
+    if placement.gradients == "released":
+        size, accumulation = options.global_batch_size, options.gradient_accumulation_steps or DEFAULT_ACCUMULATION
+        if accumulation > 1 if size is None else size > options.per_device_train_batch_size:
+            yield (
+                "offload: gradients=released steps within every backward, so nothing accumulates: add "
+                "--gradient_accumulation_steps 1, or keep them with gradients=host"
+            )
+        if options.max_grad_norm > 0:
+            yield (
+                "offload: gradients=released has stepped before the global norm is known: add --max_grad_norm 0, or "
+                "keep them with gradients=host"
+            )
+    if placement.optimizer != "device" and options.optim == "paged_adamw_8bit":
+        yield f"offload: {options.optim} pages its states itself: leave out optimizer={placement.optimizer}"
+    if placement.streams_layers and options.activation_checkpointing not in (UNDECIDED, "full"):
+        yield (
+            f"offload: parameters={placement.parameters} drops each layer's weights after use, so that backward must "
+            "recompute it: add --activation_checkpointing full"
+        )
+
+
+def _package_problems(options: Options) -> list[str]:
+    """Name packages that an option needs and that are not installed, without importing any."""
+    needed = {name: f"report_to {options.report_to}" for name in options.report_to.split(",") if name != "none"}
+    return [f"{option} needs {name}: pip install {name}" for name, option in needed.items() if not _is_installed(name)]
+
+
+def _is_installed(package: str) -> bool:
+    specification = importlib.util.find_spec(package)
+    # A folder that merely has the name, such as the wandb/ that wandb leaves behind, has no origin.
+    return specification is not None and specification.origin is not None
+
+
+def _output_dir_problems(options: Options) -> list[str]:
+    output_dir = output_dir_of(options)
+    existing = next(folder for folder in (output_dir, *output_dir.absolute().parents) if os.path.lexists(folder))
+    if not existing.is_dir():
+        return [f"output_dir {output_dir}: {existing} is not a folder: choose another --output_dir"]
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return [f"output_dir {output_dir}: {existing} may not be written: choose another --output_dir"]
+    return (
+        _source_problems(options, output_dir.resolve())
+        or _resume_problems(options, output_dir)
+        or _content_problems(options, output_dir)
+    )
+
+
+def _source_problems(options: Options, output_dir: Path) -> list[str]:
+    """Protect what is read: the model must not be replaced or deleted, and the run's files must not become rows."""
+    if options.model is not None and os.path.isdir(options.model):
+        model = Path(options.model).resolve()
+        if model == output_dir:
+            return [f"output_dir {output_dir} is the model's own folder: choose another --output_dir"]
+        if model.parent == output_dir and re.fullmatch(r"checkpoint-\d+", model.name):
+            return [
+                f"the model {model} is a checkpoint in output_dir, which may be deleted: choose another --output_dir"
+            ]
+    if options.dataset is not None and os.path.isdir(os.path.expanduser(options.dataset)):
+        dataset = Path(options.dataset).expanduser().resolve()
+        if dataset == output_dir or dataset in output_dir.parents:
+            return [f"output_dir {output_dir} lies in the dataset's folder: its files would be read as rows next time"]
+    return []
+
+
+def _resume_problems(options: Options, output_dir: Path) -> list[str]:
+    checkpoint = options.resume_from_checkpoint
+    if checkpoint in (None, NEWEST) or Path(str(checkpoint)).resolve().parent == output_dir.resolve():
+        return []
+    # A checkpoint from elsewhere would continue in the middle of another run's files.
+    if not _has_content(output_dir):
+        return []
+    return [f"output_dir {output_dir} is not empty: a checkpoint from elsewhere needs an --output_dir of its own"]
+
+
+def _content_problems(options: Options, output_dir: Path) -> list[str]:
+    if options.resume_from_checkpoint is not None or options.overwrite_output_dir or not _has_content(output_dir):
+        return []
+    return [
+        f"output_dir {output_dir} is not empty: --resume_from_checkpoint continues its run, "
+        "--overwrite_output_dir replaces it, --output_dir chooses another folder"
+    ]
+
+
+def _has_content(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())

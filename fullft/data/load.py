@@ -1,0 +1,106 @@
+"""The data of a run: rows are read, tokenised, split and batched."""
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from fullft.config.config import Config
+from fullft.data.batches import Batches
+from fullft.data.describe import describe_data
+from fullft.data.formats import find_format
+from fullft.data.micro_batch import MicroBatch
+from fullft.data.sources import load_rows
+from fullft.data.tokenise import tokenise
+from fullft.errors import DataError
+
+
+@dataclass(frozen=True)
+class Data:
+    """The rows of a run, split and batched.
+
+    Attributes:
+        train: the training batches.
+        evaluation: the held-out batches, or None without any.
+        largest_token_id: over all rows.
+        fingerprint: changes when the tokenised rows do.
+        description: lines for the user that say what was found.
+    """
+
+    train: Batches
+    evaluation: Batches | None
+    largest_token_id: int
+    fingerprint: str
+    description: str
+
+    def largest(self, accumulation: int) -> tuple[list[MicroBatch], MicroBatch | None]:
+        """Make the micro-batches that take most memory: for training, at most two, and for evaluation.
+
+        Args:
+            accumulation: micro-batches of one step. The second one finds gradients already there; more change nothing.
+        """
+        held_out = self.evaluation.largest() if self.evaluation is not None else None
+        return [self.train.largest()] * min(2, accumulation), held_out
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document, held-out ones included: as many positions as the model needs."""
+        return max(max(batches.lengths) for batches in (self.train, self.evaluation) if batches is not None)
+
+
+def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
+    """Load, tokenise, split and batch the rows.
+
+    Args:
+        config: the options of the group "model and data", the seed and the batch sizes are read.
+        tokenizer: fast, with an EOS token.
+
+    Raises:
+        DataError: the data cannot be read, fits no format, or leaves nothing to train on.
+    """
+    rows = load_rows(config)
+    row_format = find_format(rows.column_names, config.dataset)
+    tokenised = tokenise(rows, row_format, tokenizer, config)
+    if len(tokenised) == 0:
+        raise DataError(
+            f"{config.dataset}: none of the {len(rows)} rows has a token to learn: responses are empty, or "
+            f"--max_length {config.max_length} cuts them off"
+        )
+    train_rows, held_out = _split(tokenised, len(rows), config)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return Data(
+        train=Batches(train_rows, config, pad),
+        evaluation=Batches(held_out, config, pad) if len(held_out) else None,
+        largest_token_id=max(tokenised["largest_token_id"][:]),
+        fingerprint=_fingerprint(tokenised),
+        description=describe_data(rows, tokenised, held_out, row_format, tokenizer, config),
+    )
+
+
+def _split(tokenised: Dataset, num_rows: int, config: Config) -> tuple[Dataset, Dataset]:
+    """Hold out the last ceil(val_size x rows) of a seeded shuffle of the rows."""
+    units = np.asarray(tokenised["row"][:])
+    if num_rows == 1:
+        # One document: its pieces take the place of rows, or there would be nothing left to train on.
+        units, num_rows = np.arange(len(tokenised)), len(tokenised)
+    count = math.ceil(round(config.val_size * num_rows, 9))  # rounded first: 0.07 x 100 is 7.000000000000001
+    # The order of `Dataset.shuffle(seed)`.
+    held_out = np.isin(units, np.random.default_rng(config.seed).permutation(num_rows)[num_rows - count :])
+    if held_out.all():
+        raise DataError(f"{config.dataset} has too few rows to hold any out: --val_size 0 trains on all of them")
+    return tokenised.select(np.flatnonzero(~held_out)), tokenised.select(np.flatnonzero(held_out))
+
+
+def _fingerprint(tokenised: Dataset) -> str:
+    """Hash what is trained on: the same rows in another file, or read again, are the same rows."""
+    digest = hashlib.sha256()
+    for batch in tokenised.with_format("arrow").iter(batch_size=1000):
+        for name in ("row", "num_tokens"):
+            digest.update(batch[name].to_numpy().tobytes())
+        for name in ("input_ids", "labels"):
+            for chunk in batch[name].chunks:
+                digest.update(chunk.flatten().to_numpy().tobytes())
+    return digest.hexdigest()[:32]

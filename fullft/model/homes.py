@@ -1,0 +1,34 @@
+"""Homes: where the weights of streamed decoder layers live between uses."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from fullft.model.parts import decoder_layers
+from fullft.storage.tiers import Storage, fill, set_home
+
+
+def move_layers_home(model: PreTrainedModel, tier: str, storage: Storage, with_values: bool = True) -> None:
+    """Give the weights of the decoder layers a home, and leave shapes without bytes in their place.
+
+    Args:
+        model: on any device.
+        tier: `host` or `disk`.
+        storage: makes the homes, each of its weight's dtype.
+        with_values: whether to move the weights there; else the homes are left to be filled.
+
+    Raises:
+        ModelError: the model's decoder layers cannot be found.
+        DiskError: the disk has no room for them.
+    """
+    for parameter in decoder_layers(model).parameters():
+        home = storage.zeros(tier, parameter.numel(), parameter.dtype)
+        if with_values:
+            fill(home, parameter.detach().cpu())
+        set_home(parameter, home)
+        drop_memory(parameter, storage.device)
+
+
+def drop_memory(parameter: nn.Parameter, device: torch.device) -> None:
+    """Put a single number in the shape of the weight: everything that reads shapes goes on working."""
+    parameter.data = torch.zeros(1, dtype=parameter.dtype, device=device).expand(parameter.shape)

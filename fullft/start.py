@@ -1,0 +1,40 @@
+"""What must happen before torch is imported: options, the libraries' environment, error messages, `--plan`.
+
+The imports take some 5 s. `--help` and mistakes answer before them, and libraries read their environment during them.
+"""
+
+import gc
+import sys
+
+from fullft.config.config import Config
+from fullft.config.parse import parse_config
+from fullft.cpu.kernel_caches import limit_kernel_caches
+from fullft.errors import report_uncaught_errors
+from fullft.run.environment import prepare_hub
+
+
+def start() -> Config:
+    """Read the command line, and prepare the process. `--help` and `--plan` end here.
+
+    Returns:
+        Checked and resolved options.
+
+    Raises:
+        SystemExit: a plan or the help was asked for, and has been shown.
+        OptionsError: naming every mistake in the options.
+    """
+    report_uncaught_errors(debug=False)
+    config = parse_config()
+    report_uncaught_errors(debug=config.debug)
+    prepare_hub(config)
+    limit_kernel_caches()
+    gc.disable()  # collections during the imports would find nothing, and take a quarter of their time
+    if config.plan:
+        from fullft.memory.screen import show_plan
+
+        show_plan(config)
+        sys.exit()
+    import fullft.memory.run  # noqa: F401 (which imports nearly all that train.py does)
+
+    gc.enable()
+    return config

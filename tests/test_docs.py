@@ -63,7 +63,7 @@ def sentences(markdown: str) -> list[str]:
             blocks.append(item[2])
         else:
             blocks[-1] += f" {line.strip()}"
-    ends = re.compile(r"(?<=[.!?])[)\"*_]*\s+(?=[A-Z0-9`\"'(\[*])")
+    ends = re.compile(r"(?<=[.!?])[)\"*_]*\s+")
     text = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", block).strip() for block in blocks]
     code = [re.sub(r"`[^`]*`", "`code`", block) for block in text]
     return [each for block in code for each in ends.split(block) if len(each.split()) > 1]

@@ -5,6 +5,7 @@ import statistics
 import subprocess
 import sys
 import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
@@ -94,6 +95,15 @@ def the_loop() -> str:
     return shown
 
 
+def between_markers(page: str) -> str:
+    return page.split("<!-- options:begin -->")[1].split("<!-- options:end -->")[0].strip()
+
+
+def unnamed(names: Iterable[str], text: str) -> list[str]:
+    """List the files and folders that a text does not name; a longer name does not count for a shorter one."""
+    return [name for name in names if not re.search(rf"(?<![\w/]){re.escape(name)}", text)]
+
+
 # ---------------------------------------------------------------------------------------------- short and plain
 
 
@@ -165,21 +175,28 @@ def test_changed_loop_is_noticed() -> None:
 
 def test_options_table_is_the_generated_one() -> None:
     page = (DOCS / "reference" / "options.md").read_text(encoding="utf-8")
-    shown = page.split("<!-- options:begin -->")[1].split("<!-- options:end -->")[0]
     command = [sys.executable, "-m", "fullft.config.config"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert shown.strip() == printed.strip()
+    assert between_markers(page) == printed.strip()
     assert "`--model`" in printed
+
+
+def test_options_table_ends_at_its_markers() -> None:
+    assert between_markers("a\n<!-- options:begin -->\n\nb\n\n<!-- options:end -->\nc") == "b"
 
 
 def test_readme_names_every_folder() -> None:
     layout = README.split("## Layout")[1]
-    folders = [path.name for path in (ROOT / "fullft").iterdir() if path.is_dir() and not path.name.startswith("_")]
-    files = [path.name for path in (ROOT / "fullft").glob("*.py") if path.name != "__init__.py"]
-    assert [name for name in [*(f"{folder}/" for folder in folders), *files] if name not in layout] == []
+    paths = [path for path in (ROOT / "fullft").iterdir() if not path.name.startswith(("_", "."))]
+    names = [f"{path.name}/" if path.is_dir() else path.name for path in paths if path.is_dir() or path.suffix == ".py"]
+    assert unnamed(names, layout) == []
 
 
 def test_layout_page_names_every_module() -> None:
     layout = (DOCS / "internals" / "layout.md").read_text(encoding="utf-8")
     modules = {path.name for path in (ROOT / "fullft").rglob("*.py") if path.name != "__init__.py"}
-    assert {name for name in modules if f"`{name}`" not in layout} == set()
+    assert unnamed(sorted(modules), layout) == []
+
+
+def test_unnamed_modules_are_found() -> None:
+    assert unnamed(["loss.py", "head.py", "data/"], "`my_loss.py`, `head.py`, docs/data/") == ["loss.py", "data/"]

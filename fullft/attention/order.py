@@ -118,11 +118,10 @@ class Order:
 
     Attributes:
         spans: what the vectors are of, in their order.
-        bounds: positions before each span, and behind the last; those of padding count.
+        bounds: how many positions, padding included, are before each span, and in all.
     """
 
     def __init__(self, spans: Sequence[Span]) -> None:
-        """Take the spans, which hold every token once, and padding behind the last one of a document."""
         self.spans = spans
         self.bounds = [0, *accumulate(len(span.documents) * span.size for span in spans)]
         # All layers of a micro-batch ask for the same indices: some bytes per vector of one layer, until the next one.
@@ -151,7 +150,7 @@ class Order:
         return Gathered(rows, vectors.shape, key_heads, self)
 
     def indices(self, heads: int, of_row: int, of_head: int, of_position: int) -> NDArray[np.int32]:
-        """Say where in memory the vectors lie that come one after the other in this order.
+        """Return where in memory the vectors lie, in this order.
 
         Args:
             heads: of the vectors.
@@ -173,7 +172,7 @@ class Order:
         return self._known[key]
 
     def padding(self, heads: int) -> NDArray[np.int64]:
-        """Say where in this order there is no token's vector, but a copy of the last one's.
+        """Return where in this order there is padding, a copy of the last token's vector.
 
         Args:
             heads: of the vectors.
@@ -189,7 +188,7 @@ class Order:
         return self._known[key]
 
     def places(self, heads: int, length: int) -> NDArray[np.int32]:
-        """Say where in this order the vectors lie that come one after the other in [batch, sequence, heads]."""
+        """Return where in this order the vectors lie, in the order of [batch, sequence, heads]."""
         key = (heads, length)
         if key not in self._known:
             indices = self.indices(heads, length * heads, 1, heads)

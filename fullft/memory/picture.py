@@ -1,6 +1,6 @@
 """The picture of a step's memory: a stacked area over its timeline, one colour per component.
 
-Owns `memory.png`. It draws a profile that the tracker has made and measures nothing itself.
+It draws a profile of the tracker's, and measures nothing itself.
 """
 
 from itertools import groupby
@@ -84,7 +84,7 @@ def _shown(profile: Profile) -> list[str]:
 
 
 def _scale(profile: Profile) -> tuple[int, str]:
-    """Give bytes per unit and the unit's name: GiB, or MiB for models so small that GiB would read 0.0."""
+    """Return bytes per unit and the unit's name: GiB, or MiB for models so small that GiB would read 0.0."""
     return (_GIB, "GiB") if profile.totals[profile.peak] >= _GIB // 8 else (2**20, "MiB")
 
 

@@ -73,7 +73,12 @@ class Span(NamedTuple):
 
 
 class Layout:
-    """Where the vectors of a micro-batch lie.
+    """Where the vectors of a micro-batch lie: documents are grouped, and cut into blocks.
+
+    Args:
+        documents: the lengths of those in each sequence.
+        most_queries: positions of a document in a block, at most.
+        most_together: tokens of a group of several documents, at most.
 
     Attributes:
         by_group: the order of vectors by groups of documents.
@@ -82,13 +87,6 @@ class Layout:
     """
 
     def __init__(self, documents: Documents, most_queries: int, most_together: int) -> None:
-        """Group documents, and cut them into blocks.
-
-        Args:
-            documents: of all sequences.
-            most_queries: of a document in a block.
-            most_together: tokens of a group of several documents.
-        """
         groups = list(_groups(documents, most_together))
         blocks = [block for group in groups for block in _blocks(group, most_queries)]
         self.by_group = Order(groups)

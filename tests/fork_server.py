@@ -140,7 +140,6 @@ def main() -> None:
     sys.path[0] = str(ROOT)
     import datasets  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
-    import torch._subclasses.fake_tensor
     import transformers.models.gpt2.modeling_gpt2  # noqa: F401
 
     import train  # noqa: F401

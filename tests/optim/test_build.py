@@ -11,9 +11,9 @@ from torch import nn
 from transformers import Trainer, get_scheduler
 
 from fullft.config.config import Config
+from fullft.config.declare import by_name
 from fullft.config.parse import parse_config
 from fullft.errors import OptionsError
-from fullft.config.declare import by_name
 from fullft.model.parts import PRECISIONS
 from fullft.optim.adamw import AdamW
 from fullft.optim.build import build_schedule, estimate_state_bytes, parameter_groups

@@ -108,3 +108,11 @@ def test_the_written_config_reads_back_identically(words: str) -> None:
     # What was asked of one run only is not in it.
     lasting = dataclasses.replace(config, overwrite_output_dir=False, resume_from_checkpoint=None)
     assert parse_config(["--config", write_yaml(to_yaml(config), "config.yaml")]) == lasting
+
+
+def test_the_written_config_drops_one_shot_options() -> None:
+    config = parse_config(["--overwrite_output_dir", "--resume_from_checkpoint", "--allow_changes", "--debug"])
+    Path("config.yaml").write_text(to_yaml(config))
+    again = parse_config(["--config", "config.yaml"])
+    assert not again.allow_changes and not again.debug and not again.overwrite_output_dir
+    assert again.resume_from_checkpoint is None and again.learning_rate == config.learning_rate

@@ -12,6 +12,7 @@ import fullft.model.load
 from fullft.model.load import load_model
 from fullft.storage.tiers import Array, Storage, home_of, host_pieces
 
+
 def loaded(folder: Path, offload: str = "none", **options: object) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
     """Load, and return the model and copies of all tensors, including the remainders of split ones."""
     config = make_config(offload=offload, activation_checkpointing="full", **options)

@@ -13,7 +13,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from fork_server import ROOT, Forked, ForkServer
+from fork_server import ROOT, ForkServer
+from models import tiny_model
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fullft.config.options import DEMO_FOLDER
@@ -31,6 +32,15 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 def tokenizer() -> PreTrainedTokenizerBase:
     """The demo's byte-level tokenizer: 1024 tokens, with a chat template, bos = eos = pad."""
     return AutoTokenizer.from_pretrained(DEMO_FOLDER / "model")
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """A tiny Llama and the demo's tokenizer, as `--model` takes them; not to be changed."""
+    folder = tmp_path_factory.mktemp("models") / "good"
+    tiny_model("llama", torch.float32).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -72,16 +82,6 @@ def run(tmp_path: Path, fork_server: ForkServer) -> Run:
         return fork_server.run(*words, cwd=tmp_path, environment=_environment(environment))
 
     return run_forked
-
-
-@pytest.fixture
-def start(tmp_path: Path, fork_server: ForkServer) -> Callable[..., Forked]:
-    """Start `train.py` with the given words in an empty folder, without waiting for its end."""
-
-    def start_forked(*words: str, **environment: str) -> Forked:
-        return Forked(fork_server, list(words), tmp_path, _environment(environment))
-
-    return start_forked
 
 
 @pytest.fixture

@@ -20,8 +20,13 @@ from typing import IO, Any
 ROOT = Path(__file__).parent.parent
 
 
+def run_code(code: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a process started anew; it takes no time as long as nothing slow is imported."""
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
 class Forked:
-    """A program in a forked process, with the methods of `subprocess.Popen` that the tests use.
+    """A program in a forked process, with the methods of `subprocess.Popen` that are needed.
 
     Args:
         server: forked it.
@@ -43,10 +48,6 @@ class Forked:
             self.returncode = self._server.ask({"pid": self.pid})
         return self.returncode
 
-    def send_signal(self, number: int) -> None:
-        """Send a signal."""
-        os.kill(self.pid, number)
-
     def communicate(self, timeout: float) -> tuple[str, str]:
         """Wait for the end, and return what was written to stdout and stderr.
 
@@ -59,7 +60,7 @@ class Forked:
         deadline = time.monotonic() + timeout
         while self.poll() is None:
             if time.monotonic() > deadline:
-                self.send_signal(signal.SIGKILL)
+                os.kill(self.pid, signal.SIGKILL)
                 raise TimeoutError(f"{self.args} took more than {timeout} s")
             time.sleep(0.005)
         stdout, stderr = (Path(output.name).read_text() for output in self._outputs)
@@ -137,7 +138,7 @@ def main() -> None:
     requests, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     for number in (0, 1):
         os.dup2(os.open(os.devnull, os.O_RDWR), number)
-    sys.path[0] = str(ROOT)
+    sys.path[:1] = [str(ROOT), str(ROOT / "tests")]
     import datasets  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
     import transformers.models.gpt2.modeling_gpt2  # noqa: F401

@@ -15,10 +15,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from fullft import errors
 from fullft.config.options import DEMO_FOLDER
+from fullft.cpu import sums
 from fullft.optim import adamw, gradients
-from fullft.storage import tiers as offload
+from fullft.storage import tiers
 
 ROOT = Path(__file__).parent.parent
 SMALL_CHUNK = 4096  # a whole number of pages of every dtype
@@ -34,12 +34,6 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture(autouse=True)
-def general_advice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put back what a run in this process leaves to be said when memory runs out."""
-    monkeypatch.setattr(errors, "out_of_memory_advice", errors._general_advice)
-
-
-@pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Put back the one thread, for a test that took another number of them."""
     yield
@@ -49,11 +43,12 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> int:
     """Make chunks so small that tiny models have several per tensor, and the norm's tiles smaller still."""
-    for module in (adamw, gradients, offload):
+    for module in (adamw, gradients, tiers):
         monkeypatch.setattr(module, "CHUNK", SMALL_CHUNK)
     monkeypatch.setattr(adamw, "CPU_TILE", SMALL_CHUNK // 4)
-    monkeypatch.setattr(gradients, "NORM_TILE", SMALL_CHUNK // 4)
-    monkeypatch.setattr(gradients, "NORM_ROW", SMALL_CHUNK // 32)
+    for module in (gradients, sums):
+        monkeypatch.setattr(module, "TILE", SMALL_CHUNK // 4)
+    monkeypatch.setattr(sums, "ROW", SMALL_CHUNK // 32)
     return SMALL_CHUNK
 
 

@@ -7,6 +7,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PhiConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -74,6 +75,14 @@ def tiny_model(
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return model.train()
+
+
+def bf16_model(family: str) -> PreTrainedModel:
+    """Make a model; Mixtral's experts are one tensor in memory and many in files."""
+    if family != "mixtral":
+        return tiny_model(family, torch.bfloat16, tied=family == "qwen2")
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(MixtralConfig(**SHAPE, num_local_experts=4), dtype=torch.bfloat16)
 
 
 def summed_loss(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:

@@ -34,8 +34,6 @@ def tokenizer() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(DEMO_FOLDER / "model")
 
 
-<<<<<<< HEAD
-=======
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> Path:
     """A tiny Llama and the demo's tokenizer, as `--model` takes them; not to be changed."""
@@ -45,7 +43,6 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrained
     return folder
 
 
->>>>>>> tests-a
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Put back the one thread, for a test that took another number of them."""

@@ -142,7 +142,8 @@ def test_rehearsed_chunks_stand_for_all(
     optim: str, offload: str, small_chunks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As many bytes, by far fewer operators. The batch is small, so that the step takes most memory."""
-    config, model_config, batch = make_config(optim=optim, offload=offload), deep("llama"), Batch(1, 4)
+    config, model_config, batch = make_config(optim=optim, offload=offload), deep("llama", 2), Batch(1, 4)
+    model_config.vocab_size = 700  # five chunks and a half: more than are on their way at once
     planned = plan_step(config, model_config, batch)
 
     class Performance:

@@ -10,9 +10,8 @@ import pytest
 import torch
 from courses import content, odd_model, steps
 from models import make_config, optimizer_of
+from small_runs import contents, train_small
 
-import train
-from fullft.config.parse import parse_config
 from fullft.errors import DiskError, report_errors
 from fullft.optim.rehearsal import Rehearsal
 from fullft.run.log import Log
@@ -67,19 +66,6 @@ def test_truncated_disk_file_raises_an_error(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- a run
 
 
-SMALL = {
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 1,
-    "val_size": 0,
-    "max_length": 64,
-    "precision": "bf16-true",
-    "save_strategy": "steps",
-    "save_steps": 2,
-    "logging_steps": 1,
-    "output_dir": "out",
-}
-
-
 @pytest.fixture
 def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
@@ -94,12 +80,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train_small(**options: Any) -> None:
-    train.main(parse_config([f"--{name}={value}" for name, value in (SMALL | options).items()]))
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+@pytest.fixture(scope="module")
+def resumed(finished: Path) -> Path:
+    """The same run, resumed on the device up to checkpoint-4."""
+    folder = finished.parent / "resumed"
+    shutil.copytree(finished, folder)
+    train_small(**RESUMED, offload="none", output_dir=folder)
+    return folder
 
 
 RESUMED = {"resume_from_checkpoint": "newest", "allow_changes": True, "max_steps": 4}
@@ -130,12 +117,13 @@ def test_failing_disk_is_exit_6_and_keeps_checkpoints(
     placement: str,
     error: int,
     finished: Path,
+    resumed: Path,
     in_empty_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     shutil.copytree(finished, "out")
-    before = files_of(Path("out/checkpoint-2"))
+    before = contents(Path("out/checkpoint-2"))
     with monkeypatch.context() as patch:
         failing_writes(error, 3, patch)
         with pytest.raises(SystemExit) as end, report_errors(debug=False):
@@ -143,21 +131,19 @@ def test_failing_disk_is_exit_6_and_keeps_checkpoints(
     assert end.value.code == 6
     cause, remedy = capfd.readouterr().err.splitlines()[-2:]
     assert cause.startswith("error: cannot read or write") and "--resume_from_checkpoint" in remedy
-    assert files_of(Path("out/checkpoint-2")) == before and verify(Path("out/checkpoint-2")).state["step"] == 2
+    assert contents(Path("out/checkpoint-2")) == before and verify(Path("out/checkpoint-2")).state["step"] == 2
     assert not Path("out/checkpoint-4").exists() and not list(Path("out").glob(".*"))
     # The run continues from there, and ends where a resident run does.
     train_small(**RESUMED, offload=placement)
-    shutil.copytree(finished, "resident")
-    train_small(**RESUMED, offload="none", output_dir="resident")
     for file in ("model.safetensors", "optimizer.safetensors"):
-        assert Path("out/checkpoint-4", file).read_bytes() == Path("resident/checkpoint-4", file).read_bytes()
+        assert Path("out/checkpoint-4", file).read_bytes() == (resumed / "checkpoint-4" / file).read_bytes()
 
 
 def test_full_disk_is_exit_6_before_anything_is_written(
     finished: Path, in_empty_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(finished, "out")
-    before = files_of(Path("out"))
+    before = contents(Path("out"))
 
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -168,4 +154,4 @@ def test_full_disk_is_exit_6_before_anything_is_written(
     assert end.value.code == 6
     last = capfd.readouterr().err.splitlines()[-1]
     assert "there is no room for" in last and "No space left on device" in last and "--output_dir" in last
-    assert files_of(Path("out")) == before
+    assert contents(Path("out")) == before

@@ -17,7 +17,10 @@ from fullft.storage.tiers import Storage
 EVERYWHERE = ["none", "optimizer=host", "optimizer=disk", "gradients=disk", "optimizer=disk,gradients=host"]
 
 
-@pytest.mark.parametrize("masters", ["split", "stochastic", "none"])
+MASTERS = ["split", "stochastic", "none"]
+
+
+@pytest.mark.parametrize("masters", MASTERS)
 def test_resumed_run_equals_the_uninterrupted_one_bitwise(
     masters: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -39,7 +42,9 @@ def test_resumed_run_equals_the_uninterrupted_one_bitwise(
         optimizer = optimizer_of(model, config)
         steps(model, optimizer, config, 1, 2)
         folder = save_checkpoint(config, Steps(config, 9), 2, model, tokenizer, optimizer, "rows")
-        for continued in EVERYWHERE:
+        for other, continued in enumerate(EVERYWHERE):
+            if (number + other) % len(MASTERS) != MASTERS.index(masters):
+                continue  # each pair of placements with one kind of masters
             config = config_of(continued, f"begun-{number}")
             storage = Storage(torch.device("cpu"), tmp_path)
             model = load_model(config, str(folder), storage)

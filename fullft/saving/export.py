@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from fullft.attention.choice import attention_of
 from fullft.config.config import Config
 from fullft.hardware import available_host_bytes
 from fullft.saving.files import staged_folder, sync, sync_folder
@@ -109,7 +110,7 @@ def check_export(config: Config, model: PreTrainedModel, token_ids: list[int]) -
         reloaded = AutoModelForCausalLM.from_pretrained(
             config.output_dir,
             dtype=model.dtype,
-            attn_implementation=model.config._attn_implementation,
+            attn_implementation=attention_of(model),
             trust_remote_code=config.trust_remote_code,
         ).to(model.device)
         with torch.no_grad():

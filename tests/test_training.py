@@ -40,7 +40,7 @@ def rows(tmp_path: Path) -> Path:
 
 
 def train_demo(output_dir: Path, rows: Path, **options: Any) -> list[dict[str, Any]]:
-    """Train the demo's GPT-2 (dropout 0.1) on the rows, and give back the log."""
+    """Train the demo's GPT-2 (with dropout) on the rows, and give back the log."""
     options = {
         "dataset": rows,
         "output_dir": output_dir,

@@ -354,7 +354,7 @@ def test_a_thousand_empty_rows_in_front_do_no_harm(tmp_path: Path, tokenizer: Pr
     assert pairs(data) == [expected_pair("p ", "r", tokenizer)]
 
 
-@pytest.mark.parametrize("max_length", [7, 16, 1000])
+@pytest.mark.parametrize("max_length", [8, 16, 1000])
 def test_text_is_split_into_consecutive_pieces_with_eos_behind_the_last(
     max_length: int, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:

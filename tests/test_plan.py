@@ -492,7 +492,7 @@ def test_a_small_model_is_shown_in_a_small_unit(in_empty_folder: Path, capsys: p
     shown = capsys.readouterr().out
     assert "MiB = 2^20 bytes, MB = 10^6" in " ".join(shown.split()) and "GiB" not in shown
     (parameters,) = [line for line in shown.splitlines() if line.startswith("parameters")]
-    assert "3.78 MiB" in parameters
+    assert "3.02 MiB" in parameters
 
 
 def test_amounts_are_written_in_one_unit() -> None:

@@ -42,7 +42,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train_demo(output_dir: Path, rows: Path, is_small: bool = True, **options: Any) -> list[dict[str, Any]]:
-    """Train the demo's GPT-2 (dropout 0.1), or its miniature, on the rows, and return the log."""
+    """Train the demo's GPT-2 (with dropout), or its miniature, on the rows, and return the log."""
     options = {
         "dataset": rows,
         "output_dir": output_dir,

@@ -32,6 +32,8 @@ sys.path[:0] = [str(ROOT)]
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
+from fullft.cpu.recycling import apply_recycling
+from fullft.memory.proc import memory_field
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -48,11 +50,9 @@ from fullft.attention.documents import apply_document_attention
 from fullft.config.config import Config, resolve
 from fullft.config.placement import parse_offload
 from fullft.cpu.kernel_caches import KERNEL_CACHES
-from fullft.cpu.recycling import apply_recycling
 from fullft.data.batches import MicroBatch
 from fullft.memory import worst_step as step
 from fullft.memory.plan import Batch, plan_step
-from fullft.memory.proc import memory_field
 from fullft.memory.tracker import COMPONENTS, MemoryTracker
 from fullft.memory.worst_step import take_worst_step
 from fullft.model.configs import bundled_config

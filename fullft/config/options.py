@@ -9,6 +9,7 @@ from pathlib import Path
 from fullft.config.declare import option, options_table
 
 DEMO_FOLDER = Path(__file__).parent.parent / "demo"
+DEMO_ROWS = str(DEMO_FOLDER / "instructions.jsonl")
 DEFAULT_DATASET, DEFAULT_DATASET_SPLIT = "tatsu-lab/alpaca", "train[:1000]"
 COLUMNS = ("instruction", "input", "output", "prompt", "completion", "messages", "conversations", "text")
 NEWEST = "newest"  # what a bare --resume_from_checkpoint means

@@ -64,7 +64,7 @@ def _plan_step_once(config: Config, model_config: PreTrainedConfig, batch: Batch
 
 @contextmanager
 def miniature() -> Iterator[None]:
-    """Let runs of the demo in the body take a smaller model, leave pictures empty, and generate short samples.
+    """Make runs of the demo in the body take a smaller model, leave pictures empty, and generate short samples.
 
     What they plan is traced once per process.
     """

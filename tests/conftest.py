@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before any library reads them.
@@ -13,7 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from fork_server import ROOT, ForkServer
+from fork_server import ROOT, ForkServer, Run
 from models import tiny_model
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -24,8 +24,6 @@ from fullft.storage import tiers
 
 SMALL_CHUNK = 4096  # a whole number of pages of every dtype
 torch.set_num_threads(1)  # so small models compute no faster on two, and far slower where others want the same cores
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="session")

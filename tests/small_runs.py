@@ -1,5 +1,6 @@
 """Whole runs in miniature, in this process: the demo with a smaller model, and without pictures."""
 
+import copy
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,13 +11,17 @@ from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
+from transformers import PreTrainedConfig
 
+import fullft.memory.choose
 import fullft.model.load
 import fullft.model.source
 import fullft.run.evaluation
 import train
+from fullft.config.config import Config
 from fullft.config.options import DEMO_FOLDER
 from fullft.config.parse import parse_config
+from fullft.memory.plan import Batch, plan_step
 from fullft.saving.output_dir import list_checkpoints
 
 SMALL = {
@@ -45,13 +50,29 @@ def _smaller_demo() -> Path:
     return folder
 
 
+_PLANNED: dict[tuple[object, ...], dict[str, Any]] = {}
+
+
+def _plan_step_once(config: Config, model_config: PreTrainedConfig, batch: Batch) -> dict[str, Any]:
+    """Predict as `plan_step` does, but trace equal steps once; tracing is most of a small run's time."""
+    words = (config.numerics, config.recomputation, config.placement, config.packing, config.accumulates)
+    key = (*words, config.max_grad_norm, model_config.to_json_string(use_diff=False), batch)
+    if key not in _PLANNED:
+        _PLANNED[key] = plan_step(config, model_config, batch)
+    return copy.deepcopy(_PLANNED[key])
+
+
 @contextmanager
 def miniature() -> Iterator[None]:
-    """Let runs of the demo in the body take a smaller model, leave pictures empty, and generate short samples."""
+    """Make runs of the demo in the body take a smaller model, leave pictures empty, and generate short samples.
+
+    What they plan is traced once per process.
+    """
     with pytest.MonkeyPatch.context() as patch:
         for module in (fullft.model.source, fullft.model.load):
             patch.setattr(module, "DEMO_MODEL", _smaller_demo())
         patch.setattr(Figure, "savefig", lambda _, file, **__: Path(file).touch())
+        patch.setattr(fullft.memory.choose, "plan_step", _plan_step_once)
         patch.setattr(fullft.run.evaluation, "_MAX_NEW_TOKENS", 2)
         yield
 

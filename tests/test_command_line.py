@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Run
-from fork_server import run_code
+from fork_server import Run, run_code
 from safetensors.torch import load_file
 from small_runs import EXPLODES, OUT, SMALL, contents, train_small, words_of
 
@@ -153,12 +152,12 @@ def test_a_run_that_starts_replaces_own_files_only() -> None:
     assert [json.loads(line)["step"] for line in (OUT / "log.jsonl").read_text().splitlines()] == [1]
 
 
-def test_missing_wandb_is_reported_before_anything_goes(run: Run, tmp_path: Path) -> None:
+def test_missing_wandb_is_reported_before_anything_goes(run_cold: Run, tmp_path: Path) -> None:
     if importlib.util.find_spec("wandb") is not None:
         pytest.skip("wandb is installed")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "log.jsonl").write_text("{}")
-    done = run("--report_to", "wandb", "--output_dir", "out", "--overwrite_output_dir")
+    done = run_cold("--report_to", "wandb", "--output_dir", "out", "--overwrite_output_dir")
     assert (done.returncode, done.stderr) == (2, "error: report_to wandb needs wandb: pip install wandb\n")
     assert (tmp_path / "out" / "log.jsonl").read_text() == "{}"
 

@@ -5,8 +5,11 @@ import torch
 from fork_server import run_code
 
 from fullft.errors import (
+    MemoryExhaustedError,
     ModelError,
     as_user_error,
+    general_advice,
+    out_of_memory_advice,
     report_errors,
 )
 
@@ -47,6 +50,26 @@ def test_every_exception_becomes_code_and_message(
     assert end.value.code == code
     assert message.startswith("error: ") and len(message.splitlines()) <= 2
     assert all(part in message for part in parts), message
+
+
+def test_advice_of_its_own_holds_within_its_body() -> None:
+    asked: list[str] = []
+
+    def advice(text: str) -> str:
+        asked.append(text)
+        return text
+
+    with out_of_memory_advice(lambda: advice("outer")):
+        with pytest.raises(MemoryExhaustedError, match="out of memory: MemoryError\ninner"):
+            with out_of_memory_advice(lambda: advice("inner")):
+                raise MemoryError
+        with pytest.raises(MemoryExhaustedError, match="\nouter"), out_of_memory_advice(lambda: advice("outer")):
+            raise RuntimeError("CUDA error: out of memory")
+        assert "outer" in str(as_user_error(MemoryError()))
+        with pytest.raises(ValueError, match="why"), out_of_memory_advice(lambda: advice("unasked")):
+            raise ValueError("why")  # nothing else is changed
+    assert asked == ["inner", "outer", "outer"]
+    assert general_advice() in str(as_user_error(MemoryError()))
 
 
 def test_memory_that_torch_cannot_get_is_exit_8() -> None:

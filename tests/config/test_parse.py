@@ -121,7 +121,7 @@ def test_a_flag_is_read_as_its_value(words: str, name: str, value: object) -> No
         ("--model x --save_steps 5", "--save_steps does nothing with save_strategy epoch"),
     ],
 )
-def test_a_wrong_flag_is_answered_with_the_cause(words: str, message: str) -> None:
+def test_a_wrong_flag_is_refused_with_cause(words: str, message: str) -> None:
     (line,) = problems_of(*words.split())
     assert message in line
 

@@ -66,7 +66,7 @@ def test_a_yaml_line_is_read_as_its_value(text: str, name: str, value: object) -
         ("model: caf\xe9".encode("latin-1"), "--config run.yaml is not UTF-8 text (byte 10)"),
     ],
 )
-def test_a_wrong_yaml_file_is_answered_with_the_cause(text: str | bytes, message: str) -> None:
+def test_a_wrong_yaml_file_is_refused_with_cause(text: str | bytes, message: str) -> None:
     (line,) = problems_of("--config", write_yaml(text))
     assert message in line
 

@@ -16,7 +16,7 @@ from fullft.data.micro_batch import MicroBatch
 
 
 def sequences_of(micro_batch: MicroBatch) -> list[list[int]]:
-    """Give the token ids without padding: every row ends with the one EOS that is learned."""
+    """Return the token ids without padding: every row ends with the one EOS that is learned."""
     ends = [int((labels != IGNORED).nonzero().max()) + 1 for labels in micro_batch.labels]
     return [ids[:end].tolist() for ids, end in zip(micro_batch.inputs["input_ids"], ends, strict=True)]
 
@@ -56,7 +56,7 @@ def test_each_epoch_has_every_row_in_another_order(
     assert epochs[0] != epochs[1] and epochs[0] != everything
 
 
-def test_the_micro_batch_size_does_not_change_a_step(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_micro_batch_size_changes_no_step(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     shapes = [(1, 8), (2, 4), (8, 1)]
     loaded = [
         load(tmp_path, numbered(30), tokenizer, per_device_train_batch_size=batch, gradient_accumulation_steps=count)

@@ -26,7 +26,7 @@ def test_a_dataset_without_any_target_is_an_error(tmp_path: Path, tokenizer: Pre
 
 
 def numbers(batches: Batches | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Give the rows' numbers, from their texts."""
+    """Return the rows' numbers, from their texts."""
     assert batches is not None
     return [int(tokenizer.decode(ids[:-1]).removeprefix("n ")) for ids in batches.rows["input_ids"]]
 

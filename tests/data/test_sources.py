@@ -111,7 +111,7 @@ def test_a_folder_is_its_visible_files_in_order(tmp_path: Path) -> None:
     assert load(tmp_path) == ROWS[:3]
 
 
-def test_each_txt_file_of_a_folder_is_a_row(tmp_path: Path) -> None:
+def test_txt_files_of_a_folder_are_single_rows(tmp_path: Path) -> None:
     for name in "ab":
         write(tmp_path / f"{name}.txt", f"{name}\n{name}\n")
     assert load(tmp_path) == [{"text": "a\na\n"}, {"text": "b\nb\n"}]
@@ -130,7 +130,7 @@ def test_a_folder_without_data_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("late", [{"input": "i"}, {"input": "i", "topic": "t"}])
 @pytest.mark.parametrize("early", [{}, {"input": None}], ids=["missing", "null"])
-def test_a_key_first_seen_after_10_mib_is_read(early: dict[str, Any], late: dict[str, Any], tmp_path: Path) -> None:
+def test_a_key_first_seen_late_is_read(early: dict[str, Any], late: dict[str, Any], tmp_path: Path) -> None:
     line = json.dumps({"instruction": "q", "output": "x" * 100_000, **early}) + "\n"
     last = {"instruction": "q", "output": "a", **late}
     rows = load(write(tmp_path / "a.jsonl", line * 120 + json.dumps(last)))
@@ -254,7 +254,7 @@ def test_half_a_surrogate_pair_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.txt"])
-def test_bytes_that_are_no_utf_8_name_their_line(name: str, tmp_path: Path) -> None:
+def test_undecodable_bytes_name_their_line(name: str, tmp_path: Path) -> None:
     path = write(tmp_path / name, "text\né\n".encode("latin-1"))
     assert message(path).startswith(f"{path}, line 2: not UTF-8 text")
 

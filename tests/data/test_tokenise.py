@@ -148,7 +148,7 @@ def test_chatml_turns_are_learned_and_eos_is_added(tmp_path: Path, tokenizer: Pr
     assert pairs(load(tmp_path, rows, tokenizer)) == [([*ids, EOS], [*labels, EOS])]
 
 
-def test_a_turn_that_ends_with_eos_gets_no_other(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_turn_ending_with_eos_gets_no_other(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     chat = adding(tokenizer, "<|im_start|> $A <|endoftext|>")  # templates write special tokens themselves
     chat.eos_token = "<|im_end|>"
     rows = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}]
@@ -253,7 +253,7 @@ def test_a_value_of_wrong_type_names_its_line(split: str, tmp_path: Path, tokeni
     assert str(caught.value) == f"{tmp_path / 'rows.jsonl'}, line 4: output is int, expected text"
 
 
-def test_a_null_in_a_renamed_column_names_its_line(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_null_in_renamed_columns_names_its_line(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     rows = [{"q": "x", "a": "y"}, {"q": "z", "a": None}]
     with pytest.raises(DataError, match=r"rows.jsonl, line 2: output is missing"):
         load(tmp_path, rows, tokenizer, columns={"instruction": "q", "output": "a"})

@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import Run
+from fork_server import Run
 from small_runs import OUT, SMALL, train_small, words_of
 
 from fullft.errors import (

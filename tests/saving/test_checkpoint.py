@@ -57,7 +57,7 @@ def test_checkpoints_of_others_are_left_alone(earlier: dict[str, bytes]) -> None
     assert verify(OUT / "checkpoint-4").state["step"] == 4
     with pytest.raises(CheckpointError, match="no checkpoint of this program"):
         verify(OUT / "checkpoint-9")
-    # The name was taken by a file that is not ours: it is beside now.
+    # The name was taken by a file that is not ours: it has another name now.
     theirs[OUT / "checkpoint-4.old" / "model.safetensors"] = theirs.pop(OUT / "checkpoint-4" / "model.safetensors")
     assert all(file.read_text() == name for file, name in theirs.items())
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from models import SHAPE, VOCABULARY, make_config, tiny_model
+from small_runs import train_small
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
@@ -18,9 +19,7 @@ from torch._inductor import config as inductor
 from torch._inductor.utils import fresh_cache
 from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig, PreTrainedModel
 
-import train
 from fullft.attention.choice import attend_by_document
-from fullft.config.parse import parse_config
 from fullft.data.micro_batch import MicroBatch
 from fullft.errors import OptionsError
 from fullft.model.loss import LossSum
@@ -239,8 +238,8 @@ def test_compile_true_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPa
 def test_resumed_compiled_run_equals_the_uninterrupted_one(option: str, tmp_path: Path) -> None:
     def run(folder: Path, *words: str) -> list[float]:
         torch._dynamo.reset()  # as another process begins
-        words = (*words, f"--output_dir={folder}", "--logging_steps=1", "--max_steps=4", "--save_strategy=steps")
-        train.main(parse_config([*words, "--save_steps=2", "--compile", "--packing", "--max_length=64", f"--{option}"]))
+        words = (*words, "--compile", "--packing", f"--{option}")
+        train_small(words, output_dir=folder, max_steps=4, gradient_accumulation_steps=2, val_size=0.05)
         log = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
         return [record["loss"] for record in log if "loss" in record]
 

@@ -6,7 +6,7 @@ PARALLEL := --numprocesses auto --maxprocesses 4
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check format bench real parity clean
+.PHONY: help train test check format docs bench real parity clean
 
 help: ## show this
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -14,10 +14,10 @@ help: ## show this
 train: .venv/ready ## train: the built-in demo, or ARGS="--model mistralai/Mistral-7B-v0.1"
 	$(BIN)/python train.py $(ARGS)
 
-test: .venv/ready ## run the tests (CPU, no network)
-	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+test: .venv/ready ## run the fast tests (CPU, no network)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(ARGS)
 
-check: .venv/ready ## what CI runs: lint, format, types, tests
+check: .venv/ready ## what CI runs: lint, format, types, all tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -26,6 +26,9 @@ check: .venv/ready ## what CI runs: lint, format, types, tests
 format: .venv/ready ## put the code in its standard form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: .venv/docs ## build the documents into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: .venv/bench ## how fast, beside the usual listing, Trainer and TRL: ARGS="--dataset alpaca.json"
 	$(BIN)/python benchmarks/throughput.py $(ARGS)
@@ -37,11 +40,15 @@ parity: .venv/bench ## compare losses and weights with Hugging Face Trainer, ste
 	$(BIN)/python benchmarks/parity.py $(ARGS)
 
 clean: ## remove the environment and what the benchmarks made
-	rm -rf .venv benchmarks/work
+	rm -rf .venv site benchmarks/work
 
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+.venv/docs: .venv/ready
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
 	touch $@
 
 .venv/bench: .venv/ready

@@ -36,12 +36,12 @@ EXPLODES = {"learning_rate": 1e30, "warmup_steps": 0, "max_steps": 3}  # the los
 
 @cache
 def _smaller_demo() -> Path:
-    """Make a folder like the demo's model, dropout included, with fewer layers, heads and channels."""
+    """Make a folder like the demo's model, dropout included, just large enough for moments in 8 bits."""
     folder = Path(mkdtemp(prefix="fullft-demo-"))
     for file in (DEMO_FOLDER / "model").iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"n_layer": 2, "n_embd": 32, "n_head": 2}))
+    (folder / "config.json").write_text(json.dumps(config | {"n_layer": 2, "n_embd": 64, "n_head": 2}))
     return folder
 
 

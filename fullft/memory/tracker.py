@@ -66,8 +66,8 @@ class Profile:
         moments: [events], where each allocation or release fell.
         totals: [events] live bytes after it.
         curves: per component, [events] its live bytes after it.
-        modules_at_peak: (module, bytes) of what was alive at the peak, the largest first.
-        host_bytes: the most that was kept in host memory beside the device.
+        modules_at_peak: (module, live bytes) at the peak, the largest first.
+        host_bytes: the most that was kept in host memory besides.
         disk_bytes: what is kept on disk.
     """
 

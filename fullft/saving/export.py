@@ -1,6 +1,6 @@
 """The final model: written to the root of `output_dir` as `save_pretrained` lays it out, with a card, and reloaded.
 
-Owns what a user takes away from a run. Checkpoints are `checkpoint.py`'s business.
+This is what a user takes away from a run.
 """
 
 import os
@@ -28,7 +28,7 @@ def export_model(
     """Write weights, configs, tokenizer and card; each file appears whole or not at all.
 
     Args:
-        config: `output_dir`, and what the card tells.
+        config: `output_dir`, and what the card says.
         model: saved in the dtype that it was trained in.
         tokenizer: saved with its chat template.
         results: what the run achieved, for the card.
@@ -95,7 +95,7 @@ def check_export(config: Config, model: PreTrainedModel, token_ids: list[int]) -
     """Reload the written model as a user would, and compare its logits with the trained one's.
 
     Args:
-        config: `output_dir` and `trust_remote_code` count.
+        config: `output_dir` and `trust_remote_code` are read.
         model: the trained model; the optimizer's states should be gone by now, to make room.
         token_ids: any text.
 

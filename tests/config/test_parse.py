@@ -112,7 +112,7 @@ def test_a_flag_is_read_as_its_value(words: str, name: str, value: object) -> No
         # combinations
         ("--max_steps 0", "max_steps 0 trains nothing"),
         ("--warmup_steps 2.5", "warmup_steps 2.5 is neither whole nor below 1"),
-        ("--global_batch_size 6", "global_batch_size 6 is not a multiple of per_device_train_batch_size 4"),
+        ("--global_batch_size 6", "global_batch_size 6 is not a multiple of per_device_train_batch_size 8"),
         (
             "--global_batch_size 8 --per_device_train_batch_size 2 --gradient_accumulation_steps 3",
             "global_batch_size 8 is not 2 x 3: leave out gradient_accumulation_steps, or correct one of the two",

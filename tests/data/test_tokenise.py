@@ -194,7 +194,7 @@ def test_a_thousand_empty_first_rows_do_no_harm(tmp_path: Path, tokenizer: PreTr
     assert pairs(data) == [expected_pair("p ", "r", tokenizer)]
 
 
-@pytest.mark.parametrize("max_length", [7, 16, 1000])
+@pytest.mark.parametrize("max_length", [8, 16, 1000])
 def test_text_is_split_into_pieces_ending_with_eos(
     max_length: int, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:

@@ -124,7 +124,7 @@ def test_small_models_are_shown_in_mib(in_empty_folder: Path, capsys: pytest.Cap
     shown = capsys.readouterr().out
     assert "MiB = 2^20 bytes, MB = 10^6" in " ".join(shown.split()) and "GiB" not in shown
     (parameters,) = [line for line in shown.splitlines() if line.startswith("parameters")]
-    assert "3.78 MiB" in parameters
+    assert "3.02 MiB" in parameters
 
 
 def test_gpu_hours_state_what_they_include(in_empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

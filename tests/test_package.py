@@ -1,0 +1,52 @@
+"""The package: a wheel that runs train.py as the command `fullft`, with all files that it needs, each once."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (file,) = folder.glob("*.whl")
+    return zipfile.ZipFile(file)
+
+
+def test_wheel_ships_train_py_once(wheel: zipfile.ZipFile) -> None:
+    shipped = [name for name in wheel.namelist() if Path(name).name == "train.py"]
+    assert shipped == ["fullft/train.py"]
+    assert wheel.read("fullft/train.py") == (ROOT / "train.py").read_bytes()
+
+
+def test_wheel_ships_every_file_of_the_package(wheel: zipfile.ZipFile) -> None:
+    tracked = subprocess.run(["git", "ls-files", "fullft"], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert set(tracked.stdout.split()) <= set(wheel.namelist())
+    assert {"fullft/py.typed", "fullft/demo/demo.yaml", "fullft/demo/model/tokenizer.json"} <= set(wheel.namelist())
+
+
+def test_wheel_declares_the_command(wheel: zipfile.ZipFile) -> None:
+    (entries,) = [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
+    assert "fullft = fullft.__main__:main" in wheel.read(entries).decode()
+
+
+@pytest.mark.parametrize(("words", "code", "shown"), [(["--help"], 0, "--model"), (["--modell", "x"], 2, "--model")])
+def test_wheel_runs_outside_the_checkout(
+    wheel: zipfile.ZipFile, tmp_path: Path, words: list[str], code: int, shown: str
+) -> None:
+    wheel.extractall(tmp_path / "installed")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
+    where = "import fullft; print(fullft.__file__)"
+    found = subprocess.run([sys.executable, "-c", where], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert found.stdout.startswith(str(tmp_path))  # the wheel's package, not the checkout's
+    done = subprocess.run(
+        [sys.executable, "-m", "fullft", *words], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == code
+    assert shown in done.stdout + done.stderr

@@ -83,11 +83,11 @@ def distance(found: list[torch.Tensor], expected: list[torch.Tensor]) -> tuple[f
 @pytest.mark.parametrize(
     ("family", "checkpointing", "dropout"),
     [
-        ("gemma2", "every_2", 0.0),
+        pytest.param("gemma2", "every_2", 0.0, marks=pytest.mark.slow),
         ("granite", "selective", 0.0),
-        ("cohere", "full", 0.0),
+        pytest.param("cohere", "full", 0.0, marks=pytest.mark.slow),
         ("gpt2", "full", 0.1),
-        ("gpt2", "none", 0.1),  # which is selective in a graph
+        pytest.param("gpt2", "none", 0.1, marks=pytest.mark.slow),  # which is selective in a graph
     ],
 )
 def test_compiled_fp32_layers_differ_by_rounding_alone(family: str, checkpointing: str, dropout: float) -> None:
@@ -234,7 +234,14 @@ def test_compile_true_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPa
         choose_compilation(replace(config, compile="true"), 0, CPU)
 
 
-@pytest.mark.parametrize("option", ["activation_checkpointing=none", "activation_checkpointing=full", STREAMED])
+@pytest.mark.parametrize(
+    "option",
+    [
+        "activation_checkpointing=none",
+        pytest.param("activation_checkpointing=full", marks=pytest.mark.slow),
+        pytest.param(STREAMED, marks=pytest.mark.slow),
+    ],
+)
 def test_resumed_compiled_run_equals_the_uninterrupted_one(option: str, tmp_path: Path) -> None:
     def run(folder: Path, *words: str) -> list[float]:
         torch._dynamo.reset()  # as another process begins

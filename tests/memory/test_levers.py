@@ -13,7 +13,12 @@ from fullft.memory.plan import Batch, plan_step
 
 
 @pytest.mark.parametrize(
-    "options", [{"per_device_train_batch_size": 4}, {"precision": "fp32", "activation_checkpointing": "every_2"}]
+    "options",
+    [
+        {"per_device_train_batch_size": 4},
+        pytest.param({"precision": "fp32", "activation_checkpointing": "every_2"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_levers_save_the_bytes_that_they_state(options: dict[str, object]) -> None:
     """A plan with the lever's own flags has the bytes that it states."""

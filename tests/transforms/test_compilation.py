@@ -84,7 +84,7 @@ def distance(found: list[torch.Tensor], expected: list[torch.Tensor]) -> tuple[f
     ("family", "checkpointing", "dropout"),
     [
         pytest.param("gemma2", "every_2", 0.0, marks=pytest.mark.slow),
-        ("granite", "selective", 0.0),
+        pytest.param("granite", "selective", 0.0, marks=pytest.mark.slow),
         pytest.param("cohere", "full", 0.0, marks=pytest.mark.slow),
         ("gpt2", "full", 0.1),
         pytest.param("gpt2", "none", 0.1, marks=pytest.mark.slow),  # which is selective in a graph

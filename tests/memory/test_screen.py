@@ -95,6 +95,7 @@ def test_plan_shows_whether_layers_are_compiled(
     in_empty_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(screen, "pick_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(screen, "find_levers", lambda *_: [])  # each takes a plan
     monkeypatch.setattr("fullft.transforms.compilation._lack", lambda device: "")
     words = ["--plan", "--packing", "--activation_checkpointing", "full"]
     config = parse_config(words)
@@ -127,23 +128,29 @@ def test_small_models_are_shown_in_mib(in_empty_folder: Path, capsys: pytest.Cap
     assert "3.02 MiB" in parameters
 
 
-def test_gpu_hours_state_what_they_include(in_empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gpu_hours_state_what_they_include() -> None:
     for mode, told in (("none", "of peak: A100"), ("full", "of peak, with recomputation: A100")):
-        words = ["--model", "gpt2", "--device_memory", "24GiB", "--activation_checkpointing", mode, "--plan"]
-        screen.show_plan(parse_config(words))
-        assert told in capsys.readouterr().out
+        config = make_config(model="gpt2", activation_checkpointing=mode)
+        assert told in screen._time(config, Plans(find_config(config)), BATCH)
 
 
-def test_screen_fits_45_lines_of_100_columns(in_empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """45 lines of 100 columns, for a model that fits nowhere and for one that has every lever."""
-    for words in (
-        ["--model", MISTRAL, "--device_memory", "24GiB", "--gpu_hour_price", "2.5"],
+@pytest.mark.parametrize(
+    "words",
+    [
         ["--model", "gpt2", "--per_device_train_batch_size", "4", "--device_memory", "24GiB", "--gpus", "16"],
-    ):
-        screen.show_plan(parse_config([*words, "--plan"]))
-        lines = capsys.readouterr().out.splitlines()
-        assert len(lines) <= 45 and max(map(len, lines)) <= 100, max(lines, key=len)
-        text = "\n".join(lines)
-        assert ("of peak, offloading aside: A100" in text) == (MISTRAL in words)
-        for part in ("GiB = 2^30", "LoRA", "stage 3", "24GiB card", "141 GB card", "A100", *words[1:2]):
-            assert part in text
+        pytest.param(
+            ["--model", MISTRAL, "--device_memory", "24GiB", "--gpu_hour_price", "2.5"], marks=pytest.mark.slow
+        ),
+    ],
+    ids=["every lever", "fits nowhere"],
+)
+def test_screen_fits_45_lines_of_100_columns(
+    words: list[str], in_empty_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    screen.show_plan(parse_config([*words, "--plan"]))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 45 and max(map(len, lines)) <= 100, max(lines, key=len)
+    text = "\n".join(lines)
+    assert ("of peak, offloading aside: A100" in text) == (MISTRAL in words)
+    for part in ("GiB = 2^30", "LoRA", "stage 3", "24GiB card", "141 GB card", "A100", *words[1:2]):
+        assert part in text

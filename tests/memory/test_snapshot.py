@@ -31,7 +31,7 @@ def test_recording_waits_until_the_earlier_one_is_aside(pretended_cuda: torch.de
     assert earlier.read_text() == "recorded"
 
 
-def test_recording_of_a_failing_step_is_named_at_once(pretended_cuda: torch.device, tmp_path: Path) -> None:
+def test_recording_of_a_failure_is_named_at_once(pretended_cuda: torch.device, tmp_path: Path) -> None:
     with pytest.raises(MemoryError), snapshot.recording(pretended_cuda, tmp_path / "new"):
         raise MemoryError
     assert [file.name for file in (tmp_path / "new").iterdir()] == [snapshot.SNAPSHOT]

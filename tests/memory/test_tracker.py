@@ -111,8 +111,7 @@ SIZES = {
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("case", SIZES)
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize(("family", "case"), list(zip(["gpt2", "llama"] * 3, SIZES, strict=False)))
 def test_parameters_gradients_and_states_have_their_exact_sizes(family: str, case: str, accumulation: int) -> None:
     options, weight, accumulated, single, states = SIZES[case]
     config = make_config(**options, gradient_accumulation_steps=accumulation)

@@ -31,7 +31,7 @@ def content(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("tier", ["host", "disk"])
 @pytest.mark.parametrize(("family", "tied"), [("llama", False), ("qwen2", True), ("gpt2", True)])
-def test_layers_loaded_and_saved_one_by_one_stay_equal(family: str, tied: bool, tier: str, tmp_path: Path) -> None:
+def test_layers_loaded_and_saved_singly_stay_equal(family: str, tied: bool, tier: str, tmp_path: Path) -> None:
     """A file of save_pretrained loads into homes, and what is saved from there loads as from save_pretrained."""
     original = tiny_model(family, torch.bfloat16, tied=tied)
     original.save_pretrained(tmp_path / "original")

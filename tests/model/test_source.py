@@ -75,7 +75,7 @@ def test_model_that_is_nowhere_is_refused(in_empty_folder: Path) -> None:
     for name, message in (
         ("empty", "has no config.json"),
         ("./nothing", "there is no model folder"),
-        ("nobody/nothing", "found neither as a folder"),
+        ("owner/nothing", "found neither as a folder"),
     ):
         with pytest.raises(ModelError, match=message):
             find_config(make_config(model=name))
@@ -86,8 +86,8 @@ def test_model_that_is_nowhere_is_refused(in_empty_folder: Path) -> None:
 
 @pytest.fixture
 def cached_model() -> Iterator[Path]:
-    """The snapshot of `somebody/tiny` in the hub's cache, with its config alone."""
-    snapshot = Path(HF_HUB_CACHE) / "models--somebody--tiny" / "snapshots" / "0123456789"
+    """The snapshot of `owner/tiny` in the hub's cache, with its config alone."""
+    snapshot = Path(HF_HUB_CACHE) / "models--owner--tiny" / "snapshots" / "0123456789"
     snapshot.mkdir(parents=True)
     (snapshot.parent.parent / "refs").mkdir()
     (snapshot.parent.parent / "refs" / "main").write_text(snapshot.name)
@@ -97,9 +97,9 @@ def cached_model() -> Iterator[Path]:
 
 
 def test_weights_missing_from_the_hub_cache_are_reported(cached_model: Path) -> None:
-    config = make_config(model="somebody/tiny")
+    config = make_config(model="owner/tiny")
     assert find_config(config).vocab_size == 100
-    with pytest.raises(ModelError, match="somebody/tiny in the hub's cache.* has no weights"):
+    with pytest.raises(ModelError, match="owner/tiny in the hub's cache.* has no weights"):
         find_model(config)
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (cached_model / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -107,8 +107,8 @@ def test_weights_missing_from_the_hub_cache_are_reported(cached_model: Path) -> 
     with pytest.raises(ModelError, match="lacks 1 of 2 weights files, such as model-00002-of-00002"):
         find_model(config)
     (cached_model / "model-00002-of-00002.safetensors").touch()
-    assert find_model(config) == "somebody/tiny"
-    for name in ("nobody/nothing", MISTRAL):  # a bundled config is not a model
+    assert find_model(config) == "owner/tiny"
+    for name in ("owner/nothing", MISTRAL):  # a bundled config is not a model
         with pytest.raises(ModelError, match="found neither as a folder"):
             find_model(make_config(model=name))
 
@@ -118,12 +118,12 @@ def test_weights_on_the_hub_need_no_cache(cached_model: Path, monkeypatch: pytes
     for there in ("model.safetensors", "pytorch_model.bin.index.json", "nothing"):
         monkeypatch.setattr(source, "has_file", lambda name, file, there=there: file == there)
         if there != "nothing":
-            assert find_model(make_config(model="somebody/tiny")) == "somebody/tiny"
-    with pytest.raises(ModelError, match="somebody/tiny has no weights .* on the hub"):
-        find_model(make_config(model="somebody/tiny"))
+            assert find_model(make_config(model="owner/tiny")) == "owner/tiny"
+    with pytest.raises(ModelError, match="owner/tiny has no weights .* on the hub"):
+        find_model(make_config(model="owner/tiny"))
 
 
 def test_missing_weights_are_reported_before_the_plan(cached_model: Path, in_empty_folder: Path) -> None:
-    words = ["--model", "somebody/tiny", "--dataset", str(DEMO_FOLDER / "instructions.jsonl")]
+    words = ["--model", "owner/tiny", "--dataset", str(DEMO_FOLDER / "instructions.jsonl")]
     with pytest.raises(ModelError, match="has no weights"):
         main(parse_config([*words, "--device_memory", "512.5MiB"]))

@@ -33,7 +33,7 @@ def test_disk_arrays_start_as_zeros_and_read_back(numel: int, dtype: torch.dtype
     assert not found[0].view(torch.uint8).any() and not found[2].view(torch.uint8).any()
 
 
-def test_disk_file_is_nameless_and_takes_space_at_once(tmp_path: Path) -> None:
+def test_disk_file_has_no_name_and_reserves_space(tmp_path: Path) -> None:
     """Where the output folder does not exist yet, the file is in the nearest one above it."""
     config = make_config(offload="optimizer=disk,gradients=disk", output_dir=tmp_path / "not" / "yet")
     model = odd_model()
@@ -139,7 +139,7 @@ def test_failing_disk_is_exit_6_and_keeps_checkpoints(
         assert Path("out/checkpoint-4", file).read_bytes() == (resumed / "checkpoint-4" / file).read_bytes()
 
 
-def test_full_disk_is_exit_6_before_anything_is_written(
+def test_full_disk_is_exit_6_before_any_write(
     finished: Path, in_empty_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(finished, "out")

@@ -56,7 +56,7 @@ def test_placements_equal_resident_runs_in_other_formats(
 ) -> None:
     options = {**options, "gradient_accumulation_steps": accumulation}
     resident = course(tmp_path, **options)
-    for placement in PLACEMENTS:
+    for placement in PLACEMENTS[:5]:  # each thing in each tier, and both on disk
         assert course(tmp_path, **options, offload=placement) == resident, placement
 
 

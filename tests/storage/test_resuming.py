@@ -55,9 +55,7 @@ def test_resumed_run_equals_the_uninterrupted_one_bitwise(
             assert resumed.differing(whole) == [], (begun, continued)
 
 
-def test_resuming_without_the_number_of_steps_is_another_run(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def test_resuming_without_the_step_count_changes_the_run(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """The negative control."""
     config = make_config(output_dir=tmp_path, gradient_accumulation_steps=1)
     model = odd_model()

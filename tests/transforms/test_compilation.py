@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from models import SHAPE, VOCABULARY, make_config, tiny_model
+from small_runs import train_small
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
@@ -18,9 +19,7 @@ from torch._inductor import config as inductor
 from torch._inductor.utils import fresh_cache
 from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig, PreTrainedModel
 
-import train
 from fullft.attention.choice import attend_by_document
-from fullft.config.parse import parse_config
 from fullft.data.micro_batch import MicroBatch
 from fullft.errors import OptionsError
 from fullft.model.loss import LossSum
@@ -84,11 +83,11 @@ def distance(found: list[torch.Tensor], expected: list[torch.Tensor]) -> tuple[f
 @pytest.mark.parametrize(
     ("family", "checkpointing", "dropout"),
     [
-        ("gemma2", "every_2", 0.0),
-        ("granite", "selective", 0.0),
-        ("cohere", "full", 0.0),
+        pytest.param("gemma2", "every_2", 0.0, marks=pytest.mark.slow),
+        pytest.param("granite", "selective", 0.0, marks=pytest.mark.slow),
+        pytest.param("cohere", "full", 0.0, marks=pytest.mark.slow),
         ("gpt2", "full", 0.1),
-        ("gpt2", "none", 0.1),  # which is selective in a graph
+        pytest.param("gpt2", "none", 0.1, marks=pytest.mark.slow),  # which is selective in a graph
     ],
 )
 def test_compiled_fp32_layers_differ_by_rounding_alone(family: str, checkpointing: str, dropout: float) -> None:
@@ -108,7 +107,7 @@ def test_compiled_fp32_layers_differ_by_rounding_alone(family: str, checkpointin
     assert min(distance(loss_and_gradients(model, micro_batch), expected)) > 1e-6
 
 
-def test_compiled_bf16_layers_share_one_graph_for_any_documents() -> None:
+def test_compiled_bf16_layers_share_one_graph() -> None:
     model = model_of("llama")
     attend_by_document(model)
     batches = [packed(), packed((48,)), packed((7, 30, 11))]
@@ -235,12 +234,19 @@ def test_compile_true_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPa
         choose_compilation(replace(config, compile="true"), 0, CPU)
 
 
-@pytest.mark.parametrize("option", ["activation_checkpointing=none", "activation_checkpointing=full", STREAMED])
+@pytest.mark.parametrize(
+    "option",
+    [
+        "activation_checkpointing=none",
+        pytest.param("activation_checkpointing=full", marks=pytest.mark.slow),
+        pytest.param(STREAMED, marks=pytest.mark.slow),
+    ],
+)
 def test_resumed_compiled_run_equals_the_uninterrupted_one(option: str, tmp_path: Path) -> None:
     def run(folder: Path, *words: str) -> list[float]:
         torch._dynamo.reset()  # as another process begins
-        words = (*words, f"--output_dir={folder}", "--logging_steps=1", "--max_steps=4", "--save_strategy=steps")
-        train.main(parse_config([*words, "--save_steps=2", "--compile", "--packing", "--max_length=64", f"--{option}"]))
+        words = (*words, "--compile", "--packing", f"--{option}")
+        train_small(words, output_dir=folder, max_steps=4, gradient_accumulation_steps=2, val_size=0.05)
         log = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
         return [record["loss"] for record in log if "loss" in record]
 

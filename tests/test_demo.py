@@ -7,7 +7,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 import train
-from fullft.config import DEMO_FOLDER, parse_config
+from fullft.config.options import DEMO_FOLDER
+from fullft.config.parse import parse_config
 from fullft.demo.make_rows import KINDS, as_jsonl, make_rows
 from fullft.demo.make_tokenizer import read_corpus, render_row, train_tokenizer
 

@@ -48,6 +48,7 @@ class AdamW(torch.optim.Optimizer):
         placement: where things live; None keeps all of them on the device.
         storage: makes the arrays.
         seed: of stochastic rounding.
+        before_step: called before each step, which makes copies of weights on the device old.
 
     Attributes:
         num_steps: steps taken so far.
@@ -69,6 +70,7 @@ class AdamW(torch.optim.Optimizer):
         placement: Placement | None = None,
         storage: Storage,
         seed: int = 0,
+        before_step: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
         self.parameters = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -81,6 +83,7 @@ class AdamW(torch.optim.Optimizer):
             self.storage,
             use=lambda parameter: self._update([parameter]),
         )
+        self.before_step = before_step
         self.num_steps = 0
         self.missed: dict[int, int] = {}
         self._updated: set[int] = set()
@@ -119,6 +122,7 @@ class AdamW(torch.optim.Optimizer):
         Args:
             closure: not supported; `torch.optim.Optimizer` has this argument.
         """
+        self.before_step()
         self._update(self.parameters)
         self._scale = None
         self.num_steps += 1

@@ -27,8 +27,8 @@ def build_optimizer(model: nn.Module, config: Config, storage: Storage) -> AdamW
         config: nothing is left to the plan.
         storage: makes the states and the gradients' sums, where they are to live.
     """
-    numerics = config.numerics
-    optimizer = AdamW(
+    numerics, layers = config.numerics, stream_of(model)
+    return AdamW(
         parameter_groups(model, config.weight_decay),
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
@@ -39,10 +39,8 @@ def build_optimizer(model: nn.Module, config: Config, storage: Storage) -> AdamW
         placement=config.placement,
         storage=storage,
         seed=config.seed,
+        before_step=(lambda: None) if layers is None else layers.release,
     )
-    if (layers := stream_of(model)) is not None:  # their copies on the device are old after a step
-        optimizer.register_step_pre_hook(lambda *_: layers.release())
-    return optimizer
 
 
 def moments_of(model: nn.Module, numerics: Numerics) -> Callable[[nn.Parameter], dtype]:

@@ -63,7 +63,8 @@ class Rehearsal:
     @torch.no_grad()
     def step(self) -> None:
         """Update a tile of one parameter of each kind."""
-        self._update(self._examples)
+        self._optimizer.before_step()
+        self._update(self._optimizer.parameters)
 
     def zero_grad(self) -> None:
         """Drop the step's gradients."""

@@ -51,6 +51,7 @@ from fullft.config.options import DEMO_FOLDER
 from fullft.config.parse import parse_config
 from fullft.model.parts import count_parameters, flops_per_token
 from fullft.model.source import DEMO_MODEL
+from fullft.run.evaluation import Samples
 
 # All axes pass through the base; the widest model has 1.0B parameters.
 AXES: dict[str, tuple[int, ...]] = {
@@ -152,8 +153,8 @@ def measure(point: Point) -> Result:
     """Train at a point. Call it in a fresh process, with unused memory, threads and caches."""
     shutil.rmtree(FOLDER, ignore_errors=True)
     # Work around the steps is not measured, and takes longer than they do with a large model.
-    train.export_model = train.check_export = lambda *_: None
-    train.Samples.complete = lambda *_, **__: None
+    vars(train).update(export_model=lambda *_: None, check_export=lambda *_: "")
+    Samples.complete = lambda *_, **__: None  # type: ignore[method-assign]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         parameters, flops = write_model(point)
         write_rows(point)
@@ -254,9 +255,9 @@ def plot(curves: dict[str, list[Result]], title: str, file: Path) -> None:
         straight = [there / GIB for there in line(axis, results)]
         lower.plot(values, straight, "--", color=GREY, linewidth=1.2, label="straight line through both ends")
         # Rings around dots show both where they agree.
-        for name, colour, size, fill in (("planned", ORANGE, 10, "none"), ("measured", BLUE, 5, "full")):
+        for name, colour, diameter, fill in (("planned", ORANGE, 10, "none"), ("measured", BLUE, 5, "full")):
             peaks = [getattr(result, name) / GIB for result in results]
-            lower.plot(values, peaks, "o", color=colour, markersize=size, fillstyle=fill, label=name)
+            lower.plot(values, peaks, "o", color=colour, markersize=diameter, fillstyle=fill, label=name)
         sizes = [f"\n{result.size}" if axis in ("layers", "width") else "" for result in results]
         for panel in (upper, lower):
             panel.set_xscale("log", base=2)

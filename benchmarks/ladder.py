@@ -9,9 +9,9 @@ It prints one table, for SmolLM2-135M's shape with random weights. Each way is a
 - The time of a step is relative to a rung that keeps everything on the device.
 - Whether a rung is exact is checked on every bit of its weights, after two steps.
 
-Steps are those of `train.py`, with full activation checkpointing. The rungs take turns, round after round, so that other
-load on the machine slows all of them alike. Each is built anew every time. On a CPU the host's memory is the device's.
-Here they are counted apart.
+Steps are those of `train.py`, with full activation checkpointing. The rungs take turns, round after round, so that
+other load on the machine slows all of them alike. Each is built anew every time. On a CPU the host's memory is the
+device's. Here they are counted apart.
 """
 
 # ruff: noqa: E402
@@ -93,7 +93,11 @@ class Rung:
     @property
     def config(self) -> Config:
         """The options, resolved."""
-        shared = {"gradient_accumulation_steps": 2, "activation_checkpointing": "full", "learning_rate": 1e-3}
+        shared: dict[str, Any] = {
+            "gradient_accumulation_steps": 2,
+            "activation_checkpointing": "full",
+            "learning_rate": 1e-3,
+        }
         options = Options(model="given", output_dir=WORK / "ladder", **(shared | self.options))
         problems = find_problems(options, {})
         assert not problems, problems

@@ -93,7 +93,7 @@ def _flops(source: Path, length: int) -> int:
         }
         with FlopCounterMode(display=False) as counter:
             model(**inputs, use_cache=False).logits.sum().backward()
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 def _seconds(model: PreTrainedModel, ids: list[int], padded_to: int) -> float:

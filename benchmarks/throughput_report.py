@@ -8,6 +8,7 @@ import os
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from contenders import (
@@ -198,7 +199,10 @@ def plot(results: Results, file: Path) -> None:
     spreads = [(median - min(speeds), max(speeds) - median) for median, speeds in zip(medians, all_speeds, strict=True)]
     figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.3 * len(names)), layout="constrained")
     colours = ["#1f5a99" if name.startswith("ours") else "#a8a8a8" for name in names]
-    ranges = {"xerr": list(zip(*spreads, strict=True)), "error_kw": {"elinewidth": 0.9, "ecolor": "#404040"}}
+    ranges: dict[str, Any] = {
+        "xerr": list(zip(*spreads, strict=True)),
+        "error_kw": {"elinewidth": 0.9, "ecolor": "#404040"},
+    }
     bars = axes.barh(names, medians, color=colours, height=0.68, **ranges)
     axes.bar_label(bars, labels=[f"{median:,.0f}" for median in medians], padding=4, fontsize=9)
     axes.margins(x=0.3, y=0.01)

@@ -7,6 +7,8 @@ downloaded and no weight is loaded: 7B and 70B models are planned on fake tensor
 ones. It takes half a minute, and prints the name of the page.
 """
 
+import argparse
+
 import torch
 from lesson_figures import ROOT, moments_dtype, plan
 from lesson_tables import (
@@ -138,6 +140,7 @@ attention), so its value matrices are 1024 x 4096. If they were square, as in Ll
 
 def main() -> None:
     """Write the page."""
+    argparse.ArgumentParser(description=str(__doc__).splitlines()[0]).parse_args()
     logging.set_verbosity_error()
     torch.set_num_threads(1)  # almost nothing is computed
     torch.manual_seed(0)

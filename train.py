@@ -125,12 +125,12 @@ def main(config: Config) -> None:
 
         # --- How good is it after? The final model goes to the root of output_dir, and is reloaded as a user would.
         samples.complete(model, autocast, after=True)
-        print(samples.describe())
         optimizer.close()  # its states make room for the reloaded copy
         results = log.results(samples)
         export_model(config, model, tokenizer, results)
         print(check_export(config, model, data.train.rows[0]["input_ids"]))
-        print(f"{record_memory(plan, worst_step, device)}\n{describe_results(results)}")
+        print(record_memory(plan, worst_step, device))
+        print(f"{samples.describe()}\n{describe_results(results)}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before any library reads them.
@@ -13,18 +13,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from fork_server import ROOT, ForkServer, Run
+from models import tiny_model
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from fullft import errors
 from fullft.config.options import DEMO_FOLDER
+from fullft.cpu import sums
 from fullft.optim import adamw, gradients
-from fullft.storage import tiers as offload
+from fullft.storage import tiers
 
-ROOT = Path(__file__).parent.parent
 SMALL_CHUNK = 4096  # a whole number of pages of every dtype
 torch.set_num_threads(1)  # so small models compute no faster on two, and far slower where others want the same cores
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="session")
@@ -33,10 +32,13 @@ def tokenizer() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(DEMO_FOLDER / "model")
 
 
-@pytest.fixture(autouse=True)
-def general_advice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put back what a run in this process leaves to be said when memory runs out."""
-    monkeypatch.setattr(errors, "out_of_memory_advice", errors._general_advice)
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """A tiny Llama and the demo's tokenizer, as `--model` takes them; not to be changed."""
+    folder = tmp_path_factory.mktemp("models") / "good"
+    tiny_model("llama", torch.float32).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -49,26 +51,49 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> int:
     """Make chunks so small that tiny models have several per tensor, and the norm's tiles smaller still."""
-    for module in (adamw, gradients, offload):
+    for module in (adamw, gradients, tiers):
         monkeypatch.setattr(module, "CHUNK", SMALL_CHUNK)
     monkeypatch.setattr(adamw, "CPU_TILE", SMALL_CHUNK // 4)
-    monkeypatch.setattr(gradients, "NORM_TILE", SMALL_CHUNK // 4)
-    monkeypatch.setattr(gradients, "NORM_ROW", SMALL_CHUNK // 32)
+    for module in (gradients, sums):
+        monkeypatch.setattr(module, "TILE", SMALL_CHUNK // 4)
+    monkeypatch.setattr(sums, "ROW", SMALL_CHUNK // 32)
     return SMALL_CHUNK
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    """Run `python train.py` with the given words in an empty folder; stdout and stderr come back as text."""
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    """One process with everything imported, which forks for each command line."""
+    server = ForkServer()
+    yield server
+    server.close()
 
-    def run_train(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+
+def _environment(changes: dict[str, str]) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1"} | changes
+
+
+@pytest.fixture
+def run(tmp_path: Path, fork_server: ForkServer) -> Run:
+    """Run `train.py` with the given words in an empty folder; stdout and stderr come back as text."""
+
+    def run_forked(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return fork_server.run(*words, cwd=tmp_path, environment=_environment(environment))
+
+    return run_forked
+
+
+@pytest.fixture
+def run_cold(tmp_path: Path) -> Run:
+    """Run `python train.py` as a user does: for what depends on imports and on the environment at their time."""
+
+    def run_anew(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, str(ROOT / "train.py"), *words],
             cwd=tmp_path,
-            env=os.environ | environment,
+            env=_environment(environment),
             capture_output=True,
             text=True,
             timeout=300,
         )
 
-    return run_train
+    return run_anew

@@ -1,7 +1,5 @@
 """Tiny models of the families that the tests speak of, made from configs in code."""
 
-from pathlib import Path
-
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -9,15 +7,16 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PhiConfig,
     PreTrainedModel,
     Qwen2Config,
 )
 
 from fullft.config.config import Config, resolve
+from fullft.config.options import Options
 from fullft.data.micro_batch import MicroBatch
-from fullft.model.loss import SummedCrossEntropy
-from fullft.model.parts import decoder_of
+from fullft.model.loss import LossSum
 from fullft.optim.adamw import AdamW
 from fullft.optim.build import build_optimizer
 from fullft.storage.tiers import Storage
@@ -78,17 +77,25 @@ def tiny_model(
     return model.train()
 
 
+def bf16_model(family: str) -> PreTrainedModel:
+    """Make a model; Mixtral's experts are one tensor in memory and many in files."""
+    if family != "mixtral":
+        return tiny_model(family, torch.bfloat16, tied=family == "qwen2")
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(MixtralConfig(**SHAPE, num_local_experts=4), dtype=torch.bfloat16)
+
+
 def summed_loss(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """Take the loop's loss of [batch, sequence] tokens that are all targets, not yet divided by their number."""
-    micro_batch = MicroBatch.of(ids)
-    return SummedCrossEntropy(model)(decoder_of(model)(**micro_batch.inputs, use_cache=False), micro_batch)
+    """Compute the loop's loss of [batch, sequence] tokens that are all targets, not yet divided by their number."""
+    return LossSum(model)(MicroBatch.of(ids))
 
 
 def make_config(**options: object) -> Config:
-    """Make resolved options, with the defaults that hold beside a given model."""
-    return resolve(Config(**{"model": "tiny", **options}))  # type: ignore[arg-type]
+    """Make resolved options, with the defaults that hold for a given model."""
+    return resolve(Options(**{"model": "tiny", **options}))  # type: ignore[arg-type]
 
 
-def optimizer_of(model: PreTrainedModel, config: Config) -> AdamW:
-    """Build the optimizer as train.py does, with a storage of its own."""
-    return build_optimizer(model, config, Storage(next(model.parameters()).device, Path(str(config.output_dir))))
+def optimizer_of(model: PreTrainedModel, config: Config, storage: Storage | None = None) -> AdamW:
+    """Build the optimizer as train.py does, with a storage of its own unless one is given."""
+    storage = storage or Storage(next(model.parameters()).device, config.output_dir)
+    return build_optimizer(model, config, storage)

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
-from conftest import ROOT
+from fork_server import ROOT
 
 DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text(encoding="utf-8")

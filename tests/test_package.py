@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from fork_server import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ def attend_by_document(model: PreTrainedModel) -> bool:
     Returns:
         Whether it was changed.
     """
-    is_sdpa, is_on_cpu = model.config._attn_implementation == "sdpa", model.device.type == "cpu"
+    is_sdpa, is_on_cpu = attention_of(model) == "sdpa", model.device.type == "cpu"
     if not (is_sdpa and is_on_cpu and model._supports_attention_backend):
         return False
     model.set_attn_implementation(NAME)
@@ -50,5 +50,11 @@ def attend_as_before(model: PreTrainedModel) -> None:
     Args:
         model: changed in place.
     """
-    if model.config._attn_implementation == NAME:
+    if attention_of(model) == NAME:
         model.set_attn_implementation("sdpa")
+
+
+def attention_of(model: PreTrainedModel) -> str | None:
+    """Return the name of a model's attention, as `from_pretrained` takes it."""
+    name: str | None = model.config._attn_implementation
+    return name

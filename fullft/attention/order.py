@@ -73,7 +73,12 @@ class Span(NamedTuple):
 
 
 class Layout:
-    """Where the vectors of a micro-batch lie.
+    """Where the vectors of a micro-batch lie: documents are grouped, and cut into blocks.
+
+    Args:
+        documents: the lengths of those in each sequence.
+        most_queries: positions of a document in a block, at most.
+        most_together: tokens of a group of several documents, at most.
 
     Attributes:
         by_group: the order of vectors by groups of documents.
@@ -82,13 +87,6 @@ class Layout:
     """
 
     def __init__(self, documents: Documents, most_queries: int, most_together: int) -> None:
-        """Group documents, and cut them into blocks.
-
-        Args:
-            documents: of all sequences.
-            most_queries: of a document in a block.
-            most_together: tokens of a group of several documents.
-        """
         groups = list(_groups(documents, most_together))
         blocks = [block for group in groups for block in _blocks(group, most_queries)]
         self.by_group = Order(groups)
@@ -118,11 +116,10 @@ class Order:
 
     Attributes:
         spans: what the vectors are of, in their order.
-        bounds: positions before each span, and behind the last; those of padding count.
+        bounds: how many positions, padding included, are before each span, and in all.
     """
 
     def __init__(self, spans: Sequence[Span]) -> None:
-        """Take the spans, which hold every token once, and padding behind the last one of a document."""
         self.spans = spans
         self.bounds = [0, *accumulate(len(span.documents) * span.size for span in spans)]
         # All layers of a micro-batch ask for the same indices: some bytes per vector of one layer, until the next one.
@@ -151,7 +148,7 @@ class Order:
         return Gathered(rows, vectors.shape, key_heads, self)
 
     def indices(self, heads: int, of_row: int, of_head: int, of_position: int) -> NDArray[np.int32]:
-        """Say where in memory the vectors lie that come one after the other in this order.
+        """Return where in memory the vectors lie, in this order.
 
         Args:
             heads: of the vectors.
@@ -173,7 +170,7 @@ class Order:
         return self._known[key]
 
     def padding(self, heads: int) -> NDArray[np.int64]:
-        """Say where in this order there is no token's vector, but a copy of the last one's.
+        """Return where in this order there is padding, a copy of the last token's vector.
 
         Args:
             heads: of the vectors.
@@ -189,7 +186,7 @@ class Order:
         return self._known[key]
 
     def places(self, heads: int, length: int) -> NDArray[np.int32]:
-        """Say where in this order the vectors lie that come one after the other in [batch, sequence, heads]."""
+        """Return where in this order the vectors lie, in the order of [batch, sequence, heads]."""
         key = (heads, length)
         if key not in self._known:
             indices = self.indices(heads, length * heads, 1, heads)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fullft.config.numerics import Numerics
-from fullft.config.options import DEFAULT_DATASET, DEFAULT_DATASET_SPLIT, DEMO_FOLDER, Options
+from fullft.config.options import DEFAULT_DATASET, DEFAULT_DATASET_SPLIT, DEMO_ROWS, Options
 from fullft.config.placement import UNDECIDED, Placement
 from fullft.config.recomputation import Recomputation
 from fullft.config.sizes import parse_size
@@ -99,7 +99,7 @@ def resolve(options: Options) -> Config:
         accumulation = options.global_batch_size // options.per_device_train_batch_size
     dataset, split = options.dataset, options.dataset_split or "train"
     if dataset is None:
-        dataset = str(DEMO_FOLDER / "instructions.jsonl") if options.model is None else DEFAULT_DATASET
+        dataset = DEMO_ROWS if options.model is None else DEFAULT_DATASET
         if options.model is not None and options.dataset_split is None:
             split = DEFAULT_DATASET_SPLIT
     values = {field.name: getattr(options, field.name) for field in fields(Options)}

@@ -9,6 +9,7 @@ from pathlib import Path
 from fullft.config.declare import option, options_table
 
 DEMO_FOLDER = Path(__file__).parent.parent / "demo"
+DEMO_ROWS = str(DEMO_FOLDER / "instructions.jsonl")
 DEFAULT_DATASET, DEFAULT_DATASET_SPLIT = "tatsu-lab/alpaca", "train[:1000]"
 COLUMNS = ("instruction", "input", "output", "prompt", "completion", "messages", "conversations", "text")
 NEWEST = "newest"  # what a bare --resume_from_checkpoint means
@@ -31,7 +32,7 @@ class Options:
     trust_remote_code: bool = option(False, "run model code that comes with the weights")
     dataset: str | None = option(
         None,
-        "hub id, or a .json .jsonl .csv .parquet .txt file or a folder of them",
+        "hub id, or a .json .jsonl .csv .parquet .txt file, or a folder of them",
         metavar="ID|PATH",
         aliases=("dataset_name",),
         called=("train_file", "dataset_path", "train_data", "dataset_name_or_path"),
@@ -39,7 +40,7 @@ class Options:
     )
     dataset_split: str | None = option(
         None,
-        "which rows",
+        "which rows to use",
         metavar="SPLIT",
         called=("split", "max_train_samples", "max_samples"),
         shown=f"train; of the default dataset {DEFAULT_DATASET_SPLIT}",
@@ -69,7 +70,10 @@ class Options:
         may_change=True,
     )
     overwrite_output_dir: bool = option(
-        False, "replace an earlier run's files in that folder, and no others", called=("overwrite",), may_change=True
+        False,
+        "replace an earlier run's files in that folder, and no other files",
+        called=("overwrite",),
+        may_change=True,
     )
     num_train_epochs: float = option(
         3.0, "passes over the training rows", unit="epochs", called=("epochs", "num_epochs"), above=0
@@ -77,7 +81,7 @@ class Options:
     max_steps: int = option(
         -1, "length of the run; above 0 it replaces num_train_epochs", unit="optimizer steps", at_least=-1
     )
-    seed: int = option(42, "of the order, the held-out rows and dropout", at_least=0, below=2**32)
+    seed: int = option(42, "seed of the order, of the held-out rows and of dropout", at_least=0, below=2**32)
     per_device_train_batch_size: int = option(
         1,
         "size of a micro-batch",
@@ -95,14 +99,14 @@ class Options:
     )
     global_batch_size: int | None = option(
         None,
-        "size of an optimizer step; given, it derives accumulation",
+        "size of an optimizer step; if given, accumulation follows from it",
         unit="sequences",
         at_least=1,
         shown="micro-batch x accumulation",
     )
     resume_from_checkpoint: str | None = option(
         None,
-        "continue a run; without a value from the newest good checkpoint",
+        "continue a run; without a value, from the newest good checkpoint",
         metavar="CHECKPOINT",
         called=("resume", "resume_from"),
         spellings={"true": NEWEST, "false": None},
@@ -161,7 +165,7 @@ class Options:
     activation_checkpointing: str = option(
         "auto",
         "what backward recomputes: nothing; all but matrix products and attention; whole decoder layers; every n-th "
-        "of them; auto: as little as fits",
+        "layer; auto: as little as fits",
         choices=("none", "selective", "full", "every_<n>", "auto"),
         aliases=("gradient_checkpointing",),
         spellings={"true": "full", "false": "none"},
@@ -170,13 +174,13 @@ class Options:
     )
     master_weights: str = option(
         "split",
-        "what bf16 weights stand for, with precision bf16-true: fp32 numbers, exactly, in 16 more bits per weight; "
-        "bf16 ones, rounded up or down at random; bf16 ones, rounded to the nearest",
+        "what bf16 weights stand for, with precision bf16-true: exact fp32 numbers, with 16 more bits per weight; "
+        "bf16 numbers rounded up or down at random; bf16 numbers rounded to the nearest",
         choices=("split", "stochastic", "none"),
     )
     offload: str = option(
         "auto",
-        "keep optimizer, gradients or parameters on host or disk; gradients=released uses each up in backward",
+        "keep optimizer, gradients or parameters on host or disk; gradients=released uses each up within backward",
         metavar="none|WHAT=WHERE ...",
         called=("cpu_offload", "offload_optimizer", "offload_param"),
         spellings={"true": "optimizer=host", "false": "none", "cpu": "optimizer=host"},
@@ -185,7 +189,7 @@ class Options:
     )
     compile: str = option(
         "auto",
-        "compile the decoder layers; auto: if sequences are packed and the run is long enough to gain by it",
+        "compile the decoder layers; auto: if sequences are packed and the run is long enough to gain",
         choices=("auto", "true", "false"),
         called=("torch_compile",),
         spellings={"yes": "true", "on": "true", "1": "true", "no": "false", "off": "false", "0": "false"},
@@ -193,7 +197,7 @@ class Options:
     )
     fit: str = option(
         "auto",
-        "let the plan set what is left at auto, as the fastest choice that fits; off: run what was asked",
+        "auto: the plan sets what is left at auto to the fastest choice that fits; off: auto means none",
         choices=("auto", "off"),
         may_change=True,
     )
@@ -216,29 +220,32 @@ class Options:
 
     # --- records
     logging_steps: int = option(
-        10, "distance of log lines", group="records", unit="optimizer steps", at_least=1, may_change=True
+        10, "log every so many steps", group="records", unit="optimizer steps", at_least=1, may_change=True
     )
     eval_strategy: str = option(
         "epoch",
-        "when to evaluate, beside before and after",
+        "when to evaluate, besides before and after training",
         choices=("no", "epoch", "steps"),
         called=("evaluation_strategy",),
         may_change=True,
     )
     eval_steps: int | None = option(
         None,
-        "distance of evaluations, with eval_strategy steps",
+        "evaluate every so many steps, with eval_strategy steps",
         unit="optimizer steps",
         at_least=1,
         shown="logging_steps",
         may_change=True,
     )
     save_strategy: str = option(
-        "epoch", "when to save a checkpoint, beside after", choices=("no", "epoch", "steps"), may_change=True
+        "epoch",
+        "when to save a checkpoint, besides after the last step",
+        choices=("no", "epoch", "steps"),
+        may_change=True,
     )
     save_steps: int = option(
         500,
-        "distance of checkpoints, with save_strategy steps",
+        "save every so many steps, with save_strategy steps",
         unit="optimizer steps",
         at_least=1,
         may_change=True,

@@ -48,9 +48,9 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
 
 
 def _beaten_by(flags: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, Any]:
-    """Drop from a file's values what flags beat under another name: the three options of the batch make one.
+    """Drop from a file's values what flags beat under another name: the three options of the batch are one choice.
 
-    A run's own config.yaml holds all three of them, and one flag shall be enough to change it.
+    A run's own config.yaml holds all three of them, and one flag must be enough to change the batch.
     """
     micro, accumulation, whole = "per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size"
     beaten = set()
@@ -67,7 +67,7 @@ _BARE = object()  # stands for the value of a flag that has none
 
 
 def read_flags(options: type, argv: Sequence[str], problems: list[str]) -> dict[str, Any]:
-    """Turn a command line into converted values.
+    """Read a command line into converted values.
 
     Args:
         options: the dataclass that declares them.
@@ -110,7 +110,7 @@ def _spell(argv: Sequence[str]) -> list[str]:
 
 
 def read_yaml(options: type, path: str, problems: list[str]) -> dict[str, Any]:
-    """Turn a YAML file of `option: value` lines into converted values; null leaves an option at its default.
+    """Read a YAML file of `option: value` lines into converted values; null leaves an option at its default.
 
     Args:
         options: the dataclass that declares them.
@@ -280,11 +280,11 @@ def _convert_pairs(raw: Any, meta: Mapping[str, Any]) -> dict[str, str]:
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """argparse's own, but for two things: a value is named once per option, and without argparse's brackets."""
+    """argparse's formatter, but a value is named once per option, and without argparse's brackets."""
 
     def __init__(self, prog: str) -> None:
         width = min(shutil.get_terminal_size().columns, 120) - 2
-        # On a wide screen even the longest flag has its help beside it.
+        # On a wide screen even the longest flag has its help on the same line.
         super().__init__(prog, max_help_position=38 if width > 100 else 26, width=width)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:

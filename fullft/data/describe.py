@@ -6,6 +6,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from fullft.config.config import Config
+from fullft.config.options import DEMO_ROWS
 from fullft.data.formats import RowFormat
 from fullft.data.micro_batch import IGNORED
 
@@ -31,10 +32,10 @@ def describe_data(
     tokens, targets = sum(tokenised["num_tokens"][:]), sum(tokenised["num_target_tokens"][:])
     dropped = len(rows) - len(set(tokenised["row"][:]))
     truncated = sum(tokenised["truncated"][:])
+    name = "the built-in demo" if config.dataset == DEMO_ROWS else config.dataset
     learned = "every token" if config.train_on_prompt or row_format.name == "text" else "the response"
     lines = [
-        f"Data: {config.dataset}, format {row_format.name} ({', '.join(row_format.columns)}); "
-        f"the loss counts {learned} and EOS",
+        f"Data: {name}, format {row_format.name} ({', '.join(row_format.columns)}); the loss counts {learned} and EOS",
         f"      {len(rows):,} rows, {tokens:,} tokens, {targets / tokens:.0%} trained; {dropped} dropped (nothing to "
         f"learn), {truncated} cut at {config.max_length}; longest {max(tokenised['num_tokens'][:])} tokens, "
         f"mean {tokens / len(tokenised):.0f}; {len(held_out):,} held out",

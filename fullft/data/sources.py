@@ -206,7 +206,7 @@ def _require_json(file: Path) -> None:
 
 
 def _has_json_lines(file: Path) -> bool:
-    """Tell one object per line from one document; both endings are used for both."""
+    """Return whether a file has one object per line, rather than one document; both endings are used for both."""
     first = next((line for _, line in _numbered_lines(file)), "")
     if first.lstrip().startswith("["):
         return False
@@ -225,7 +225,7 @@ def _numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def locate(config: Config, index: int, row: dict[str, Any]) -> str:
-    """Say where a row stands, for an error message.
+    """Name the place of a row, for an error message.
 
     Args:
         config: the options that loaded it.

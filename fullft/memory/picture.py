@@ -1,6 +1,6 @@
 """The picture of a step's memory: a stacked area over its timeline, one colour per component.
 
-Owns `memory.png`. It draws a profile that the tracker has made and measures nothing itself.
+It draws a profile of the tracker's, and measures nothing itself.
 """
 
 from itertools import groupby
@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from fullft.memory.tracker import COMPONENTS, Profile
+from fullft.memory.units import GIB, unit_for
 
-_GIB = 2**30
 # From what stays (cool, calm) to what comes and goes (warm). Source of the tones: ColorBrewer, "Paired".
 _COLOURS = {
     "parameters": "#1f5a99",
@@ -44,7 +44,8 @@ def plot_memory(profile: Profile, file: Path, title: str, limit_bytes: int | Non
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    factor, unit = _scale(profile)
+    unit = unit_for(profile.totals[profile.peak])
+    factor = unit.size
     events = _sample(profile)
     names = _shown(profile)
     figure, axes = pyplot.subplots(figsize=(10, 5.4), layout="constrained")
@@ -62,10 +63,10 @@ def plot_memory(profile: Profile, file: Path, title: str, limit_bytes: int | Non
     axes.set_xlim(0, len(events) - 1)
     axes.set_ylim(0, top)
     _mark_phases(axes, profile, events, top)
-    _mark_peak(axes, profile, events, peak, factor, unit)
+    _mark_peak(axes, profile, events, peak, factor, unit.name)
     _mark_limit(axes, profile, limit_bytes, factor)
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
-    axes.set_ylabel(f"live tensors ({unit})")
+    axes.set_ylabel(f"live tensors ({unit.name})")
     axes.set_xticks([])
     axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
@@ -83,15 +84,10 @@ def _shown(profile: Profile) -> list[str]:
     return [name for name in order if max(profile.curves[name]) > least]
 
 
-def _scale(profile: Profile) -> tuple[int, str]:
-    """Give bytes per unit and the unit's name: GiB, or MiB for models so small that GiB would read 0.0."""
-    return (_GIB, "GiB") if profile.totals[profile.peak] >= _GIB // 8 else (2**20, "MiB")
-
-
 def _sample(profile: Profile) -> Array:
     """Choose events: of each stretch of the timeline its largest, so that no peak is lost.
 
-    What was counted before the step began (part 0) is what the first chosen event finds there.
+    Part 0, from before the step, is left out: the first event of the step includes what was there.
     """
     first = next((event for event, moment in enumerate(profile.moments) if moment.part > 0), 0)
     events = np.arange(first, len(profile.totals))
@@ -156,7 +152,7 @@ def _mark_peak(axes: Any, profile: Profile, events: Array, peak: float, factor: 
 def _mark_limit(axes: Any, profile: Profile, limit_bytes: int | None, factor: int) -> None:
     if limit_bytes is None:
         return
-    text = f"the device's memory: {limit_bytes / _GIB:.4g} GiB"
+    text = f"the device's memory: {limit_bytes / GIB.size:.4g} GiB"
     if _is_near(profile, limit_bytes):
         axes.axhline(limit_bytes / factor, color="#b00020", linestyle="--", linewidth=1.3)
         axes.text(2, limit_bytes / factor, text, color="#b00020", fontsize=9, va="bottom")

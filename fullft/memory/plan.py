@@ -34,7 +34,7 @@ from fullft.tracing import tracing
 from fullft.transforms.activation_checkpointing import apply_activation_checkpointing
 from fullft.transforms.streaming import apply_layer_streaming
 
-# Part of the step, phase, whether the layer is counted from the first or from behind the last one, and that count.
+# Part of the step, phase, whether the layer is counted from the end, and its number from there.
 Slot = tuple[int, str, bool, int]
 
 

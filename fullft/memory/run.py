@@ -107,7 +107,7 @@ def plan_run(
 
 def _with_the_same_graphs(config: Config, checkpoint: Checkpoint | None) -> Config:
     """Keep what the resumed run chose, if layers are compiled: graphs that recompute more may round otherwise."""
-    if checkpoint is None or config.compile != "true":
+    if checkpoint is None or not config.compiles:
         return config
     saved = checkpoint.state["options"]
     left_open = config.undecided & {"activation_checkpointing", "offload"}
@@ -148,7 +148,7 @@ def measure_run(
     data: Data,
     autocast: torch.autocast,
 ) -> Profile:
-    """Take the run's worst step under the tracker: what would run out of memory at hour three does so now.
+    """Take the run's worst step under the tracker: a run that would be out of memory in hour three fails now.
 
     Args:
         plan: of this run.

@@ -13,7 +13,7 @@ from typing import Any
 
 from fullft.config.config import Config, to_words
 from fullft.config.numerics import Format
-from fullft.errors import FullftError, ModelError, OptionsError
+from fullft.errors import FullftError, ModelError
 from fullft.hardware import pick_device
 from fullft.memory.choose import Plans, choose, fits
 from fullft.memory.estimates import GPUS, MFU, ROWS, estimate_adapters, estimate_work, estimate_zero
@@ -24,6 +24,7 @@ from fullft.memory.plan import Batch
 from fullft.memory.tracker import COMPONENTS
 from fullft.memory.traffic import Traffic, estimate_traffic
 from fullft.memory.units import Unit, unit_for
+from fullft.model.checks import check_positions
 from fullft.model.source import find_config
 from fullft.transforms.compilation import choose_compilation
 
@@ -71,13 +72,7 @@ def largest_batch(config: Config, plans: Plans) -> Batch:
     Raises:
         OptionsError: sequences are longer than the model has positions.
     """
-    text = plans.model_config.get_text_config(decoder=True)
-    positions = getattr(text, "max_position_embeddings", None)
-    if positions and config.max_length > positions:
-        raise OptionsError(
-            f"max_length: a sequence of {config.max_length} tokens is longer than the model's {positions} positions: "
-            f"pass --max_length {positions}"
-        )
+    check_positions(plans.model_config, config.max_length)
     return Batch(config.per_device_train_batch_size, config.max_length, config.max_length if config.val_size else 0)
 
 

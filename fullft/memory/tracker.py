@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
@@ -26,6 +25,7 @@ from fullft.model.parts import decoder_layers, decoder_of
 from fullft.optim.adamw import AdamW
 from fullft.storage.tiers import home_of, is_on_host
 from fullft.tracing import is_fake
+from fullft.transforms.activation_checkpointing import tensors_in
 from fullft.transforms.streaming import stream_of
 
 COMPONENTS = ("parameters", "gradients", "optimizer_states", "activations", "logits", "temporaries", "other")
@@ -66,8 +66,8 @@ class Profile:
         moments: [events], where each allocation or release fell.
         totals: [events] live bytes after it.
         curves: per component, [events] its live bytes after it.
-        modules_at_peak: (module, bytes) of what was alive at the peak, the largest first.
-        host_bytes: the most that was kept in host memory beside the device.
+        modules_at_peak: (module, live bytes) at the peak, the largest first.
+        host_bytes: the most that was kept in host memory besides.
         disk_bytes: what is kept on disk.
     """
 
@@ -209,11 +209,10 @@ class MemoryTracker(TorchDispatchMode):
         # Autocast's copy of a weight outlives the forward, but it is no activation.
         is_copy = operator is torch.ops.aten._to_copy.default and self._component_of(args[0]) == "parameters"
         component = "logits" if self._in_loss and not is_copy else "temporaries"
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                block = self._see(tensor, component)
-                if block and not is_copy and (recomputing or self._moment.phase == "forward"):
-                    self._born.append(weakref.ref(block))
+        for tensor in tensors_in(result):
+            block = self._see(tensor, component)
+            if block and not is_copy and (recomputing or self._moment.phase == "forward"):
+                self._born.append(weakref.ref(block))
         return result
 
     @contextmanager

@@ -1,6 +1,6 @@
 """Amounts of memory as people read them: one unit per text, chosen by what is largest in it.
 
-Owns the two units, their decimal siblings, and how many digits are shown. Bytes are integers everywhere else.
+Everywhere else bytes are integers.
 """
 
 from dataclasses import dataclass

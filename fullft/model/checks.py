@@ -1,7 +1,7 @@
 """Checks of a loaded model against the data and against what training relies on. They change nothing."""
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from fullft.errors import ModelError, OptionsError
 from fullft.model.head import Head
@@ -39,17 +39,30 @@ def check_model(model: PreTrainedModel, largest_token_id: int, longest: int, pac
             f"the data has token {largest_token_id}, the model only {embeddings} embeddings: the tokenizer and the "
             "weights do not belong together"
         )
-    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if positions and longest > positions:
-        raise OptionsError(
-            f"max_length: a sequence of {longest} tokens is longer than the model's {positions} positions"
-            f": pass --max_length {positions}"
-        )
+    check_positions(model.config, longest)
     with probing(model):
         _check_head(model)
         _check_causality(model)
         if packing:
             _check_isolation(model)
+
+
+def check_positions(model_config: PreTrainedConfig, longest: int) -> None:
+    """Check that the model has a position for every token of a sequence.
+
+    Args:
+        model_config: of a causal language model.
+        longest: tokens of the longest sequence.
+
+    Raises:
+        OptionsError: it has fewer.
+    """
+    positions = getattr(model_config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if positions and longest > positions:
+        raise OptionsError(
+            f"max_length: a sequence of {longest} tokens is longer than the model's {positions} positions: "
+            f"pass --max_length {positions}"
+        )
 
 
 def _check_head(model: PreTrainedModel) -> None:

@@ -131,7 +131,7 @@ def _require_hub_weights(name: str) -> None:
     cached = try_to_load_from_cache(name, "config.json")
     if not isinstance(cached, str):
         raise FileNotFoundError(name)  # which `loading` explains
-    require_weights(Path(cached).parent, f"{name} in the hub's cache, which is all there is without network,")
+    require_weights(Path(cached).parent, f"{name} in the hub's cache (there is no network)")
 
 
 def require_weights(folder: Path, title: str) -> None:

@@ -1,12 +1,11 @@
 """AdamW whose two moments take 8 bits each, on one flat chunk of weights.
 
-Owns the numbers: the code books, the rounding to them, the update. Which chunks there are, where they live and when
-they are stepped is the optimizer's business. The states are laid out as bitsandbytes' are, so either may continue what
-the other began: blocks of 256 elements, each divided by its largest magnitude and rounded to 256 values in [-1, 1],
-dense around 0 (Source: Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2021, section 2).
+How it works: a moment is cut into blocks of 256 elements. Each block is divided by its largest magnitude and rounded to
+256 values in [-1, 1], dense around 0 (Source: Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2021,
+section 2). The states are laid out as bitsandbytes' are, so either may continue what the other began.
 
-On CUDA bitsandbytes' kernel does the work, elsewhere our own: it is faster than bitsandbytes' for the CPU, which looks
-codes up in steps of 2^-15 and so loses whatever is smaller, where this one rounds to the nearest code.
+On CUDA bitsandbytes' kernel is called. On a CPU this file replaces it: bitsandbytes looks codes up there in steps of
+2^-15, and so loses whatever is smaller, where this one rounds to the nearest code, and is several times as fast.
 """
 
 import functools
@@ -42,10 +41,9 @@ def adamw_8bit_(
     weight_decay: float,
     step: int,
 ) -> None:
-    """Take one step of AdamW, in place; states of zeros are those before the first step.
+    """Take one step of AdamW in place. Before the first step all states are zeros.
 
-    A chunk may be cut at multiples of `BLOCK`: the parts give bitwise what the whole gives. On fake tensors one tile
-    stands for all.
+    A chunk may be cut at multiples of `BLOCK`: the parts give bitwise what the whole gives.
 
     Args:
         weights: [n] fp32, contiguous as all others.
@@ -228,8 +226,8 @@ def _rounding_tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     with _disable_current_modes():  # fake tensors, and a tracker that would count the tables as the step's
         book1, book2 = code_books(torch.device("cpu"))
         between1, between2 = (book1[:-1] + book1[1:]) / 2, (book2[:-1] + book2[1:]) / 2
-        # Only 0 is rounded to a second moment of 0: a first moment beside it would be divided by eps alone as soon as a
-        # gradient is 0. (bitsandbytes takes that risk on CUDA, and not on the CPU.)
+        # Only 0 is rounded to a second moment of 0: a first moment next to it would be divided by eps alone as soon as
+        # a gradient is 0. (bitsandbytes takes that risk on CUDA, and not on the CPU.)
         between2[0] = 0
         return _rounding_table(between1).to(device), _rounding_table(between2).to(device)
 

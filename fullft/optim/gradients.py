@@ -119,7 +119,7 @@ class Gradients:
 
     @torch.no_grad()
     def pretend(self) -> None:
-        """Let a gradient of unknown values arrive for every parameter, as from a micro-batch; for plans."""
+        """Make a gradient of unknown values arrive for every parameter, as from a micro-batch; for plans."""
         for parameter in reversed(self.parameters):
             parameter.grad = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
             if self._gathers(parameter):

@@ -3,6 +3,7 @@
 Dropout's random state and the training mode are left as they were.
 """
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,10 +60,11 @@ def evaluate(
 
 @dataclass
 class Sample:
-    """One prompt, and what the model makes of it before and after training."""
+    """One prompt, what the row says comes next, and what the model writes before and after training."""
 
     prompt: str
     held_out: bool
+    expected: str
     before: str | None = None
     after: str | None = None
 
@@ -84,9 +86,12 @@ class Samples:
         if stream_of(model) is not None:
             chosen = []
         self.prompts = [_prompt_ids(row["input_ids"], row["labels"]) for _, row in chosen]
-        self.samples = [
-            Sample(tokenizer.decode(ids), held_out) for ids, (held_out, _) in zip(self.prompts, chosen, strict=True)
-        ]
+        self.samples = []
+        for ids, (held_out, row) in zip(self.prompts, chosen, strict=True):
+            expected = _expected_ids(row["input_ids"], row["labels"], len(ids))
+            self.samples.append(
+                Sample(tokenizer.decode(ids), held_out, tokenizer.decode(expected, skip_special_tokens=True))
+            )
 
     def complete(self, model: PreTrainedModel, autocast: torch.autocast, *, after: bool) -> None:
         """Complete every prompt greedily.
@@ -111,16 +116,14 @@ class Samples:
             setattr(sample, "after" if after else "before", text)
 
     def describe(self) -> str:
-        """Show each prompt with its completions."""
+        """Show each prompt with its completions, and with the row's own."""
         lines = []
         for sample in self.samples:
             kind = "held out" if sample.held_out else "trained on"
-            lines.append(f"Prompt ({kind}): {_one_line(sample.prompt)}")
-            lines += [
-                f"  {when}: {_one_line(text)}"
-                for when, text in (("before", sample.before), ("after ", sample.after))
-                if text is not None
-            ]
+            lines.append(f"Prompt, {kind}: {_one_line(sample.prompt, 200)}")
+            # Before training a model may write noise, of which a little is enough.
+            shown = (("before", sample.before, 60), ("after", sample.after, 200), ("expected", sample.expected, 200))
+            lines += [f"  {name + ':':10}{_one_line(text, most)}" for name, text, most in shown if text is not None]
         return "\n".join(lines)
 
 
@@ -130,6 +133,14 @@ def _prompt_ids(input_ids: list[int], labels: list[int]) -> list[int]:
     return input_ids[: first_target if first_target > 1 else _TEXT_PROMPT_TOKENS]
 
 
-def _one_line(text: str) -> str:
-    shown = repr(text)[1:-1]
-    return shown if len(shown) <= 300 else f"{shown[:200]} ... {shown[-90:]}"
+def _expected_ids(input_ids: list[int], labels: list[int], start: int) -> list[int]:
+    """Return what the row has behind a prompt: its first learned stretch, at most as long as a completion."""
+    learned = itertools.takewhile(lambda place: labels[place] != IGNORED, range(start, len(labels)))
+    return [input_ids[place] for place in learned][:_MAX_NEW_TOKENS]
+
+
+def _one_line(text: str, most: int) -> str:
+    """Write lines behind each other, without what cannot be printed, and leave out the middle of what is long."""
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    shown = "".join(character for character in " | ".join(lines) if character.isprintable() and character != "\ufffd")
+    return shown if len(shown) <= most else f"{shown[: most * 2 // 3]} ... {shown[-(most // 3 - 5) :]}"

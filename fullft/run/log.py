@@ -225,9 +225,10 @@ def describe_results(results: dict[str, Any]) -> str:
         held_out = f"; held-out loss {'?' if before is None else f'{before:.4f}'} -> {after:.4f}"
     loss = "" if results["first_loss"] is None else f"loss {results['first_loss']:.4f} -> {results['last_loss']:.4f}"
     minutes, seconds = divmod(round(results["train_seconds"]), 60)
+    time_taken = f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
     speed = results["tokens_per_second"]
     pace = "" if speed is None else f", {speed:,.0f} tokens/s"
-    return f"Done: {results['steps']} steps, {loss}{held_out}; {minutes} min {seconds} s{pace}"
+    return f"Done: {results['steps']} steps, {loss}{held_out}; {time_taken}{pace}"
 
 
 def _read_log(file: Path) -> list[dict[str, Any]]:

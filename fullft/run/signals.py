@@ -1,6 +1,6 @@
 """Signals: a first SIGINT or SIGTERM lets the step finish and a checkpoint be saved; a second one ends at once.
 
-Owns the handlers while a run is in its loop, and restores the former ones.
+The former handlers are restored after the loop.
 """
 
 import os

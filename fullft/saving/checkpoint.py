@@ -1,7 +1,7 @@
 """Checkpoints: saved so that no crash leaves half of one, verified before they are trusted, resumed to the bit.
 
-Owns what is in `checkpoint-<step>/`, and which of them a run keeps. No pickle: tensors in safetensors, else JSON. How a
-folder becomes whole at once is `output_dir.py`'s business, how a file does `disk.py`'s.
+There is no pickle in one: tensors are in safetensors, the rest is JSON. `output_dir.py` installs a whole folder at
+once, `files.py` writes a whole file at once.
 """
 
 import base64
@@ -68,11 +68,11 @@ def save_checkpoint(
     """Save everything that the next step depends on, then delete checkpoints beyond `save_total_limit`.
 
     Args:
-        config: `output_dir`, `save_total_limit`; all of it is kept, to be compared on resume.
+        config: `output_dir` and `save_total_limit` are read. All options are saved, to be compared on resume.
         steps: says which epoch it is, and where in it.
         step: the last finished step.
         model: saved as `save_pretrained` does.
-        tokenizer: saved beside it, so that the folder is a usable model.
+        tokenizer: saved next to it, so that the folder is a usable model.
         optimizer: its states go into `optimizer.safetensors`.
         data_fingerprint: of the tokenised rows.
 
@@ -134,7 +134,7 @@ def _optimizer_state(optimizer: AdamW, model: nn.Module) -> dict[str, Array]:
 
 
 def _step_counts(optimizer: AdamW, model: nn.Module) -> dict[str, Any]:
-    """Give how many steps there were, and for each parameter how many of them it has missed, if any."""
+    """Return how many steps there were, and for each parameter how many of them it has missed, if any."""
     missed = {
         name: optimizer.missed[id(parameter)]
         for name, parameter in model.named_parameters()
@@ -157,7 +157,7 @@ def open_checkpoint(config: Config) -> Checkpoint | None:
     """Find and verify the checkpoint to resume from.
 
     Args:
-        config: `resume_from_checkpoint`, `output_dir` and `allow_changes` count.
+        config: `resume_from_checkpoint`, `output_dir` and `allow_changes` are read.
 
     Returns:
         None when the run does not resume one.
@@ -256,14 +256,14 @@ def restore(
     optimizer: AdamW,
     data_fingerprint: str,
 ) -> int:
-    """Put optimizer and random states back. The weights are already there: the model was loaded from the checkpoint.
+    """Restore optimizer and random states. The weights are there already: the model was loaded from the checkpoint.
 
-    Our own checkpoints of later steps are deleted: they belong to a course that this run leaves, and the next bare
+    Our own checkpoints of later steps are deleted: they belong to a trajectory that this run leaves, and the next bare
     `--resume_from_checkpoint` must not return to it.
 
     Args:
         checkpoint: None starts afresh.
-        config: `output_dir`, `optim`, `precision`, `master_weights`, the batch size and `allow_changes` count.
+        config: `output_dir`, the number formats, the batch size and `allow_changes` are read.
         model: on its device.
         optimizer: filled in place, every state in the dtype that it was saved in.
         data_fingerprint: of the rows as they are now.

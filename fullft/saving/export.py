@@ -1,6 +1,6 @@
 """The final model: written to the root of `output_dir` as `save_pretrained` lays it out, with a card, and reloaded.
 
-Owns what a user takes away from a run. Checkpoints are `checkpoint.py`'s business.
+This is what a user takes away from a run.
 """
 
 import os
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from fullft.attention.choice import attention_of
 from fullft.config.config import Config
 from fullft.hardware import available_host_bytes
 from fullft.saving.files import staged_folder, sync, sync_folder
@@ -27,7 +28,7 @@ def export_model(
     """Write weights, configs, tokenizer and card; each file appears whole or not at all.
 
     Args:
-        config: `output_dir`, and what the card tells.
+        config: `output_dir`, and what the card says.
         model: saved in the dtype that it was trained in.
         tokenizer: saved with its chat template.
         results: what the run achieved, for the card.
@@ -94,7 +95,7 @@ def check_export(config: Config, model: PreTrainedModel, token_ids: list[int]) -
     """Reload the written model as a user would, and compare its logits with the trained one's.
 
     Args:
-        config: `output_dir` and `trust_remote_code` count.
+        config: `output_dir` and `trust_remote_code` are read.
         model: the trained model; the optimizer's states should be gone by now, to make room.
         token_ids: any text.
 
@@ -109,7 +110,7 @@ def check_export(config: Config, model: PreTrainedModel, token_ids: list[int]) -
         reloaded = AutoModelForCausalLM.from_pretrained(
             config.output_dir,
             dtype=model.dtype,
-            attn_implementation=model.config._attn_implementation,
+            attn_implementation=attention_of(model),
             trust_remote_code=config.trust_remote_code,
         ).to(model.device)
         with torch.no_grad():

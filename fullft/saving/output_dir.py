@@ -1,7 +1,6 @@
 """The output folder: which files are a run's own, whether there is room, and what becomes of an earlier run's.
 
-Owns names and moves, and the recovery from a killed run. What is in a checkpoint is `checkpoint.py`'s business, what is
-in the final model `export.py`'s. Nothing that a run has not written is ever deleted, moved or overwritten.
+Nothing that a run has not written is ever deleted, moved or overwritten. A killed run is recovered from here.
 """
 
 import json
@@ -35,8 +34,8 @@ OWN_FILES = (
     SNAPSHOT,
 )
 
-# An earlier run's files, while the run that replaces it has nothing to show. The first name stands while they are moved
-# there or back, so that a killed run's successor knows which of the files at the root belong to whom.
+# An earlier run's files, while the run that replaces it has saved nothing. The first name is used while they are moved
+# there or back, so that after a kill it is known which of the files at the root belong to which run.
 _MOVING, _REPLACED = ".replacing", ".replaced"
 _FAILED = ".failed-run"  # the records of the run that was to replace it
 _STALE = re.compile(r"\.(checkpoint-\d+|export|config\.yaml|log\.jsonl)\.tmp")
@@ -47,7 +46,7 @@ _RETIRED = re.compile(r"\.(checkpoint-\d+)\.old")
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """List `checkpoint-<step>` folders, the newest step first, whoever made them."""
+    """List all `checkpoint-<step>` folders, the newest step first."""
     folders = output_dir.glob("checkpoint-*") if output_dir.is_dir() else []
     named = [folder for folder in folders if re.fullmatch(r"checkpoint-\d+", folder.name) and folder.is_dir()]
     return sorted(named, key=step_of, reverse=True)
@@ -75,7 +74,7 @@ def manifest_names(folder: Path) -> list[str]:
 
 
 def delete_checkpoint(folder: Path) -> None:
-    """Delete the files that a checkpoint's manifest lists, and the folder if nobody put anything else there."""
+    """Delete the files that a checkpoint's manifest lists, and the folder if nothing else is there."""
     names = manifest_names(folder)
     for name in names:
         (folder / name).unlink(missing_ok=True)
@@ -83,7 +82,7 @@ def delete_checkpoint(folder: Path) -> None:
 
 
 def install_checkpoint(staging: Path, target: Path) -> None:
-    """Give a complete checkpoint its name.
+    """Give a complete checkpoint its final name.
 
     Args:
         staging: its files, all on disk.
@@ -101,7 +100,7 @@ def install_checkpoint(staging: Path, target: Path) -> None:
 
 
 def _dissolve(retired: Path, target: Path) -> None:
-    """Delete a replaced checkpoint; what somebody else put there moves to its successor, or beside it."""
+    """Delete a replaced checkpoint; foreign files in it move to its successor, or next to it."""
     delete_checkpoint(retired)
     if not retired.exists():
         return
@@ -111,37 +110,35 @@ def _dissolve(retired: Path, target: Path) -> None:
     if not any(retired.iterdir()):
         retired.rmdir()
         return
-    beside, number = target.parent / f"{target.name}.old", 1
-    while beside.exists():
+    kept, number = target.parent / f"{target.name}.old", 1
+    while kept.exists():
         number += 1
-        beside = target.parent / f"{target.name}.old{number}"
-    retired.rename(beside)
-    print(f"warning: files in {target} that are not this run's are now in {beside}")
+        kept = target.parent / f"{target.name}.old{number}"
+    retired.rename(kept)
+    print(f"warning: files in {target} that are not this run's are now in {kept}")
 
 
 # ---------------------------------------------------------------------------------------------- the folder of a run
 
 
 class EarlierRun:
-    """What `--overwrite_output_dir` replaces. A context manager around the loop: a run that fails early puts it back.
+    """The run that `--overwrite_output_dir` replaces. A context manager: a run that fails early puts it back.
 
-    It is given up as soon as the new run has a checkpoint or its final model: see `discard_earlier_run`.
+    It is deleted as soon as the new run has a checkpoint or its final model: see `discard_earlier_run`.
+
+    Args:
+        output_dir: where the earlier run, if there was one, has been set aside.
     """
 
     def __init__(self, output_dir: Path) -> None:
-        """Remember the folder.
-
-        Args:
-            output_dir: where the earlier run, if there was one, has been set aside.
-        """
         self.output_dir = output_dir
 
     def __enter__(self) -> "EarlierRun":
-        """Nothing: the files are aside already."""
+        """Do nothing: the files are set aside already."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Put the earlier run back if this one has failed with nothing to show."""
+        """Put the earlier run back if this one has failed before it saved anything."""
         if kind is not None:
             try:
                 _settle(self.output_dir)
@@ -155,9 +152,9 @@ def prepare_output_dir(config: Config, steps: Steps, model: nn.Module) -> Earlie
     Called when all else has been loaded, so that most mistakes show before anything moves.
 
     Args:
-        config: `output_dir`, `resume_from_checkpoint` and the saving options count.
+        config: `output_dir`, `resume_from_checkpoint` and the saving options are read.
         steps: says how many checkpoints there will be.
-        model: its size, and the optimizer's with it.
+        model: its size, and the optimizer's, are estimated.
 
     Returns:
         A context manager for the loop.
@@ -178,12 +175,12 @@ def prepare_output_dir(config: Config, steps: Steps, model: nn.Module) -> Earlie
 
 def discard_earlier_run(output_dir: Path) -> None:
     """Delete the run that has been set aside: its successor has a checkpoint or a final model."""
-    # What a failure leaves here goes at the next start; it is no reason to end a run.
+    # A failure here is no reason to end a run: the next start deletes what is left.
     shutil.rmtree(output_dir / _REPLACED, ignore_errors=True)
 
 
 def recover(output_dir: Path) -> None:
-    """Put right what a killed run has left behind: half-written folders, and folders half replaced.
+    """Clean up after a killed run: half-written folders, and folders half replaced.
 
     Args:
         output_dir: may be missing.
@@ -257,7 +254,7 @@ def _require_space(config: Config, steps: Steps, model: nn.Module) -> None:
     checkpoint = weights + estimate_state_bytes(model, config.numerics)
     saved = steps.num_checkpoints
     kept = saved if config.save_total_limit is None else min(saved, config.save_total_limit)
-    # Beside those kept there is once the next one, which is written before an old one goes, or the final model.
+    # At one moment there is one more: the next checkpoint, written before an old one goes, or the final model.
     needed = kept * checkpoint + (checkpoint if saved > kept else weights)
     free = shutil.disk_usage(output_dir).free
     # A resumed run's checkpoints are among those needed; all that an overwritten one has will go.
@@ -272,7 +269,7 @@ def _require_space(config: Config, steps: Steps, model: nn.Module) -> None:
     first = checkpoint if saved else weights
     if not resumes and own and first > free:
         raise DiskError(
-            f"{output_dir} has {free / 1e9:.1f} GB free beside the earlier run's files, which stay until the first "
+            f"{output_dir} has {free / 1e9:.1f} GB free besides the earlier run's files, which stay until the first "
             f"{'checkpoint' if saved else 'model'} of {first / 1e9:.1f} GB is complete\n"
             "delete the earlier run, free some space, or choose another --output_dir"
         )

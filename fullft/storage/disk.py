@@ -127,7 +127,7 @@ class DiskFile:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
             raise DiskError(
-                f"offload: there is no room for {(self.num_bytes + size) / 1e9:.1f} GB beside the output folder "
+                f"offload: there is no room for {(self.num_bytes + size) / 1e9:.1f} GB next to the output folder "
                 f"({error.strerror}): free some space, choose an --output_dir on another disk, or offload less"
             ) from error
 
@@ -154,8 +154,8 @@ class DiskFile:
             count = operation(self._file.fileno(), [view[done:]], offset + done)
             if count == 0:
                 raise DiskError(
-                    "offload: the file of what is kept on disk is shorter than it was written: its disk is failing, or "
-                    "it was truncated; --resume_from_checkpoint continues from the last checkpoint"
+                    "the file that --offload keeps on disk is shorter than it was written: its disk is failing, or it "
+                    "was truncated; --resume_from_checkpoint continues from the last checkpoint"
                 )
             done += count
 

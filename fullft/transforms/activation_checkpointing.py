@@ -121,7 +121,7 @@ class _Products:
         # Attention with dropout draws random numbers. Were it not recomputed, a later operator would draw them.
         if name in _PRODUCTS or ("attention" in name and not _given(operator, args, kwargs).get("dropout_p")):
             if not torch.compiler.is_compiling():  # graphs have no operators in place
-                self._kept.update(map(_storage, filter(torch.is_tensor, tree_leaves(context.op_output))))
+                self._kept.update(map(_storage, tensors_in(context.op_output)))
             return CheckpointPolicy.MUST_SAVE
         if self._kept and _written(operator):
             written = filter(torch.is_tensor, map(_given(operator, args, kwargs).get, _written(operator)))
@@ -131,6 +131,11 @@ class _Products:
                     "keeps: pass --activation_checkpointing full, or none"
                 )
         return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def tensors_in(result: object) -> Iterator[torch.Tensor]:
+    """Yield the tensors in what an operator returns."""
+    return filter(torch.is_tensor, tree_leaves(result))
 
 
 def _given(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ _STREAMS: "WeakKeyDictionary[nn.Module, LayerStream]" = WeakKeyDictionary()
 
 
 def apply_layer_streaming(model: PreTrainedModel, storage: Storage) -> None:
-    """Have each decoder layer fetch its weights before it computes; a model that is all on its device stays as it is.
+    """Make each decoder layer fetch its weights before it computes; a model that is all on its device is unchanged.
 
     Args:
         model: changed in place; `stream_of` then returns the memory that layers take turns in.

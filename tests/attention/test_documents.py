@@ -1,4 +1,4 @@
-"""Attention within documents gives what torch's attention gives with a mask, to rounding."""
+"""Attention within documents gives what torch's attention gives with a mask, up to rounding."""
 
 import pytest
 import torch
@@ -8,11 +8,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fullft.attention import documents as attention
-from fullft.attention.documents import NAME, apply_document_attention, revert_document_attention
+from fullft.attention.choice import attend_by_document
+from fullft.attention.documents import NAME
 from fullft.transforms.activation_checkpointing import apply_activation_checkpointing
 
 FAMILIES = ["gpt2", "llama", "mistral", "qwen2", "phi"]  # fewer key heads, a sliding window of 8, biases
-DOCUMENTS = [[7, 3, 1, 7, 3, 3], [17, 7], [9, 10, 5]]  # of the sequences; 9 is worked on as 10, and with it
+DOCUMENTS = [[7, 3, 1, 7, 3, 3], [17, 7], [9, 10, 5]]  # of the sequences; 9 is padded to 10, and computed with it
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +44,7 @@ def assert_close(ours: list[torch.Tensor], theirs: list[torch.Tensor], tolerance
 @pytest.mark.parametrize("group_tokens", [14, 48])  # two documents of 7 together, or all of a length
 @pytest.mark.parametrize("inputs", ["packed", "one document each"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_it_equals_torchs_with_a_mask(
+def test_document_attention_equals_torch_with_a_mask(
     family: str, inputs: str, group_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "_GROUP_TOKENS", group_tokens)
@@ -51,7 +52,7 @@ def test_it_equals_torchs_with_a_mask(
     if inputs != "packed":
         del batch["position_ids"]
     theirs = results(model, batch)
-    apply_document_attention(model)
+    attend_by_document(model)
     assert model.config._attn_implementation == NAME
     assert_close(results(model, batch), theirs, 1e-11)
 
@@ -68,10 +69,8 @@ def vectors(documents: list[list[int]], dtype: torch.dtype) -> tuple[list[torch.
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
 )
-def test_it_is_exact_in_blocks_of_its_own_size(
-    dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Against torch's in float64, on the same inputs; the negative control: documents that begin elsewhere."""
+def test_blocks_of_full_size_are_exact(dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compared with torch's in float64, on the same inputs. The negative control: documents that begin elsewhere."""
     monkeypatch.undo()
 
     def errors(positions: torch.Tensor) -> list[float]:
@@ -93,17 +92,17 @@ def test_it_is_exact_in_blocks_of_its_own_size(
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_a_compiler_is_told_the_truth_about_it(dtype: torch.dtype) -> None:
-    """Shapes, strides and gradients of what stands for it in a graph are those that it gives."""
+def test_operators_pass_the_opcheck_of_torch(dtype: torch.dtype) -> None:
+    """In a graph they have the shapes, strides and gradients that they have outside."""
     inputs, positions = vectors(DOCUMENTS, dtype)
     opcheck(attention.document_attention, (*inputs, 0.3, positions))
     outside = [each.detach() for each in (inputs[0], *inputs)]
     opcheck(attention._backward_operator, (*outside, positions, 0.3))
 
 
-def test_the_negative_control_documents_that_see_each_other_would_be_noticed() -> None:
+def test_joined_documents_give_other_results() -> None:
     model, batch = tiny_model("llama"), packed()
-    apply_document_attention(model)
+    attend_by_document(model)
     apart = results(model, batch)
     batch["position_ids"] = torch.arange(24).expand(3, -1)
     together = results(model, batch)
@@ -112,10 +111,10 @@ def test_the_negative_control_documents_that_see_each_other_would_be_noticed() -
         assert_close(apart, together, 1e-11)
 
 
-def test_a_window_is_kept_in_long_documents() -> None:
+def test_sliding_window_is_kept_in_long_documents() -> None:
     """The negative control: a window of another size."""
     model, batch = tiny_model("mistral"), packed()
-    apply_document_attention(model)
+    attend_by_document(model)
     ours = results(model, batch)
     model.config.sliding_window = 9
     with pytest.raises(AssertionError):
@@ -123,7 +122,7 @@ def test_a_window_is_kept_in_long_documents() -> None:
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_in_bf16_it_is_no_further_from_the_truth_than_eager_attention(autocast: bool) -> None:
+def test_bf16_errors_are_those_of_eager_attention(autocast: bool) -> None:
     batch, found = packed(), {}
     exact = results(tiny_model("llama", torch.bfloat16).double(), batch)
     for kind in ("eager", NAME):
@@ -135,11 +134,11 @@ def test_in_bf16_it_is_no_further_from_the_truth_than_eager_attention(autocast: 
     assert sum(found[NAME]) < 1.1 * sum(found["eager"])
 
 
-def test_with_dropout_a_mask_keeps_documents_apart() -> None:
+def test_documents_stay_apart_with_dropout() -> None:
     model, batch = tiny_model("gpt2", dropout=0.5), packed()
     model.eval()
     theirs = model(**batch, use_cache=False).logits
-    apply_document_attention(model)
+    attend_by_document(model)
     assert torch.allclose(model(**batch, use_cache=False).logits, theirs)
     # In training some probabilities are dropped; another document's tokens still change nothing here.
     model.train()
@@ -152,48 +151,22 @@ def test_with_dropout_a_mask_keeps_documents_apart() -> None:
     assert not torch.allclose(logits, theirs)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
-def test_generation_goes_on_as_before(family: str) -> None:
-    model = tiny_model(family, torch.float32).eval()
-    prompts = torch.tensor([[0, 0, 5, 6, 7], [8, 9, 10, 11, 12]])
-    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-    options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-    theirs = model.generate(prompts, **options)
-    apply_document_attention(model)
-    assert torch.equal(model.generate(prompts, **options), theirs)
-    revert_document_attention(model)
-    assert model.config._attn_implementation == "sdpa"
-
-
-def test_values_of_another_width_than_keys_go_by_torchs() -> None:
+def test_values_of_another_width_use_torch_attention() -> None:
     shape = {"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 8}
     widths = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12, "first_k_dense_replace": 2}
     config = AutoConfig.for_model("deepseek_v3", vocab_size=VOCABULARY, **shape, **heads, **widths)
     model, batch = AutoModelForCausalLM.from_config(config).double(), packed()
     theirs = results(model, batch)
-    apply_document_attention(model)
+    attend_by_document(model)
     assert model.config._attn_implementation == NAME
     assert_close(results(model, batch), theirs, 1e-11)
 
 
-def test_what_is_saved_names_no_attention(tmp_path) -> None:
-    model = tiny_model("llama", torch.float32)
-    apply_document_attention(model)
-    model.save_pretrained(tmp_path)
-    assert NAME not in (tmp_path / "config.json").read_text()
-
-
-def test_soft_capped_scores_stay_with_their_family() -> None:
-    model = tiny_model("gemma2")
-    apply_document_attention(model)
-    assert model.config._attn_implementation != NAME
-
-
 @pytest.mark.parametrize("mode", ["selective", "full"])
-def test_checkpointed_layers_give_the_same(mode: str) -> None:
+def test_checkpointed_layers_attend_alike(mode: str) -> None:
     model = tiny_model("qwen2")
-    apply_document_attention(model)
+    attend_by_document(model)
     ids = packed()["input_ids"]
     plain = summed_loss(model, ids)
     plain.backward()

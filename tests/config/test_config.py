@@ -1,47 +1,24 @@
-"""Options: what a word, a YAML value and their combinations mean, and what is said about wrong ones."""
+"""Resolved options: defaults, what follows from others, the typed objects."""
 
 import dataclasses
-import importlib.util
-import re
-import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
+from command_lines import MODEL, write_yaml
+from models import make_config
 
-from fullft.config.config import Config, to_yaml
-from fullft.config.options import DEMO_FOLDER
+from fullft.config.config import Config, resolve
+from fullft.config.declare import by_name
+from fullft.config.options import DEMO_FOLDER, Options
 from fullft.config.parse import parse_config
-from fullft.config.options import build_parser, by_name, options_table
-from fullft.errors import OptionsError
-
-MODEL = ["--model", "mistralai/Mistral-7B-v0.1"]
-
-
-@pytest.fixture(autouse=True)
-def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Every test starts in an empty folder: what lies in the current one counts."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    return tmp_path
-
-
-def problems_of(*words: str) -> list[str]:
-    """Give the lines that a wrong command line is answered with."""
-    with pytest.raises(OptionsError) as refusal:
-        parse_config(words)
-    assert refusal.value.exit_code == 2
-    return [line.strip() for line in str(refusal.value).splitlines()]
-
-
-def write_yaml(text: str | bytes, name: str = "run.yaml") -> str:
-    Path(name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    return name
-
+from fullft.config.placement import Placement
+from fullft.config.recomputation import Recomputation
 
 # ---------------------------------------------------------------------------------------------- defaults
 
 
-def test_defaults_beside_a_model_are_the_documented_ones() -> None:
+def test_defaults_with_a_model_are_the_documented_ones() -> None:
     config = parse_config(MODEL)
     documented = {
         "dataset": "tatsu-lab/alpaca",
@@ -52,7 +29,7 @@ def test_defaults_beside_a_model_are_the_documented_ones() -> None:
         "packing": False,
         "train_on_prompt": False,
         "val_size": 0.05,
-        "output_dir": "./full-ft-Mistral-7B-v0.1",
+        "output_dir": Path("full-ft-Mistral-7B-v0.1"),
         "overwrite_output_dir": False,
         "num_train_epochs": 3,
         "max_steps": -1,
@@ -88,9 +65,9 @@ def test_defaults_beside_a_model_are_the_documented_ones() -> None:
     assert {name: getattr(config, name) for name in documented} == documented
 
 
-def test_the_demo_has_defaults_of_its_own_and_flags_beat_them() -> None:
+def test_flags_beat_the_defaults_of_the_demo() -> None:
     demo = parse_config([])
-    assert (demo.model, demo.output_dir, demo.precision) == (None, "./full-ft-demo", "fp32")
+    assert (demo.model, demo.output_dir, demo.precision) == (None, Path("full-ft-demo"), "fp32")
     assert demo.dataset == str(DEMO_FOLDER / "instructions.jsonl") and demo.dataset_split == "train"
     assert parse_config(["--precision", "bf16-mixed"]).precision == "bf16-mixed"
     assert parse_config(["--dataset", str(DEMO_FOLDER / "essay.txt")]).max_length == demo.max_length
@@ -98,263 +75,24 @@ def test_the_demo_has_defaults_of_its_own_and_flags_beat_them() -> None:
     assert parse_config(MODEL).learning_rate != demo.learning_rate
 
 
-def test_the_demo_overwrites_its_own_folder_and_no_other() -> None:
-    for folder in ("full-ft-demo", "mine"):
-        Path(folder).mkdir()
-        Path(folder, "README.md").write_text("precious")
-    assert parse_config([]).overwrite_output_dir
-    assert "mine is not empty" in problems_of("--output_dir", "mine")[0]
-    assert parse_config(["--output_dir", "mine", "--overwrite_output_dir"]).overwrite_output_dir
-
-
 @pytest.mark.parametrize(
     ("model", "folder"),
     [
-        ("mistralai/Mistral-7B-v0.1", "./full-ft-Mistral-7B-v0.1"),
-        ("gpt2", "./full-ft-gpt2"),
-        ("./models/mine", "./full-ft-mine"),
-        ("models/mine/", "./full-ft-mine"),
-        ("/models/mine", "./full-ft-mine"),
-        ("models/mine/.", "./full-ft-mine"),
+        ("mistralai/Mistral-7B-v0.1", "full-ft-Mistral-7B-v0.1"),
+        ("gpt2", "full-ft-gpt2"),
+        ("./models/mine", "full-ft-mine"),
+        ("models/mine/", "full-ft-mine"),
+        ("/models/mine", "full-ft-mine"),
+        ("models/mine/.", "full-ft-mine"),
     ],
 )
 def test_output_dir_is_named_after_the_model(model: str, folder: str) -> None:
-    assert parse_config(["--model", model]).output_dir == folder
+    assert parse_config(["--model", model]).output_dir == Path(folder)
 
 
-def test_a_data_set_of_ones_own_is_read_whole() -> None:
+def test_an_own_dataset_is_read_whole() -> None:
     assert parse_config([*MODEL, "--dataset", "rows.jsonl"]).dataset_split == "train"
     assert parse_config([*MODEL, "--dataset_split", "test"]).dataset_split == "test"
-
-
-# ---------------------------------------------------------------------------------------------- flags
-
-
-@pytest.mark.parametrize(
-    ("words", "name", "value"),
-    [
-        ("--learning-rate 1e-4", "learning_rate", 1e-4),
-        ("--learning_rate=1e-4", "learning_rate", 1e-4),
-        ("--per-device_train-batch-size=2", "per_device_train_batch_size", 2),
-        ("--max_steps 1e2", "max_steps", 100),
-        ("--max_steps -1", "max_steps", -1),
-        ("--seed 4294967295", "seed", 2**32 - 1),
-        ("--packing", "packing", True),
-        ("--packing true", "packing", True),
-        ("--packing=TRUE", "packing", True),
-        ("--packing --max_length 99", "packing", True),
-        ("--packing false", "packing", False),
-        ("--packing --packing no", "packing", False),
-        ("--model_name_or_path a/b", "model", "a/b"),
-        ("--dataset_name a/b", "dataset", "a/b"),
-        ("--dataset a=b", "dataset", "a=b"),
-        ("--gradient_checkpointing", "activation_checkpointing", "full"),
-        ("--gradient_checkpointing true", "activation_checkpointing", "full"),
-        ("--gradient_checkpointing False", "activation_checkpointing", "none"),
-        ("--activation_checkpointing", "activation_checkpointing", "full"),
-        ("--activation_checkpointing every_12", "activation_checkpointing", "every_12"),
-        ("--activation-checkpointing every-2", "activation_checkpointing", "every_2"),
-        ("--optim adamw_torch", "optim", "adamw"),
-        ("--optim adamw_torch_fused", "optim", "adamw"),
-        ("--optim adamw_bnb_8bit", "optim", "adamw_8bit"),
-        ("--precision BF16-true", "precision", "bf16-true"),
-        ("--precision bf16_mixed", "precision", "bf16-mixed"),
-        ("--precision bf16", "precision", "bf16-mixed"),
-        ("--resume_from_checkpoint", "resume_from_checkpoint", "newest"),
-        ("--resume_from_checkpoint True", "resume_from_checkpoint", "newest"),
-        ("--resume_from_checkpoint false", "resume_from_checkpoint", None),
-        ("--columns output=answer prompt=q", "columns", {"output": "answer", "prompt": "q"}),
-        ("--columns output=answer --columns prompt=a=b", "columns", {"output": "answer", "prompt": "a=b"}),
-        ("--report_to tensorboard", "report_to", "tensorboard"),
-        ("--warmup_steps 0.1", "warmup_steps", 0.1),
-        ("--offload none", "offload", "none"),
-        ("--offload optimizer=host gradients=disk", "offload", "optimizer=host,gradients=disk"),
-        ("--offload optimizer=host,gradients=disk", "offload", "optimizer=host,gradients=disk"),
-        ("--offload cpu", "offload", "optimizer=host"),
-        ("--offload parameters=host", "activation_checkpointing", "full"),
-        ("--fit off", "offload", "none"),
-        ("--master_weights Stochastic", "master_weights", "stochastic"),
-        ("--eval_strategy no", "eval_strategy", "no"),
-    ],
-)
-def test_a_flag_is_read_as(words: str, name: str, value: object) -> None:
-    read = getattr(parse_config(words.split()), name)
-    assert read == value and type(read) is type(value)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        # unknown names: the near one, what other programs call it, abbreviations
-        ("--learnig_rate 1e-4", "unknown option --learnig_rate; did you mean --learning_rate?"),
-        ("--LEARNING_RATE 1", "unknown option --LEARNING_RATE; did you mean --learning_rate?"),
-        ("--learn 1e-4", "unknown option --learn; did you mean --learning_rate?"),
-        ("--pack", "unknown option --pack; did you mean --packing?"),
-        ("-model x", "unknown option -model; did you mean --model?"),
-        ("--lr 1e-4", "unknown option --lr; did you mean --learning_rate?"),
-        ("--batch_size 4", "unknown option --batch_size; did you mean --per_device_train_batch_size?"),
-        ("--epochs=3", "unknown option --epochs; did you mean --num_train_epochs?"),
-        ("--fp16", "unknown option --fp16; did you mean --precision?"),
-        ("--warmup_ratio 0.1", "unknown option --warmup_ratio; did you mean --warmup_steps?"),
-        ("--no-packing", "unknown option --no_packing; did you mean --packing false?"),
-        ("--cofig run.yaml", "unknown option --cofig; did you mean --config?"),
-        ("--zzz 1", "unknown option --zzz; --help lists them all"),
-        ("foo", "unexpected argument 'foo': options are written --name value"),
-        ("--max_length 5 6", "unexpected argument '6': options are written --name value"),
-        ("--help=5", "argument -h/--help: ignored explicit argument '5'"),
-        # values
-        ("--learning_rate", "--learning_rate: needs a value"),
-        ("--learning_rate=", "--learning_rate: needs a value"),
-        ("--model --packing", "--model: needs a value"),
-        ("--columns", "--columns: needs a value"),
-        ("--config", "--config needs a YAML file"),
-        ("--learning_rate -1e-5", "--learning_rate: -1e-5 must be at least 0"),
-        ("--learning_rate=-1e-5", "--learning_rate: -1e-5 must be at least 0"),
-        ("--learning_rate -.5", "--learning_rate: -.5 must be at least 0"),
-        ("--learning_rate -inf", "--learning_rate: '-inf' is not a number"),
-        ("--learning_rate nan", "--learning_rate: 'nan' is not a number"),
-        ("--max_length 512tokens", "--max_length: '512tokens' is not a whole number (tokens)"),
-        ("--max_length 0.5", "--max_length: '0.5' is not a whole number (tokens)"),
-        ("--seed 4294967296", "--seed: 4294967296 must be below 4,294,967,296"),
-        ("--val_size 20", "--val_size: 20 must be below 1 (fraction of rows)"),
-        ("--adam_epsilon 0", "--adam_epsilon: 0 must be above 0"),
-        ("--packing maybe", "--packing: 'maybe' is neither true nor false"),
-        ("--precision fp16", "--precision: 'fp16' is not one of fp32, bf16-mixed, bf16-true"),
-        ("--activation_checkpointing every_0", "'every_0' is not one of none, selective, full, every_<n>"),
-        ("--master_weights fp32", "--master_weights: 'fp32' is not one of split, stochastic, none"),
-        ("--offload optimizer=tape", "'optimizer=tape' is neither none nor one of parameters=device|host|disk"),
-        ("--offload gradients", "'gradients' is neither none nor one of"),
-        ("--cpu_offload", "unknown option --cpu_offload; did you mean --offload?"),
-        ("--columns answer=output", "'answer' is not one of instruction, input, output"),
-        ("--columns output", "--columns: 'output' needs a value: output=yours"),
-        ("--columns output=a output=b", "--columns: 'output' stands in two pairs"),
-        ("--columns output=a prompt=a", "--columns: 'a' stands in two pairs"),
-        # combinations
-        ("--max_steps 0", "max_steps 0 trains nothing"),
-        ("--warmup_steps 2.5", "warmup_steps 2.5 is neither whole nor below 1"),
-        ("--global_batch_size 6", "global_batch_size 6 is not a multiple of per_device_train_batch_size 4"),
-        (
-            "--global_batch_size 8 --per_device_train_batch_size 2 --gradient_accumulation_steps 3",
-            "global_batch_size 8 is not 2 x 3: leave out gradient_accumulation_steps, or correct one of the two",
-        ),
-        ("--model x --eval_steps 5", "--eval_steps does nothing with eval_strategy epoch"),
-        ("--model x --save_steps 5", "--save_steps does nothing with save_strategy epoch"),
-    ],
-)
-def test_a_wrong_flag_is_answered_with(words: str, message: str) -> None:
-    (line,) = problems_of(*words.split())
-    assert message in line
-
-
-def test_all_problems_come_in_one_message() -> None:
-    file = write_yaml("optim: sgd\nmax_lenght: 5\n")
-    lines = problems_of("--config", file, "--learnig_rate", "1", "--save_steps", "0", "--max_steps", "0", "stray")
-    assert len(lines) == 6
-    for part in ("learnig_rate", "stray", "save_steps", "optim: 'sgd'", "max_lenght", "max_steps 0"):
-        assert sum(part in line for line in lines) == 1, part
-
-
-def test_an_empty_value_is_never_the_current_folder() -> None:
-    for flag in ("--model", "--output_dir", "--dataset", "--resume_from_checkpoint"):
-        assert problems_of(flag, "") == [f"{flag}: needs a value"]
-
-
-def test_more_than_one_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "not with torchrun" in problems_of()[0]
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    parse_config([])
-
-
-def test_a_missing_package_is_said_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    find_spec = importlib.util.find_spec
-    missing = {"wandb", "bitsandbytes"}  # the second is needed on CUDA only, and said there
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in missing else find_spec(name))
-    assert problems_of("--report_to", "wandb,tensorboard", "--optim", "adamw_8bit") == [
-        "report_to tensorboard,wandb needs wandb: pip install wandb",
-    ]
-    missing.clear()
-    if find_spec("wandb") is None:
-        Path("wandb").mkdir()  # what wandb leaves behind can be found, but is no package
-        monkeypatch.syspath_prepend(Path.cwd())
-        assert find_spec("wandb") is not None
-        assert len(problems_of("--report_to", "wandb")) == 1
-
-
-# ---------------------------------------------------------------------------------------------- YAML
-
-
-@pytest.mark.parametrize(
-    ("text", "name", "value"),
-    [
-        ("save_strategy: no", "save_strategy", "no"),
-        ("eval_strategy: off", "eval_strategy", "no"),
-        ("learning_rate: 1e-4", "learning_rate", 1e-4),  # text to YAML
-        ("learning-rate: 0.5", "learning_rate", 0.5),
-        ("learning_rate: ~", "learning_rate", 3e-3),  # the demo's
-        ("max_steps: '7'", "max_steps", 7),
-        ("packing: yes", "packing", True),
-        ("gradient_checkpointing: true", "activation_checkpointing", "full"),
-        ("gradient_checkpointing: false", "activation_checkpointing", "none"),
-        ("model_name_or_path: a/b", "model", "a/b"),
-        ("model: 7", "model", "7"),
-        ("report_to: [tensorboard]", "report_to", "tensorboard"),
-        ("resume_from_checkpoint: true", "resume_from_checkpoint", "newest"),
-        ("columns: {output: answer}", "columns", {"output": "answer"}),
-        ("columns: [output=answer]", "columns", {"output": "answer"}),
-        ("columns: output=answer", "columns", {"output": "answer"}),
-        ("offload: [optimizer=host, gradients=disk]", "offload", "optimizer=host,gradients=disk"),
-        ("offload: {optimizer: host}", "offload", "optimizer=host"),
-        ("# nothing but a comment", "optim", "adamw"),
-        ("\ufeffseed: 3", "seed", 3),
-    ],
-)
-def test_a_yaml_line_is_read_as(text: str, name: str, value: object) -> None:
-    assert getattr(parse_config(["--config", write_yaml(text)]), name) == value
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("learnig_rate: 1", "run.yaml: unknown option learnig_rate; did you mean learning_rate?"),
-        ("bf16: true", "run.yaml: unknown option bf16; did you mean precision?"),
-        ("1: 2", "run.yaml: unknown option 1; --help lists them all"),
-        ("model: [a]", "run.yaml: model: takes one value, not a list"),
-        ("optim: {name: adamw}", "run.yaml: optim: takes one value, not a mapping"),
-        ("seed: true", "run.yaml: seed: 'True' is not a whole number"),
-        ("seed: .nan", "run.yaml: seed: 'nan' is not a whole number"),
-        ("output_dir: no", "run.yaml: output_dir: false is not text: write it in quotes"),
-        ("save_strategy: yes", "run.yaml: save_strategy: 'true' is not one of no, epoch, steps"),
-        ("packing: 3", "run.yaml: packing: '3' is neither true nor false"),
-        ("columns: {output: ~}", "run.yaml: columns: 'output' needs a value"),
-        ("columns: 3", "run.yaml: columns: 3 is no pair"),
-        ("seed: 1\nseed: 2", "run.yaml: seed sets seed a second time"),
-        ("model: a\nmodel_name_or_path: b", "run.yaml: model_name_or_path sets model a second time, after model"),
-        ("- a\n- b", "--config run.yaml must hold `option: value` lines"),
-        ("hello", "--config run.yaml must hold `option: value` lines"),
-        ("a: [1\nb: 2", "--config run.yaml, line 2: not YAML: expected ',' or ']'"),
-        ("model: !!python/object:os.system {}", "--config run.yaml, line 1: not YAML: could not determine"),
-        ("model: caf\xe9".encode("latin-1"), "--config run.yaml is not UTF-8 text (byte 10)"),
-    ],
-)
-def test_a_wrong_yaml_file_is_answered_with(text: str | bytes, message: str) -> None:
-    (line,) = problems_of("--config", write_yaml(text))
-    assert message in line
-
-
-def test_a_config_that_is_no_file() -> None:
-    Path("folder").mkdir()
-    assert problems_of("--config", "nope.yaml") == ["--config nope.yaml: No such file or directory"]
-    assert problems_of("--config", "folder") == ["--config folder: Is a directory"]
-
-
-def test_a_flag_beats_the_file() -> None:
-    file = write_yaml("model: a/b\nlearning_rate: 1.0\nseed: 1\npacking: true\ncolumns: {output: answer}\n")
-    config = parse_config(["--config", file, "--learning_rate", "2", "--packing", "false", "--columns", "prompt=q"])
-    assert (config.model, config.seed) == ("a/b", 1)
-    assert (config.learning_rate, config.packing, config.columns) == (2.0, False, {"prompt": "q"})
-    # With a model in the file, the demo's defaults are out.
-    assert config.precision == Config().precision != parse_config([]).precision
 
 
 @pytest.mark.parametrize(
@@ -378,105 +116,84 @@ def test_batch_accumulation_and_global_batch_agree(file: str, flags: str, batch:
     assert (config.per_device_train_batch_size, config.gradient_accumulation_steps, config.global_batch_size) == batch
 
 
-def test_a_conflict_within_the_file_is_refused() -> None:
-    file = write_yaml("model: a\ngradient_accumulation_steps: 3\nglobal_batch_size: 16\n")
-    assert "global_batch_size 16 is not 1 x 3" in problems_of("--config", file)[0]
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        "",
-        "--output_dir out --max_steps 3",
-        "--model a/b",
-        "--model 7 --dataset x.jsonl --columns output=answer --packing --precision bf16-true",
-        "--learning_rate 1e-5 --adam_epsilon 1e-12 --warmup_steps 3 --val_size 0",
-        "--eval_strategy no --save_strategy no --report_to tensorboard --save_total_limit 1",
-        "--gradient_checkpointing --resume_from_checkpoint --global_batch_size 8 --dataset_split test[:10%]",
-    ],
-)
-def test_the_written_config_reads_back_identically(words: str) -> None:
-    config = parse_config(words.split())
-    # What was asked of one run only is not in it.
-    lasting = dataclasses.replace(config, overwrite_output_dir=False, resume_from_checkpoint=None)
-    assert parse_config(["--config", write_yaml(to_yaml(config), "config.yaml")]) == lasting
-
-
-# ---------------------------------------------------------------------------------------------- folders
-
-
-def test_output_dir_with_content_needs_a_decision() -> None:
-    Path("out").mkdir()
-    parse_config(["--output_dir", "out"])  # an empty one is fine
-    Path("out", "notes.txt").write_text("mine")
-    (line,) = problems_of("--output_dir", "out")
-    for remedy in ("--resume_from_checkpoint", "--overwrite_output_dir", "--output_dir"):
-        assert remedy in line
-    parse_config(["--output_dir", "out", "--overwrite_output_dir"])
-    parse_config(["--output_dir", "out", "--resume_from_checkpoint"])
-    parse_config(["--output_dir", "out", "--resume_from_checkpoint", "out/checkpoint-5"])
-    assert "not empty: a checkpoint from elsewhere" in problems_of(
-        "--output_dir", "out", "--resume_from_checkpoint", "other/checkpoint-5"
-    )[0]  # fmt: skip
-
-
-def test_output_dir_that_cannot_be_one() -> None:
-    Path("file").write_text("")
-    Path("dangling").symlink_to("nowhere")
-    for output_dir in ("file", "file/below/it", "dangling"):
-        assert "is not a folder: choose another --output_dir" in problems_of("--output_dir", output_dir)[0]
-
-
-def test_what_is_read_is_not_written_over() -> None:
-    model = Path("out/checkpoint-5")
-    model.mkdir(parents=True)
-    Path("link").symlink_to("out")
-    rows = Path("rows")
-    rows.mkdir()
-    overwrite = "--overwrite_output_dir"
-    assert "the model's own folder" in problems_of("--model", "out/", "--output_dir", "./link", overwrite)[0]
-    assert "may be deleted" in problems_of("--model", str(model), "--output_dir", "out", overwrite)[0]
-    assert "read as rows" in problems_of("--dataset", "rows", "--output_dir", "rows/out")[0]
-    assert "read as rows" in problems_of("--dataset", ".")[0]  # ./full-ft-demo lies in it
-    # Beside them, or deeper in a folder that the run leaves alone, there is no danger.
-    parse_config(["--model", "out/checkpoint-5", "--output_dir", "new"])
-    parse_config(["--model", "out", "--output_dir", "out/tuned"])
-    parse_config(["--dataset", "rows", "--output_dir", "rows-out"])
-
-
-# ---------------------------------------------------------------------------------------------- help
-
-
-@pytest.mark.parametrize("columns", [80, 120])
-def test_help_fits_the_screen_and_names_everything(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", str(columns))
-    text = build_parser(Config).format_help()
-    assert max(map(len, text.splitlines())) <= columns
-    assert columns == 80 or max(map(len, text.splitlines())) > 80  # the wide one is used
-    flat = " ".join(text.split())
-    for name, option in by_name(Config).items():
-        unit = f"[{option.metadata['unit']}]"
-        entry = re.search(rf"--{name}\b.*?\(default: .*?\)", flat)
-        assert entry and (unit == "[]" or unit in entry[0]), name
-    for group in ("model and data:", "run:", "optimization:", "precision and memory:", "records:"):
-        assert f"\n{group}\n" in text
-    for shown in ("--max_length N", "--learning_rate X", "--packing [true|false]", "--output_dir FOLDER", "2e-5"):
-        assert shown in flat
-
-
-def test_the_table_of_options_lists_every_flag() -> None:
-    table = options_table(Config)
-    for name, option in by_name(Config).items():
-        for flag in (name, *option.metadata["aliases"]):
-            assert f"`--{flag}`" in table
-    assert len(table.splitlines()) == 2 + len(by_name(Config)) + 5
-
-
 def test_options_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         parse_config([]).seed = 1  # type: ignore[misc]
 
 
-def test_argv_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["train.py", "--seed", "5"])
-    assert parse_config().seed == 5
+# ---------------------------------------------------------------------------------------------- typed
+
+
+@pytest.mark.parametrize("words", ["", "--model a/b", "--model a/b --global_batch_size 6 --logging_steps 3"])
+def test_resolved_options_leave_nothing_narrowed_at_none(words: str) -> None:
+    config = parse_config(words.split())
+    narrowed = get_type_hints(Config, localns={"Path": Path})
+    for name, kind in {name: narrowed[name] for name in Config.__annotations__}.items():
+        assert isinstance(getattr(config, name), kind), name
+    assert config.global_batch_size == config.per_device_train_batch_size * config.gradient_accumulation_steps
+    # In the options themselves they may be None, as long as nothing is resolved.
+    assert all(getattr(Options(), name) is None for name in Config.__annotations__)
+
+
+def test_resolving_keeps_every_given_value() -> None:
+    options = Options(dataset="d.jsonl", dataset_split="s", output_dir=Path("out"), eval_steps=7, seed=3)
+    config = resolve(options)
+    changed = {"gradient_accumulation_steps", "global_batch_size"}
+    for name in by_name(Options).keys() - changed:
+        assert getattr(config, name) == getattr(options, name), name
+
+
+@pytest.mark.parametrize(
+    ("words", "undecided"),
+    [
+        ("", {"activation_checkpointing", "offload", "compile"}),
+        ("--compile false", {"activation_checkpointing", "offload"}),
+        ("--offload parameters=host", {"compile"}),  # streamed layers must be recomputed
+        ("--activation_checkpointing full --offload none --compile true", set()),
+        ("--fit off", set()),
+    ],
+)
+def test_undecided_options_are_those_left_at_auto(words: str, undecided: set[str]) -> None:
+    config = parse_config(words.split())
+    assert config.undecided == undecided
+    # Until the plan decides, auto means nothing.
+    nothing = (Recomputation(), Placement(), False)
+    values = zip(("activation_checkpointing", "offload", "compile"), nothing, strict=True)
+    found = {
+        "activation_checkpointing": config.recomputation,
+        "offload": config.placement,
+        "compile": config.compiles,
+    }
+    assert all(found[name] == value for name, value in values if name in undecided)
+    assert config.must_fit == ("--fit" not in words)
+
+
+def test_words_of_options_become_objects() -> None:
+    config = make_config(
+        offload="optimizer=disk,gradients=host",
+        activation_checkpointing="every_3",
+        compile="true",
+        report_to="tensorboard,wandb",
+        device_memory="24GB",
+        optim="adamw_8bit",
+    )
+    assert config.placement == Placement(optimizer="disk", gradients="host")
+    assert config.recomputation == Recomputation(every=3)
+    assert config.compiles and config.accumulates and config.has_8bit_moments
+    assert config.trackers == ["tensorboard", "wandb"]
+    assert config.device_memory_bytes == 24 * 10**9
+    plain = make_config(gradient_accumulation_steps=1)
+    assert not (plain.compiles or plain.accumulates or plain.has_8bit_moments or plain.trackers)
+    assert plain.device_memory_bytes is None
+
+
+def test_paged_moments_are_paged_wherever_gradients_live() -> None:
+    config = make_config(optim="paged_adamw_8bit", offload="gradients=host")
+    assert config.placement == Placement(optimizer="paged", gradients="host")
+    assert config.placement.offloaded == {"gradients": "host"}  # paged counts as on the device
+
+
+def test_changed_options_are_parsed_anew() -> None:
+    config = make_config(offload="none")
+    assert config.placement == Placement()
+    assert dataclasses.replace(config, offload="optimizer=host").placement == Placement(optimizer="host")

@@ -1,4 +1,4 @@
-"""What a run sets for its libraries before it imports them."""
+"""Caches of matrix kernels are limited, unless the user has set their limits."""
 
 import os
 import platform
@@ -8,25 +8,24 @@ import sys
 import pytest
 import torch
 
-from fullft.config.parse import parse_config
-from fullft.cpu.kernel_caches import KERNEL_CACHES, prepare_environment
+from fullft.cpu.kernel_caches import KERNEL_CACHES, limit_kernel_caches
 
 
-def test_the_users_own_word_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    mine = {"HF_HUB_OFFLINE": "1", "LRU_CACHE_CAPACITY": "2000"}
+def test_limits_in_the_environment_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = {"LRU_CACHE_CAPACITY": "2000"}
     monkeypatch.setattr(os, "environ", mine.copy())
-    prepare_environment(parse_config([]))
+    limit_kernel_caches()
     assert os.environ == KERNEL_CACHES | mine
 
 
 def _compiles_kernels() -> bool:
-    """Tell whether it is x86's bf16 products, for each of whose shapes there are kernels."""
+    """Return whether bf16 products are those of x86, which compile kernels for each shape."""
     is_x86_linux = sys.platform == "linux" and platform.machine() == "x86_64"
     return is_x86_linux and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @pytest.mark.skipif(not _compiles_kernels(), reason="of x86's bf16 products")
-def test_kernels_of_ever_new_shapes_pile_up_unless_both_caches_are_limited() -> None:
+def test_kernels_pile_up_unless_both_caches_are_limited() -> None:
     source = """
 from pathlib import Path
 
@@ -48,7 +47,7 @@ print(peak() - before)
         command = [sys.executable, "-c", source]
         return int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
 
-    as_they_come = growth({})
-    assert 2 * growth(KERNEL_CACHES) < as_they_come
+    unlimited = growth({})
+    assert 2 * growth(KERNEL_CACHES) < unlimited
     for name, shapes in KERNEL_CACHES.items():
-        assert 2 * growth({name: shapes}) > as_they_come
+        assert 2 * growth({name: shapes}) > unlimited

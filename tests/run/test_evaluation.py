@@ -9,12 +9,13 @@ from models import make_config, tiny_model
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
-from fullft.data.batches import load_data
+from fullft.data.load import load_data
+from fullft.model.loss import LossSum
 from fullft.run.evaluation import evaluate
 
 
 @pytest.mark.parametrize("options", [{}, {"per_device_train_batch_size": 4}, {"packing": True, "max_length": 64}])
-def test_the_loss_is_the_mean_over_all_targets_of_all_rows_however_they_are_batched(
+def test_evaluation_is_the_mean_over_all_targets(
     options: dict[str, int], tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     rows = [{"prompt": f"Count to {n}: ", "completion": " ".join(map(str, range(n)))} for n in range(1, 25)]
@@ -22,7 +23,7 @@ def test_the_loss_is_the_mean_over_all_targets_of_all_rows_however_they_are_batc
     data = load_data(make_config(dataset=str(tmp_path / "rows.jsonl"), val_size=0.5, **options), tokenizer)
     model = tiny_model("llama", dropout=0.5)
     assert data.evaluation is not None
-    loss = evaluate(model, data.evaluation, torch.autocast("cpu", enabled=False))
+    loss = evaluate(model, LossSum(model), data.evaluation, torch.autocast("cpu", enabled=False))
     assert loss is not None and model.training  # as it was found
 
     model.eval()

@@ -1,4 +1,4 @@
-"""Compiled layers give the losses and gradients that they give without; a run that cannot compile goes on."""
+"""Compiled layers give the same losses and gradients, up to rounding; a run that cannot compile continues."""
 
 import json
 from collections import Counter
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from models import SHAPE, VOCABULARY, make_config, tiny_model
+from small_runs import train_small
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
@@ -18,12 +19,10 @@ from torch._inductor import config as inductor
 from torch._inductor.utils import fresh_cache
 from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig, PreTrainedModel
 
-import train
-from fullft.attention.documents import apply_document_attention
-from fullft.config.parse import parse_config
+from fullft.attention.choice import attend_by_document
 from fullft.data.micro_batch import MicroBatch
 from fullft.errors import OptionsError
-from fullft.model.loss import SummedCrossEntropy
+from fullft.model.loss import LossSum
 from fullft.model.parts import decoder_layers
 from fullft.transforms import compilation
 from fullft.transforms.activation_checkpointing import apply_activation_checkpointing, recompute
@@ -67,10 +66,8 @@ def loss_and_gradients(
     model: PreTrainedModel, micro_batch: MicroBatch, autocast: object = nullcontext()
 ) -> list[torch.Tensor]:
     torch.manual_seed(2)  # of dropout
-    summed_cross_entropy = SummedCrossEntropy(model)
     with autocast:  # type: ignore[attr-defined]
-        outputs = summed_cross_entropy.decoder(**micro_batch.inputs, use_cache=False)
-        loss = summed_cross_entropy(outputs, micro_batch) / micro_batch.num_target_tokens
+        loss = LossSum(model)(micro_batch) / micro_batch.num_target_tokens
     loss.backward()
     gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
     model.zero_grad()
@@ -78,7 +75,7 @@ def loss_and_gradients(
 
 
 def distance(found: list[torch.Tensor], expected: list[torch.Tensor]) -> tuple[float, float]:
-    """Give the relative error of the loss, and the largest of a parameter's gradient."""
+    """Return the relative error of the loss, and the largest of a parameter's gradient."""
     errors = [float((one - other).norm() / other.norm()) for one, other in zip(found, expected, strict=True)]
     return errors[0], max(errors[1:])
 
@@ -86,16 +83,16 @@ def distance(found: list[torch.Tensor], expected: list[torch.Tensor]) -> tuple[f
 @pytest.mark.parametrize(
     ("family", "checkpointing", "dropout"),
     [
-        ("gemma2", "every_2", 0.0),
-        ("granite", "selective", 0.0),
-        ("cohere", "full", 0.0),
+        pytest.param("gemma2", "every_2", 0.0, marks=pytest.mark.slow),
+        pytest.param("granite", "selective", 0.0, marks=pytest.mark.slow),
+        pytest.param("cohere", "full", 0.0, marks=pytest.mark.slow),
         ("gpt2", "full", 0.1),
-        ("gpt2", "none", 0.1),  # which is selective in a graph
+        pytest.param("gpt2", "none", 0.1, marks=pytest.mark.slow),  # which is selective in a graph
     ],
 )
-def test_compiled_is_not_compiled_in_fp32(family: str, checkpointing: str, dropout: float) -> None:
+def test_compiled_fp32_layers_differ_by_rounding_alone(family: str, checkpointing: str, dropout: float) -> None:
     model, micro_batch = model_of(family, dropout), packed()
-    apply_document_attention(model)
+    attend_by_document(model)
     expected = loss_and_gradients(model, micro_batch)
     config = replace(COMPILED, activation_checkpointing=checkpointing)
     apply_activation_checkpointing(model, config)
@@ -110,9 +107,9 @@ def test_compiled_is_not_compiled_in_fp32(family: str, checkpointing: str, dropo
     assert min(distance(loss_and_gradients(model, micro_batch), expected)) > 1e-6
 
 
-def test_in_bf16_it_differs_by_rounding_and_other_documents_need_no_other_graph() -> None:
+def test_compiled_bf16_layers_share_one_graph() -> None:
     model = model_of("llama")
-    apply_document_attention(model)
+    attend_by_document(model)
     batches = [packed(), packed((48,)), packed((7, 30, 11))]
     expected = [loss_and_gradients(model, batch, BF16) for batch in batches]
     exact = [loss_and_gradients(model, batch) for batch in batches]
@@ -137,7 +134,7 @@ def test_graphs_keep_what_their_checkpointing_says() -> None:
     for config in (make_config(), COMPILED, replace(COMPILED, activation_checkpointing="full")):
         torch._dynamo.reset()
         model, kind = model_of("llama"), (config.compile, config.activation_checkpointing)
-        apply_document_attention(model)
+        attend_by_document(model)
         apply_activation_checkpointing(model, config)
         apply_compilation(model, config)
 
@@ -151,8 +148,8 @@ def test_graphs_keep_what_their_checkpointing_says() -> None:
     assert full < 0.4 * selective and selective < 0.7 * eager
 
 
-def test_a_layer_that_is_no_single_graph_goes_on_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
-    """Cut in two within what backward recomputes, it would be another layer there."""
+def test_layer_with_a_graph_break_runs_uncompiled(capsys: pytest.CaptureFixture[str]) -> None:
+    """Cut in two within what backward recomputes, it would compute something else there."""
     results = []
     for config in (make_config(activation_checkpointing="selective"), COMPILED):
         model = model_of("llama")
@@ -165,7 +162,7 @@ def test_a_layer_that_is_no_single_graph_goes_on_as_it_is(capsys: pytest.Capture
     assert capsys.readouterr().out.count("warning: the compiler failed") == 1
 
 
-def test_without_gradients_and_under_watch_nothing_is_compiled() -> None:
+def test_nothing_is_compiled_without_gradients() -> None:
     model = model_of("llama")
     apply_compilation(model, COMPILED)
     with torch.no_grad():
@@ -173,7 +170,7 @@ def test_without_gradients_and_under_watch_nothing_is_compiled() -> None:
     assert counters["stats"]["unique_graphs"] == 0
 
 
-def test_a_compiler_that_fails_costs_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+def test_failing_compiler_costs_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
     model, micro_batch = model_of("llama"), packed()
     expected = loss_and_gradients(model, micro_batch)
     apply_compilation(model, COMPILED)
@@ -184,7 +181,7 @@ def test_a_compiler_that_fails_costs_a_warning(capsys: pytest.CaptureFixture[str
     assert (said.out + said.err).count("the compiler failed") == 1
 
 
-def test_a_layer_that_fails_is_left_out_and_those_before_it_are_recomputed_as_they_ran(
+def test_compiled_layers_stay_when_a_later_one_fails(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, micro_batch = model_of("llama"), packed()
@@ -227,7 +224,7 @@ def test_auto_compiles_long_runs_of_packed_sequences(options: dict[str, object],
     assert bool(line) == (compiles == "true" and "compile" not in options)
 
 
-def test_without_a_compiler_auto_says_so_and_true_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_true_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compilation.shutil, "which", lambda _: None)
     config = make_config(packing=True)
     chosen, line = choose_compilation(config, 2 * WORTH_IT["cpu"], CPU)
@@ -237,12 +234,19 @@ def test_without_a_compiler_auto_says_so_and_true_is_refused(monkeypatch: pytest
         choose_compilation(replace(config, compile="true"), 0, CPU)
 
 
-@pytest.mark.parametrize("option", ["activation_checkpointing=none", "activation_checkpointing=full", STREAMED])
-def test_a_resumed_compiled_run_is_the_uninterrupted_one(option: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "option",
+    [
+        "activation_checkpointing=none",
+        pytest.param("activation_checkpointing=full", marks=pytest.mark.slow),
+        pytest.param(STREAMED, marks=pytest.mark.slow),
+    ],
+)
+def test_resumed_compiled_run_equals_the_uninterrupted_one(option: str, tmp_path: Path) -> None:
     def run(folder: Path, *words: str) -> list[float]:
         torch._dynamo.reset()  # as another process begins
-        words = (*words, f"--output_dir={folder}", "--logging_steps=1", "--max_steps=4", "--save_strategy=steps")
-        train.main(parse_config([*words, "--save_steps=2", "--compile", "--packing", "--max_length=64", f"--{option}"]))
+        words = (*words, "--compile", "--packing", f"--{option}")
+        train_small(words, output_dir=folder, max_steps=4, gradient_accumulation_steps=2, val_size=0.05)
         log = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
         return [record["loss"] for record in log if "loss" in record]
 

@@ -1,24 +1,23 @@
 """Layers that come and go compute what layers that stay compute: bitwise, in training, evaluation and generation."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from models import make_config, summed_loss, tiny_model
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fullft.config.config import Config
-from fullft.config.steps import Calendar
-from fullft.model.load import load_model, save_weights
+from fullft.config.steps import Steps
+from fullft.model.homes import move_layers_home
+from fullft.model.load import load_model
 from fullft.model.parts import decoder_layers
-from fullft.model.precision import join
 from fullft.optim.adamw import AdamW
 from fullft.optim.build import build_optimizer
 from fullft.saving.checkpoint import restore, save_checkpoint, verify
-from fullft.storage.tiers import Storage, fill, home_of, host_pieces
+from fullft.storage.tiers import Storage, home_of, host_pieces, lives_elsewhere
 from fullft.transforms.activation_checkpointing import apply_activation_checkpointing
-from fullft.transforms.streaming import LayerStream, apply_layer_streaming, settle_layers
+from fullft.transforms.streaming import LayerStream, apply_layer_streaming, stream_of
 
 PLACEMENTS = [
     "parameters=host",
@@ -29,15 +28,13 @@ PLACEMENTS = [
 ]
 
 
-def prepared(model: PreTrainedModel, config: Config, folder: Path) -> AdamW:
+def prepared(model: PreTrainedModel, config: Config, folder: Path, device: str = "cpu") -> AdamW:
     """Stream layers if the options say so, and build the optimizer, as train.py does."""
-    storage = Storage(torch.device("cpu"), folder)
-    if (tier := dict(word.split("=") for word in config.offload.split(",") if "=" in word).get("parameters")) and all(
-        home_of(parameter) is parameter for parameter in model.parameters()
-    ):
-        settle_layers(model, tier, storage)
+    storage = Storage(torch.device(device), folder)
+    if config.placement.streams_layers and not any(map(lives_elsewhere, model.parameters())):
+        move_layers_home(model, config.placement.parameters, storage)
     apply_activation_checkpointing(model, config)
-    apply_layer_streaming(model)
+    apply_layer_streaming(model, storage)
     return build_optimizer(model, config, storage)
 
 
@@ -93,8 +90,8 @@ def test_streamed_layers_train_as_resident_ones(family: str, tied: bool, accumul
         assert all(torch.equal(weights[name].flatten(), values) for name, values in streamed.items()), offload
 
 
-def test_old_weights_would_be_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The negative control: layers that stay after the step compute with what they were before it."""
+def test_old_weights_change_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control: layers that stay after the step compute with the weights before it."""
     config = options("parameters=host")
     results = []
     for release in (LayerStream.release, lambda self: None):
@@ -104,7 +101,7 @@ def test_old_weights_would_be_noticed(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not same(*results)
 
 
-def test_two_layers_are_present_at_a_time(tmp_path: Path) -> None:
+def test_two_layers_are_on_the_device_at_once(tmp_path: Path) -> None:
     model = tiny_model("llama", torch.bfloat16)
     prepared(model, options("parameters=disk"), tmp_path)
     seen = []
@@ -116,13 +113,13 @@ def test_two_layers_are_present_at_a_time(tmp_path: Path) -> None:
     for layer in decoder_layers(model):
         layer.register_forward_hook(look)
     model(input_ids=torch.ones(1, 4, dtype=torch.int64), use_cache=False)
-    assert max(seen) <= 2  # the one at work, and below the last one that which backward wants next
-    memory = sum(memory.nbytes for memory in model.layer_stream.memory)
+    assert max(seen) <= 2  # the one at work, and the next one
+    memory = sum(memory.nbytes for memory in stream_of(model).memory)
     layers = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in decoder_layers(model)]
     assert 2 * max(layers) <= memory < 2 * max(layers) + 2 * 9 * 4096  # whole pages for each tensor
 
 
-def test_generation_is_that_of_the_resident_model(tmp_path: Path) -> None:
+def test_streamed_model_generates_as_the_resident_one(tmp_path: Path) -> None:
     ids = torch.ones(1, 4, dtype=torch.int64)
     generation = GenerationConfig(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
     texts = []
@@ -134,87 +131,15 @@ def test_generation_is_that_of_the_resident_model(tmp_path: Path) -> None:
     assert texts[0] == texts[1] == texts[2]
 
 
-@pytest.mark.parametrize("tier", ["host", "disk"])
-@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("qwen2", True), ("gpt2", True)])
-def test_saved_and_loaded_layer_by_layer_it_is_the_same_model(
-    family: str, tied: bool, tier: str, tmp_path: Path
-) -> None:
-    """A file of save_pretrained loads into homes, and what is saved from there loads as from save_pretrained."""
-    original = tiny_model(family, torch.bfloat16, tied=tied)
-    original.save_pretrained(tmp_path / "original")
-    config = options(f"parameters={tier}")
-    model = load_model(config, str(tmp_path / "original"), Storage(torch.device("cpu"), tmp_path))
-    expected = {name: values.detach().flatten() for name, values in original.named_parameters()}
-    assert all(torch.equal(expected[name], values) for name, values in content(model).items())
-    assert all(p.numel() == 1 or p.untyped_storage().nbytes() <= 8 for p in decoder_layers(model).parameters())
-    apply_layer_streaming(model)
-    (tmp_path / "saved").mkdir()
-    save_weights(model, tmp_path / "saved")
-    loaded, info = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "saved", dtype=torch.bfloat16, output_loading_info=True
-    )
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert all(torch.equal(expected[name], p.detach().flatten()) for name, p in loaded.named_parameters())
-    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("original", "saved")]
-    assert configs[0] == configs[1]
-    ids = torch.ones(1, 4, dtype=torch.int64)
-    with torch.no_grad():
-        assert torch.equal(model.eval()(ids, use_cache=False).logits, loaded.eval()(ids, use_cache=False).logits)
-
-
-@pytest.mark.parametrize("offload", ["none", "optimizer=disk", "parameters=disk,optimizer=host"])
-def test_masters_start_from_the_fp32_numbers_of_a_file(offload: str, tmp_path: Path) -> None:
-    original = tiny_model("llama", torch.float32)
-    original.save_pretrained(tmp_path / "original")
-    config = options(offload)
-    storage = Storage(torch.device("cpu"), tmp_path)
-    model = load_model(config, str(tmp_path / "original"), storage)
-    apply_layer_streaming(model)
-    optimizer = build_optimizer(model, config, storage)
-    weights = content(model)
-    for name, parameter in original.named_parameters():
-        remainder = optimizer.states_of(dict(model.named_parameters())[name])["remainder"]
-        master = torch.empty(parameter.numel())
-        pieces = torch.cat([piece.clone() for piece in host_pieces(remainder)])
-        join(weights[name], pieces, master)
-        assert torch.equal(master, parameter.detach().flatten()) and weights[name].dtype == torch.bfloat16
-        assert pieces.any()  # the negative control: rounding has left something
-
-
-@pytest.mark.parametrize("offload", ["none", "parameters=host"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_so_they_do_where_names_lack_the_base_models_prefix(offload: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """As GPT-2's published files have it."""
-    original = tiny_model("gpt2", dtype)
-    original.transformer.save_pretrained(tmp_path / "original")
-    config = options(offload)
-    model = load_model(config, str(tmp_path / "original"), Storage(torch.device("cpu"), tmp_path))
-    weights = content(model)
-    for name, parameter in original.named_parameters():
-        master = torch.empty(parameter.numel())
-        join(weights[name], dict(model.named_parameters())[name].rounded_off.clone(), master)
-        assert torch.equal(master, parameter.detach().flatten().float())
-
-
-def test_other_files_in_the_folder_are_not_the_model(tmp_path: Path) -> None:
-    original, other = tiny_model("llama", torch.bfloat16), tiny_model("llama", torch.float32, seed=1)
-    original.save_pretrained(tmp_path)
-    other.save_pretrained(tmp_path / "other")
-    (tmp_path / "other" / "model.safetensors").rename(tmp_path / "model.fp32.safetensors")
-    for offload in ("none", "parameters=host"):
-        weights = content(load_model(options(offload), str(tmp_path), Storage(torch.device("cpu"), tmp_path)))
-        assert all(torch.equal(weights[name], p.detach().flatten()) for name, p in original.named_parameters())
-
-
 @pytest.mark.parametrize("begun", ["none", *PLACEMENTS[1:4]])
-def test_a_run_goes_on_in_any_other_placement(begun: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_run_continues_in_any_other_placement(begun: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     def config_of(offload: str) -> Config:
-        return options(offload, output_dir=str(tmp_path), gradient_accumulation_steps=2)
+        return options(offload, output_dir=tmp_path, gradient_accumulation_steps=2)
 
     model = tiny_model("llama", torch.bfloat16)
     optimizer = prepared(model, config_of(begun), tmp_path)
     train(model, optimizer, config_of(begun), 1, 2)
-    folder = save_checkpoint(config_of(begun), Calendar(config_of(begun), 9), 2, model, tokenizer, optimizer, "rows")
+    folder = save_checkpoint(config_of(begun), Steps(config_of(begun), 9), 2, model, tokenizer, optimizer, "rows")
     whole = train(model, optimizer, config_of(begun), 3, 4)
     for continued in ("none", *PLACEMENTS[:4]):
         config = config_of(continued)
@@ -227,10 +152,8 @@ def test_a_run_goes_on_in_any_other_placement(begun: str, tmp_path: Path, tokeni
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("offload", [*PLACEMENTS, "optimizer=host", "gradients=host", "optimizer=disk,gradients=disk"])
-def test_on_a_gpu_every_placement_trains_as_the_resident_one(offload: str, tmp_path: Path) -> None:
-    """Large enough that copies and computing overlap, and that a copy that came too early would show."""
-    from transformers import LlamaConfig
-
+def test_gpu_placements_train_as_the_resident_one(offload: str, tmp_path: Path) -> None:
+    """Large enough that copies and computing overlap, and that a copy made too early shows."""
     shape = LlamaConfig(
         vocab_size=8192, hidden_size=1024, intermediate_size=2816, num_hidden_layers=6, num_attention_heads=8
     )
@@ -239,12 +162,7 @@ def test_on_a_gpu_every_placement_trains_as_the_resident_one(offload: str, tmp_p
         config = options(where, gradient_accumulation_steps=3)
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16).cuda().train()
-        storage = Storage(torch.device("cuda"), tmp_path)
-        if "parameters" in where:
-            settle_layers(model, "disk" if "parameters=disk" in where else "host", storage)
-        apply_activation_checkpointing(model, config)
-        apply_layer_streaming(model)
-        optimizer = build_optimizer(model, config, storage)
+        optimizer = prepared(model, config, tmp_path, "cuda")
         losses = []
         for step in range(3):
             for _ in range(3):
@@ -259,12 +177,3 @@ def test_on_a_gpu_every_placement_trains_as_the_resident_one(offload: str, tmp_p
     (resident, weights), (moved, streamed) = courses
     assert moved == resident
     assert all(torch.equal(weights[name].flatten().cpu(), values.cpu()) for name, values in streamed.items())
-
-
-def test_homes_are_filled_piece_by_piece(tmp_path: Path) -> None:
-    for tier in ("host", "disk"):
-        array = Storage(torch.device("cpu"), tmp_path).zeros(tier, 5000, torch.bfloat16)
-        assert not torch.cat([piece.clone() for piece in host_pieces(array)]).any()
-        values = torch.randn(5000).bfloat16()
-        fill(array, values)
-        assert torch.equal(torch.cat([piece.clone() for piece in host_pieces(array)]), values)

@@ -31,7 +31,7 @@ _ALIASES = {
 
 
 def bundled_config(name: str) -> dict[str, Any] | None:
-    """Give the facts of a model's `config.json`, if they are here.
+    """Return the facts of a model's `config.json`, if they are here.
 
     Args:
         name: hub id; upper and lower case are alike, as on the hub.

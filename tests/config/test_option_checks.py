@@ -1,0 +1,87 @@
+"""Checks of the options against each other and against the disk."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from command_lines import problems_of
+
+from fullft.config.parse import parse_config
+
+# ---------------------------------------------------------------------------------------------- defaults
+
+
+def test_the_demo_overwrites_its_own_folder_alone() -> None:
+    for folder in ("full-ft-demo", "mine"):
+        Path(folder).mkdir()
+        Path(folder, "README.md").write_text("precious")
+    assert parse_config([]).overwrite_output_dir
+    assert "mine is not empty" in problems_of("--output_dir", "mine")[0]
+    assert parse_config(["--output_dir", "mine", "--overwrite_output_dir"]).overwrite_output_dir
+
+
+# ---------------------------------------------------------------------------------------------- flags
+
+
+def test_more_than_one_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "not with torchrun" in problems_of()[0]
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    parse_config([])
+
+
+def test_a_missing_package_is_reported_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+    missing = {"wandb", "bitsandbytes"}  # the second is needed on CUDA only, and said there
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in missing else find_spec(name))
+    assert problems_of("--report_to", "wandb,tensorboard", "--optim", "adamw_8bit") == [
+        "report_to tensorboard,wandb needs wandb: pip install wandb",
+    ]
+    missing.clear()
+    if find_spec("wandb") is None:
+        Path("wandb").mkdir()  # what wandb leaves behind can be found, but is no package
+        monkeypatch.syspath_prepend(Path.cwd())
+        assert find_spec("wandb") is not None
+        assert len(problems_of("--report_to", "wandb")) == 1
+
+
+# ---------------------------------------------------------------------------------------------- folders
+
+
+def test_output_dir_with_content_needs_a_decision() -> None:
+    Path("out").mkdir()
+    parse_config(["--output_dir", "out"])  # an empty one is fine
+    Path("out", "notes.txt").write_text("mine")
+    (line,) = problems_of("--output_dir", "out")
+    for remedy in ("--resume_from_checkpoint", "--overwrite_output_dir", "--output_dir"):
+        assert remedy in line
+    parse_config(["--output_dir", "out", "--overwrite_output_dir"])
+    parse_config(["--output_dir", "out", "--resume_from_checkpoint"])
+    parse_config(["--output_dir", "out", "--resume_from_checkpoint", "out/checkpoint-5"])
+    assert "not empty: a checkpoint from elsewhere" in problems_of(
+        "--output_dir", "out", "--resume_from_checkpoint", "other/checkpoint-5"
+    )[0]  # fmt: skip
+
+
+def test_output_dir_that_is_no_folder_is_refused() -> None:
+    Path("file").write_text("")
+    Path("dangling").symlink_to("nowhere")
+    for output_dir in ("file", "file/below/it", "dangling"):
+        assert "is not a folder: choose another --output_dir" in problems_of("--output_dir", output_dir)[0]
+
+
+def test_output_dir_must_not_overwrite_what_is_read() -> None:
+    model = Path("out/checkpoint-5")
+    model.mkdir(parents=True)
+    Path("link").symlink_to("out")
+    rows = Path("rows")
+    rows.mkdir()
+    overwrite = "--overwrite_output_dir"
+    assert "the model's own folder" in problems_of("--model", "out/", "--output_dir", "./link", overwrite)[0]
+    assert "may be deleted" in problems_of("--model", str(model), "--output_dir", "out", overwrite)[0]
+    assert "read as rows" in problems_of("--dataset", "rows", "--output_dir", "rows/out")[0]
+    assert "read as rows" in problems_of("--dataset", ".")[0]  # ./full-ft-demo lies in it
+    # Beside them, or deeper in a folder that the run leaves alone, there is no danger.
+    parse_config(["--model", "out/checkpoint-5", "--output_dir", "new"])
+    parse_config(["--model", "out", "--output_dir", "out/tuned"])
+    parse_config(["--dataset", "rows", "--output_dir", "rows-out"])

@@ -1,0 +1,50 @@
+"""Tiny models of peculiar families: with parts that see, decoders with surroundings, windows in the mask alone."""
+
+import torch
+from models import SHAPE, VOCABULARY
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+
+def gemma3_that_sees() -> PreTrainedConfig:
+    seeing = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+    seeing |= {"image_size": 28, "patch_size": 14}
+    text = {**SHAPE, "head_dim": 8, "pad_token_id": 0, "sliding_window": 8}
+    return AutoConfig.for_model("gemma3", text_config=text, vision_config=seeing)
+
+
+def opt() -> PreTrainedConfig:
+    return AutoConfig.for_model("opt", **SHAPE, ffn_dim=64, word_embed_proj_dim=32, dropout=0.0)
+
+
+def llama4() -> PreTrainedConfig:
+    more = {"intermediate_size_mlp": 64, "head_dim": 8, "num_local_experts": 2, "attention_chunk_size": 16}
+    return AutoConfig.for_model("llama4_text", **{**SHAPE, **more})
+
+
+CONFIGS = {"gemma3 that sees": gemma3_that_sees, "opt": opt, "llama4": llama4}
+
+
+def model_of(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+
+
+def qwen2_moe(window: int) -> PreTrainedConfig:
+    experts = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 2}
+    experts |= {"num_experts_per_tok": 2, "use_sliding_window": True, "max_window_layers": 4}
+    return AutoConfig.for_model("qwen2_moe", **SHAPE, **experts, sliding_window=window)
+
+
+def llama4_of_chunks(chunk: int) -> PreTrainedConfig:
+    config = llama4()
+    config.attention_chunk_size = chunk
+    return config
+
+
+def model_whose_rounding_grows() -> PreTrainedModel:
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 40}
+    return model_of(AutoConfig.for_model("llama", vocab_size=VOCABULARY, initializer_range=0.5, **shape)).bfloat16()
+
+
+def are_logits_close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    return bool((ours - theirs).abs().max() < 5e-2 * theirs.abs().max())

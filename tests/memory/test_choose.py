@@ -1,0 +1,62 @@
+"""The fastest exact choice that fits is taken, to the byte."""
+
+from dataclasses import replace
+
+from models import make_config
+from worst_steps import deep
+
+from fullft.memory.choose import Plans, choices, choose
+from fullft.memory.machine import ASSUMED, Device, Speeds
+from fullft.memory.plan import Batch
+
+
+def test_fastest_choice_that_fits_is_taken() -> None:
+    """Each resident choice is taken down to the last byte with which it fits."""
+    plans, batch, config = Plans(deep("llama", 2)), Batch(4, 256, 256), make_config()
+    assert (config.activation_checkpointing, config.offload) == ("auto", "auto")
+    resident = choices(replace(config, offload="none"), plans, batch, Device("mine", 0), ASSUMED)
+    assert [choice.activation_checkpointing for choice in resident] == ["none", "selective", "full"]
+    peaks = [plans.of(choice.apply(config), batch)["peak_bytes"] for choice in resident]
+    assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == 3
+
+    def not_asked() -> Speeds:
+        raise AssertionError("nothing needs to be measured")
+
+    for choice, peak in zip(resident, peaks, strict=True):
+        chosen, line = choose(config, plans, batch, Device("mine", peak), not_asked)
+        assert chosen == choice.apply(config)
+        assert choice.describe() in line and "the fastest exact choice to fit mine" in line
+        # One byte less, and it is no longer this one.
+        assert choose(config, plans, batch, Device("mine", peak - 1), lambda: ASSUMED)[0] != chosen
+    # Graphs recompute what is cheap in any case.
+    compiled = replace(config, offload="none", compile="true")
+    graphs = choices(compiled, plans, batch, Device("mine", 0), ASSUMED)
+    assert [choice.activation_checkpointing for choice in graphs] == ["none", "every_2", "full"]
+    assert [plans.of(choice.apply(compiled), batch)["peak_bytes"] for choice in (graphs[0], graphs[2])] == peaks[1:]
+    asked = replace(config, activation_checkpointing="every_3", offload="none")
+    assert choose(asked, plans, batch, Device("mine", 0), not_asked)[0] == asked
+    off = make_config(fit="off")
+    assert (off.activation_checkpointing, off.offload) == ("none", "none")
+
+
+def test_something_is_offloaded_below_the_resident_peaks() -> None:
+    plans, batch, config = Plans(deep("llama", 4)), Batch(1, 16), make_config()
+    full = replace(config, activation_checkpointing="full", offload="none")
+    below = plans.of(full, batch)["peak_bytes"] - 1
+    chosen, line = choose(config, plans, batch, Device("mine", below), lambda: ASSUMED)
+    planned = plans.of(chosen, batch)
+    assert "=host" in chosen.offload and planned["peak_bytes"] <= below and "on the host" in line
+    # No faster one by estimate fits.
+    ranked = choices(config, plans, batch, Device("mine", below), ASSUMED)
+    for choice in ranked[: [choice.apply(config) for choice in ranked].index(chosen)]:
+        assert plans.of(choice.apply(config), batch)["peak_bytes"] > below
+    # Without host memory the disk remains; without a disk, nothing.
+    chosen, _ = choose(config, plans, batch, Device("mine", below, host_bytes=0), lambda: ASSUMED)
+    assert "disk" in chosen.offload and "host" not in chosen.offload
+    assert plans.of(chosen, batch)["peak_bytes"] <= below
+    nowhere = Device("mine", below, host_bytes=0, disk_bytes=0)
+    assert "nothing fits mine" in choose(config, plans, batch, nowhere, lambda: ASSUMED)[1]
+    # What the user has set stays.
+    asked = replace(config, offload="none")
+    chosen, line = choose(asked, plans, batch, Device("mine", below), lambda: ASSUMED)
+    assert chosen == full and "nothing fits mine" in line

@@ -1,0 +1,169 @@
+"""The plan on fake tensors gives what the tracker measures on real ones."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from models import make_config, optimizer_of
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from worst_steps import model_of, worst_step
+
+from fullft.data.micro_batch import MicroBatch
+from fullft.memory.plan import Batch, plan_step
+from fullft.memory.worst_step import take_worst_step
+from fullft.model import loss as loss_module
+from fullft.model.loss import LossSum
+from fullft.model.parts import decoder_layers
+from fullft.model.precision import autocast_of, dtype_of
+from fullft.transforms.activation_checkpointing import apply_activation_checkpointing
+
+PRECISIONS = ("fp32", "bf16-mixed", "bf16-true")
+
+
+def leave_two_layers(model: PreTrainedModel) -> None:
+    """Drop all but the first two decoder layers: as many as a plan traces at least, and of both kinds in Gemma-2."""
+    del decoder_layers(model)[2:]
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = model.config.layer_types[:2]
+    model.config.num_hidden_layers = 2
+
+
+# Family, precision, checkpointing, optimizer, accumulation, packing, sequences x tokens, held-out tokens: each value of
+# each with each family, and each pair of the others at least once.
+AGREEMENT = [
+    ("gpt2", "fp32", "none", "adamw", 1, False, Batch(2, 48, 32)),
+    ("gpt2", "bf16-mixed", "full", "adamw_8bit", 4, True, Batch(1, 64, 64)),
+    ("gpt2", "bf16-true", "every_2", "adamw", 4, False, Batch(1, 40)),
+    ("llama", "fp32", "full", "adamw", 4, True, Batch(2, 48, 32)),
+    ("llama", "bf16-mixed", "none", "adamw", 4, False, Batch(1, 300, 64)),  # more than attention has in a block
+    ("llama", "bf16-true", "every_2", "adamw_8bit", 1, True, Batch(1, 64)),
+    ("mistral", "fp32", "every_2", "adamw_8bit", 4, False, Batch(2, 48, 32)),
+    ("mistral", "bf16-mixed", "none", "adamw", 1, True, Batch(1, 64, 64)),
+    ("mistral", "bf16-true", "full", "adamw", 1, False, Batch(4, 16, 64)),
+    ("qwen2", "fp32", "none", "adamw_8bit", 1, True, Batch(2, 48, 32)),
+    ("qwen2", "bf16-mixed", "every_2", "adamw", 4, False, Batch(1, 64)),
+    ("qwen2", "bf16-true", "full", "adamw", 4, True, Batch(1, 4, 4)),
+    ("gemma2", "fp32", "full", "adamw", 1, False, Batch(2, 48, 32)),
+    ("gemma2", "bf16-mixed", "every_2", "adamw", 1, True, Batch(1, 64, 64)),
+    ("gemma2", "bf16-true", "none", "adamw_8bit", 4, False, Batch(3, 10, 30)),
+    ("phi", "fp32", "every_2", "adamw", 4, True, Batch(2, 48, 32)),
+    ("phi", "bf16-mixed", "full", "adamw", 1, False, Batch(1, 64)),
+    ("phi", "bf16-true", "none", "adamw_8bit", 4, False, Batch(1, 64, 64)),
+    ("gpt2", "bf16-mixed", "selective", "adamw", 4, False, Batch(2, 48, 32)),
+    ("llama", "fp32", "selective", "adamw", 1, True, Batch(1, 300, 64)),
+    ("mistral", "bf16-true", "selective", "adamw", 4, True, Batch(1, 64, 64)),
+    ("gemma2", "bf16-mixed", "selective", "adamw_8bit", 4, True, Batch(1, 64)),
+]
+# What else a run may keep, and where, in turn with these cases.
+PLACES: list[dict[str, object]] = [
+    {},
+    {"master_weights": "none"},
+    {"offload": "optimizer=host"},
+    {"master_weights": "stochastic", "offload": "optimizer=disk,gradients=disk"},
+    {"offload": "gradients=host"},
+    {"offload": "optimizer=disk,gradients=host", "master_weights": "none"},
+    {"offload": "gradients=disk"},
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "precision", "mode", "optim", "accumulation", "packing", "batch", "place", "extends"),
+    [(*case, PLACES[number % len(PLACES)], number % 5 == 4) for number, case in enumerate(AGREEMENT)],
+    ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else None,
+)
+def test_plan_equals_what_is_tracked(
+    family: str,
+    precision: str,
+    mode: str,
+    optim: str,
+    accumulation: int,
+    packing: bool,
+    batch: Batch,
+    place: dict[str, object],
+    extends: bool,
+    tmp_path: Path,
+    small_chunks: int,
+) -> None:
+    config = make_config(
+        precision=precision,
+        activation_checkpointing=mode,
+        optim=optim,
+        gradient_accumulation_steps=accumulation,
+        packing=packing,
+        output_dir=tmp_path,
+        **place,
+    )
+    model = model_of(family, config, dropout=0.1 if family in ("gpt2", "phi") else 0.0)
+    if not extends:
+        leave_two_layers(model)
+    planned = plan_step(config, model.config, batch)
+    tracked = worst_step(model, config, batch).to_dict()
+    assert planned["peak_phase"] == tracked["peak_phase"]
+    assert planned["peak_bytes"] == pytest.approx(tracked["peak_bytes"], rel=1e-3)
+    for kind in ("components", "at_peak", "phases"):
+        assert planned[kind] == pytest.approx(tracked[kind], rel=1e-3)
+    assert (planned["host_bytes"], planned["disk_bytes"]) == (tracked["host_bytes"], tracked["disk_bytes"])
+    assert (planned["host_bytes"] > 0) is ("host" in config.offload)
+    assert (planned["disk_bytes"] > 0) is ("disk" in config.offload)
+
+
+@pytest.mark.parametrize(
+    ("family", "precision"),  # plain heads, soft-capped ones, and heads with a bias
+    [("llama", "fp32"), ("gemma2", "bf16-mixed"), ("phi", "bf16-true"), ("llama", "bf16-mixed"), ("phi", "fp32")],
+)
+def test_plan_of_many_loss_chunks_is_exact(precision: str, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine chunks, the last one cut, of logits that are most of the step; held out there are as many."""
+    monkeypatch.setattr(loss_module, "CHUNK_TOKENS", 8)
+    config, batch = make_config(precision=precision, activation_checkpointing="full"), Batch(3, 22, 23)
+    model = model_of(family, config)
+    leave_two_layers(model)
+    tracked = worst_step(model, config, batch).to_dict()
+    planned = plan_step(config, model.config, batch)
+    assert {name: planned[name] for name in tracked} == tracked
+    # The negative control: one chunk of all tokens.
+    monkeypatch.setattr(loss_module, "_chunks", lambda count: [(0, count)])
+    assert plan_step(config, model.config, batch)["peak_bytes"] > tracked["peak_bytes"]
+
+
+def test_plan_of_other_options_differs() -> None:
+    """The negative control: each option changes the figures by far more than the tolerance."""
+    tracked_config = make_config(precision="bf16-mixed", gradient_accumulation_steps=4)
+    model = model_of("llama", tracked_config)
+    leave_two_layers(model)
+    tracked = worst_step(model, tracked_config, Batch(1, 64, 64)).to_dict()
+    changes = [
+        {"precision": "fp32"},
+        {"activation_checkpointing": "full"},
+        {"optim": "adamw_8bit"},
+        {"gradient_accumulation_steps": 1},
+        {"offload": "optimizer=host"},
+        {"offload": "gradients=disk"},
+        {"precision": "bf16-true"},
+    ]
+    for change in changes:
+        other = make_config(**{"precision": "bf16-mixed", "gradient_accumulation_steps": 4, **change})
+        planned = plan_step(other, model.config, Batch(1, 64, 64))
+        assert planned["peak_bytes"] != pytest.approx(tracked["peak_bytes"], rel=1e-2), change
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_plan_is_within_2_percent_of_cuda_peak(precision: str, mode: str) -> None:
+    """At a size where the allocator's rounding to 512 bytes and the matrix library's workspace weigh little."""
+    config = make_config(precision=precision, activation_checkpointing=mode, gradient_accumulation_steps=2)
+    shape = LlamaConfig(
+        vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=8, num_attention_heads=16
+    )
+    model = AutoModelForCausalLM.from_config(shape, dtype=dtype_of(config.numerics.weights)).cuda().train()
+    apply_activation_checkpointing(model, config)
+    planned = plan_step(config, shape, Batch(1, 2048, 512))
+    torch.cuda.reset_peak_memory_stats()
+    ids = torch.randint(0, 32000, (1, 2048))
+    train_batch = MicroBatch({"input_ids": ids}, ids, 2048, 2047)
+    held_out = MicroBatch({"input_ids": ids[:, :512]}, ids[:, :512].contiguous(), 512, 511)
+    optimizer = optimizer_of(model, config)
+    autocast = autocast_of(config.numerics, torch.device("cuda"))
+    take_worst_step(model, LossSum(model), optimizer, [train_batch] * 2, held_out, autocast, 1.0)
+    assert planned["peak_bytes"] == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.02)

@@ -1,0 +1,156 @@
+"""What `--plan` prints: verdicts turn at the byte, the JSON follows its contract, the screen fits the screen."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from models import make_config
+from worst_steps import deep
+
+from fullft.config.parse import parse_config
+from fullft.errors import OptionsError
+from fullft.memory import screen
+from fullft.memory.choose import Plans
+from fullft.memory.estimates import estimate_work
+from fullft.memory.facts import find_facts
+from fullft.memory.machine import CONTEXT_BYTES, Device, cards
+from fullft.memory.plan import Batch, plan_step
+from fullft.memory.tracker import COMPONENTS
+from fullft.model.source import find_config
+from fullft.transforms.compilation import WORTH_IT
+
+MISTRAL = "mistralai/Mistral-7B-v0.1"
+BATCH = Batch(1, 512, 512)
+
+
+@pytest.fixture
+def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_verdicts_turn_at_the_byte() -> None:
+    planned = plan_step(make_config(), deep("llama"), BATCH)
+    peak = planned["peak_bytes"]
+    for size, fits in ((peak, True), (peak - 1, False)):
+        first, *others = screen.plan_object(make_config(), planned, find_facts(deep("llama"), 8), Device("mine", size))[
+            "verdicts"
+        ]
+        assert first == {"device": "mine", "memory_bytes": size, "fits": fits}
+        assert [each["memory_bytes"] for each in others] == [each.memory_bytes for each in cards()]
+    assert cards()[2].memory_bytes == 24 * 2**30 - CONTEXT_BYTES
+
+
+def test_sequences_longer_than_the_positions_are_refused() -> None:
+    with pytest.raises(OptionsError, match="pass --max_length 1024"):
+        screen.largest_batch(make_config(max_length=2048), Plans(find_config(make_config(model="gpt2"))))
+
+
+def test_comparison_shows_planned_and_measured_side_by_side() -> None:
+    planned = plan_step(make_config(), deep("llama"), BATCH)
+    measured = planned | {"at_peak": planned["at_peak"] | {"logits": 2 * planned["at_peak"]["logits"]}}
+    lines = {line[:18].strip(): line.split()[-1] for line in screen.compare(planned, measured).splitlines()}
+    assert lines["logits"] == "+100.00%" and lines["parameters"] == lines["all"] == "+0.00%"
+
+
+# ---------------------------------------------------------------------------------------------- JSON
+
+
+def test_json_follows_the_contract(in_empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    deep("llama", 14).save_pretrained("tiny")
+    config = parse_config(["--model", "tiny", "--plan", "--json", "--device_memory", "24GiB", "--max_length", "32"])
+    screen.show_plan(config)
+    shown = json.loads(capsys.readouterr().out)
+    planned = plan_step(
+        replace(config, activation_checkpointing="none", offload="none"), find_config(config), Batch(1, 32, 32)
+    )
+    assert {name: shown[name] for name in planned} == planned
+    assert set(shown) == {*planned, "model", "options", "verdicts"}
+    assert set(shown["at_peak"]) == set(shown["components"]) == set(COMPONENTS)
+    assert sum(shown["at_peak"].values()) == shown["peak_bytes"]
+    assert shown["options"]["activation_checkpointing"] == "none"
+    assert shown["model"] == "tiny" and len(shown["verdicts"]) == 8
+    assert shown["verdicts"][0] == {"device": "24GiB card", "memory_bytes": 47 * 2**29, "fits": True}
+
+
+def test_json_has_what_gpus_and_price_ask_for(in_empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    deep("llama").save_pretrained("tiny")
+    words = ["--model", "tiny", "--plan", "--json", "--max_length", "32", "--gpus", "3", "--gpu_hour_price", "2"]
+    screen.show_plan(parse_config(words))
+    shown = json.loads(capsys.readouterr().out)
+    zero, at_peak = shown["zero_bytes_per_gpu"], shown["at_peak"]
+    assert zero["gpus"] == 3 and zero["stage_1"] > zero["stage_2"] > zero["stage_3"]
+    states = at_peak["optimizer_states"]
+    assert zero["stage_1"] == shown["peak_bytes"] - states + states // 3
+    assert shown["cost"] == {name: 2 * hours for name, hours in shown["gpu_hours"].items()}
+    assert set(shown["cost"]) == {"A100", "H100"}
+    screen.show_plan(parse_config([*words, "--precision", "fp32"]))
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["gpu_hours"] is shown["cost"] is None
+
+
+def test_plan_shows_whether_layers_are_compiled(
+    in_empty_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(screen, "pick_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(screen, "find_levers", lambda *_: [])  # each takes a plan
+    monkeypatch.setattr("fullft.transforms.compilation._lack", lambda device: "")
+    words = ["--plan", "--packing", "--activation_checkpointing", "full"]
+    config = parse_config(words)
+    work = estimate_work(config, Plans(find_config(config)).facts(config.max_length), Batch(1, config.max_length, 0))
+
+    def shown(*more: str) -> str:
+        screen.show_plan(parse_config([*words, *more]))
+        return capsys.readouterr().out
+
+    # Recomputing, a third more, is no reason.
+    monkeypatch.setitem(WORTH_IT, "cpu", 1.01 * work.training_flops)
+    assert json.loads(shown("--json"))["options"]["compile"] == "false" and "Compile" not in shown()
+    monkeypatch.setitem(WORTH_IT, "cpu", 0.99 * work.training_flops)
+    assert json.loads(shown("--json"))["options"]["compile"] == "true"
+    assert "Compiled within the first step: the decoder layers" in shown()
+    assert "Compile" not in shown("--device_memory", "24GiB")
+    monkeypatch.setattr("fullft.transforms.compilation._lack", lambda device: "a compiler")
+    with pytest.raises(OptionsError, match="needs a compiler"):
+        shown("--compile", "true")
+
+
+# ---------------------------------------------------------------------------------------------- text
+
+
+def test_small_models_are_shown_in_mib(in_empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    screen.show_plan(parse_config(["--plan"]))
+    shown = capsys.readouterr().out
+    assert "MiB = 2^20 bytes, MB = 10^6" in " ".join(shown.split()) and "GiB" not in shown
+    (parameters,) = [line for line in shown.splitlines() if line.startswith("parameters")]
+    assert "3.02 MiB" in parameters
+
+
+def test_gpu_hours_state_what_they_include() -> None:
+    for mode, told in (("none", "of peak: A100"), ("full", "of peak, with recomputation: A100")):
+        config = make_config(model="gpt2", activation_checkpointing=mode)
+        assert told in screen._time(config, Plans(find_config(config)), BATCH)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--model", "gpt2", "--per_device_train_batch_size", "4", "--device_memory", "24GiB", "--gpus", "16"],
+        pytest.param(
+            ["--model", MISTRAL, "--device_memory", "24GiB", "--gpu_hour_price", "2.5"], marks=pytest.mark.slow
+        ),
+    ],
+    ids=["every lever", "fits nowhere"],
+)
+def test_screen_fits_45_lines_of_100_columns(
+    words: list[str], in_empty_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    screen.show_plan(parse_config([*words, "--plan"]))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 45 and max(map(len, lines)) <= 100, max(lines, key=len)
+    text = "\n".join(lines)
+    assert ("of peak, offloading aside: A100" in text) == (MISTRAL in words)
+    for part in ("GiB = 2^30", "LoRA", "stage 3", "24GiB card", "141 GB card", "A100", *words[1:2]):
+        assert part in text

@@ -1,0 +1,80 @@
+"""The hub: asked once, briefly, and only where a run needs it."""
+
+import http.server
+import os
+import threading
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import fullft.run.environment
+from fullft.run.environment import go_offline_if_unreachable
+
+
+class _Refusing(http.server.BaseHTTPRequestHandler):
+    def do_HEAD(self) -> None:  # noqa: N802
+        self.send_error(403)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def refusing_hub() -> Iterator[str]:
+    with http.server.HTTPServer(("127.0.0.1", 0), _Refusing) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture
+def silent_hub() -> Iterator[str]:
+    """A hub that accepts connections and never answers."""
+    with http.server.HTTPServer(("127.0.0.1", 0), _Refusing) as server:
+        yield f"http://127.0.0.1:{server.server_port}"
+
+
+@pytest.mark.parametrize("kind", ["refuses", "silent", "closed", "malformed"])
+def test_the_hub_is_asked_once_and_briefly(
+    kind: str, refusing_hub: str, silent_hub: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    endpoints = {"refuses": refusing_hub, "silent": silent_hub, "closed": "http://127.0.0.1:9", "malformed": "hub"}
+    monkeypatch.setenv("HF_ENDPOINT", endpoints[kind])
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    # Only silence lasts until the end; the others answer or fail at once, however busy the machine is.
+    seconds = 0.2 if kind == "silent" else 60
+    monkeypatch.setattr(fullft.run.environment, "PROBE_SECONDS", seconds)
+    asked: list[float] = []
+    urlopen, wait = urllib.request.urlopen, threading.Event.wait
+    monkeypatch.setattr(
+        urllib.request, "urlopen", lambda *more, timeout: asked.append(timeout) or urlopen(*more, timeout=timeout)
+    )
+    waited: list[float | None] = []
+    monkeypatch.setattr(
+        threading.Event, "wait", lambda self, timeout=None: waited.append(timeout) or wait(self, timeout)
+    )
+    go_offline_if_unreachable("a/b", None)
+    assert asked == ([] if kind == "malformed" else [seconds])  # a malformed address cannot be asked
+    assert seconds in waited and len(waited) <= 2  # a thread's start waits, too
+    # A refusal is an answer: the hub is there, and its client shall say what it refuses.
+    assert os.environ.get("HF_HUB_OFFLINE") == (None if kind == "refuses" else "1")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    assert capfd.readouterr().err == ""
+
+
+def test_the_hub_is_not_asked_about_local_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked: list[bool] = []
+    monkeypatch.setattr(fullft.run.environment, "_answers", lambda: asked.append(True) or True)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    Path("rows.jsonl").write_text("{}")
+    go_offline_if_unreachable(None, "rows.jsonl")
+    assert not asked and os.environ["HF_HUB_OFFLINE"] == "1"
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    go_offline_if_unreachable("a/b", "rows.jsonl")
+    assert asked and "HF_HUB_OFFLINE" not in os.environ
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # the user's own word counts
+    go_offline_if_unreachable("a/b")
+    assert asked == [True] and os.environ["HF_HUB_OFFLINE"] == "0"

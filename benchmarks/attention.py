@@ -1,10 +1,10 @@
-"""How fast attention within documents is beside torch's fused kernel with a mask: forward and backward, on the CPU.
+"""Time attention within documents next to torch's fused kernel with a mask: forward and backward, on the CPU.
 
     python benchmarks/attention.py                          # SmolLM2-135M's heads in bf16, two threads
     python benchmarks/attention.py --heads 32 --key_heads 8 --width 128 --dtype float32
 
-Owns the comparison of one layer's attention on packed sequences and on whole ones. The repeats are interleaved, so that
-whatever else the machine does falls on both alike; medians, and the median of each repeat's ratio.
+It compares one layer's attention, on packed sequences and on whole ones. The two take turns, so that other load on the
+machine slows both alike. The table has the median time of each, and the median of the repeats' ratios.
 """
 
 import argparse
@@ -34,14 +34,14 @@ CASES = {
 
 
 def main() -> None:
-    """Time both on each case and print the table."""
-    parser = argparse.ArgumentParser(description="Measure attention within documents beside torch's with a mask.")
-    parser.add_argument("--heads", type=int, default=9, help="of the queries (default: 9)")
-    parser.add_argument("--key_heads", type=int, default=3, help="of keys and values (default: 3)")
-    parser.add_argument("--width", type=int, default=64, help="of a head (default: 64)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU (default: 2)")
-    parser.add_argument("--repeats", type=int, default=21, help="of each (default: 21)")
+    """Time both on each case, and print the table."""
+    parser = argparse.ArgumentParser(description="Time attention within documents next to torch's with a mask.")
+    parser.add_argument("--heads", type=int, default=9, help="heads of the queries (default: 9)")
+    parser.add_argument("--key_heads", type=int, default=3, help="heads of keys and values (default: 3)")
+    parser.add_argument("--width", type=int, default=64, help="width of a head (default: 64)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: bfloat16)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    parser.add_argument("--repeats", type=int, default=21, help="repeats of each (default: 21)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print("| a sequence of | ours, ms | torch, ms | ratio |\n| --- | ---: | ---: | ---: |")
@@ -52,7 +52,15 @@ def main() -> None:
 
 
 def measure(lengths: list[int], arguments: argparse.Namespace) -> tuple[list[float], list[float]]:
-    """Time forward and backward of both, in turn, in milliseconds; torch's gets no mask where none is needed."""
+    """Time forward and backward of both, in turn. torch's kernel gets no mask where it needs none.
+
+    Args:
+        lengths: tokens of each document of the sequence.
+        arguments: the command line's.
+
+    Returns:
+        The milliseconds of ours and of torch's, repeat by repeat.
+    """
     torch.manual_seed(0)
     tokens, scale = sum(lengths), arguments.width**-0.5
     positions = torch.cat([torch.arange(length) for length in lengths])[None]

@@ -1,10 +1,11 @@
-"""Who trains in the throughput benchmark: the usual listing, Hugging Face Trainer, TRL and ours, on the same rows.
+"""Set up the systems of the throughput benchmark: the usual listing, Hugging Face Trainer, TRL and ours.
 
-Owns how each is set up and watched, in a process that ends with the run. All have the same model, AdamW and rate; what
-a step's seconds went to is told from outside, for ours as for its peers: `train.py` runs as it is.
+Each trains in a process of its own, on the same rows, with the same model, AdamW and learning rate. The parts of a step
+are timed from outside, for ours as for its peers: `train.py` runs as it is.
 """
 
 # ruff: noqa: E402
+import importlib.util
 import json
 import re
 import shutil
@@ -23,7 +24,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
-    LlamaModel,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -35,24 +35,25 @@ sys.path.insert(0, str(ROOT))  # the package need not be installed, as for train
 
 import train
 from fullft.config.parse import parse_config
-from fullft.data.batches import Batches, load_data
+from fullft.data.batches import Batches
+from fullft.data.load import load_data
 from fullft.data.micro_batch import IGNORED
-from fullft.memory.snapshot import peak_bytes
-from fullft.model.loss import SummedCrossEntropy
+from fullft.hardware import peak_bytes
+from fullft.model.loss import LossSum
 from fullft.optim.adamw import AdamW
-from fullft.run.log import Metrics
+from fullft.run.log import Log
 
 ROWS_PER_STEP = 16
 MAX_LENGTH = 1024  # of a row, and of a packed sequence
-LISTING_LENGTH = 512  # that the listing pads every row to
-# How many rows each pads together, and whether it compiles the model (`torch_compile`).
+LISTING_LENGTH = 512  # tokens that the listing pads every row to
+# Name -> rows that are padded together, and whether the model is compiled (`torch_compile`).
 TRAINERS = {
     "Trainer, dynamic padding": (1, False),
     "Trainer, grouped by length, 4 rows at a time": (4, False),
     "Trainer, grouped by length, 8 rows at a time": (8, False),
     "Trainer, grouped by length, 8 rows at a time, compiled": (8, True),
 }
-ROWS_ALIKE = max(size for size, _ in TRAINERS.values())  # rows of like length that the benchmark takes together
+ROWS_ALIKE = max(size for size, _ in TRAINERS.values())  # rows of similar length that the benchmark draws together
 TRLS = {"TRL SFTTrainer, packing": False, "TRL SFTTrainer, packing, compiled": True}
 
 Row = dict[str, Any]
@@ -61,8 +62,8 @@ Result = dict[str, Any]
 # ---------------------------------------------------------------------------------------------- the task
 
 _MIXED, _SPLIT, _FP32 = "--precision bf16-mixed", "--precision bf16-true --master_weights split", "--precision fp32"
-_AT_ONCE = "--per_device_train_batch_size {sequences} --gradient_accumulation_steps 1"  # as many tokens as a step has
-# Each line is a row of the table: what it gives `train.py` beside `COMMON`. Trainer takes its rows from the first.
+_AT_ONCE = "--per_device_train_batch_size {sequences} --gradient_accumulation_steps 1"  # all of a step's tokens
+# Each line is a row of the table, with its options for `train.py` besides `COMMON`. Trainer gets the first one's rows.
 OURS = {
     "ours, bf16-mixed": _MIXED,
     "ours, bf16-mixed, packing": f"{_MIXED} --packing",
@@ -80,7 +81,7 @@ OURS = {
     "ours, fp32, packing, compiled": f"{_FP32} --packing --compile true",
     "ours, fp32, packing, compiled, steps of one micro-batch": f"{_FP32} --packing --compile true {_AT_ONCE}",
 }
-# Nothing is left to the memory that happens to be free, and nothing but training is done.
+# No option depends on the memory that happens to be free, and nothing but training is done.
 COMMON = (
     "--val_size 0 --num_train_epochs 1 --per_device_train_batch_size 1 --learning_rate 2e-5 --max_grad_norm 1 "
     "--activation_checkpointing none --offload none --compile false --eval_strategy no --save_strategy no "
@@ -90,15 +91,15 @@ COMMON = (
 
 @dataclass(frozen=True)
 class Task:
-    """What all systems train on.
+    """The model and the rows that all systems train on.
 
     Attributes:
         source: the model's folder.
         folder: for the rows and the results.
-        rows: of the file that everybody reads.
-        tokens: in those rows, as our tokenising counts them.
-        targets: tokens among them that are learned.
-        mean_context: tokens of the document that the average token is in: what attention's cost goes by.
+        rows: their number in the file that all systems read.
+        tokens: in those rows, as we tokenise them.
+        targets: the tokens among them that are learned.
+        mean_context: tokens of the document that the average token is in. Attention's cost follows it.
     """
 
     source: Path
@@ -110,7 +111,7 @@ class Task:
 
     @property
     def file(self) -> Path:
-        """The rows."""
+        """The file of rows."""
         return self.folder / "rows.jsonl"
 
     @property
@@ -124,28 +125,33 @@ class Task:
         return max(1, round(ROWS_PER_STEP * self.tokens / self.rows / MAX_LENGTH))
 
     def output_dir(self, name: str) -> Path:
-        """Say where a run of ours writes."""
+        """Return the folder that a run of ours writes to."""
         return self.folder / slug(name)
 
     def flags(self, name: str) -> list[str]:
-        """Give a command line for `train.py`."""
+        """Return a run's command line for `train.py`."""
         flags = ["--model", str(self.source), "--dataset", str(self.file), "--output_dir", str(self.output_dir(name))]
         accumulation = self.packed_sequences if is_packed(name) else ROWS_PER_STEP
         flags += [*COMMON.split(), "--gradient_accumulation_steps", str(accumulation)]
         return [*flags, *OURS[name].format(sequences=self.packed_sequences).split()]
 
     def batches(self, name: str) -> Batches:
-        """Give the batches that `train.py` trains on."""
+        """Return the batches that `train.py` trains on."""
         return load_data(parse_config(self.flags(name)), AutoTokenizer.from_pretrained(self.source)).train
 
 
+def has_trl() -> bool:
+    """Return whether TRL is installed. It is optional."""
+    return importlib.util.find_spec("trl") is not None
+
+
 def is_packed(name: str) -> bool:
-    """Tell whether one of ours packs its rows."""
+    """Return whether one of ours packs its rows."""
     return "--packing" in OURS[name]
 
 
 def slug(name: str) -> str:
-    """Make a file's name of any."""
+    """Turn a system's name into a file's."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
@@ -153,42 +159,41 @@ def slug(name: str) -> str:
 
 
 def train_ours(task: Task, name: str, profiled: bool = False) -> Result:
-    """Train with `train.py`, and say how each step went.
+    """Train with `train.py`, and time the parts of each step.
 
     Args:
-        task: what to train on.
+        task: the model and the rows.
         name: one of `OURS`.
-        profiled: have torch's profiler record the third step; its table is then in the result too.
+        profiled: have torch's profiler record the third step. The result then has its table too.
     """
     watch = Stopwatch()
     watch.wrap(Batches, "global_batch", "data")
-    watch.wrap(LlamaModel, "forward", "forward")  # SmolLM2's decoder
-    watch.wrap(SummedCrossEntropy, "__call__", "forward")  # with the head's gradients, which it takes at once
+    watch.wrap(LossSum, "__call__", "forward")  # the decoder, and the head with its gradients, which are taken at once
     watch.wrap(torch.Tensor, "backward", "backward")
     for function in ("clip_gradients", "step", "zero_grad"):
         watch.wrap(AdamW, function, "optimizer")
-    after(Metrics, "__enter__", watch.restart)
-    after(Metrics, "step", watch.lap)
+    after(Log, "__enter__", watch.restart)
+    after(Log, "step", watch.lap)
     run = partial(train.main, parse_config(task.flags(name)))
     table = _profile(run) if profiled else run()
     return {**_result_of(task, name), "laps": watch.laps, "profile": table}
 
 
 def _profile(run: Callable[[], None]) -> str:
-    """Run, and give torch's table of the third step: what the processor was busy with, the most first."""
+    """Run, and return torch's table of the third step: its operators, the most expensive first."""
     schedule = torch.profiler.schedule(wait=1, warmup=1, active=1, repeat=1)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], schedule=schedule) as profiler:
-        after(Metrics, "step", profiler.step)
+        after(Log, "step", profiler.step)
         run()
     return str(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=48))
 
 
 def _result_of(task: Task, name: str) -> Result:
-    """Read what `train.py` logged; make its batches once more for what it does not log, the padding."""
+    """Read `train.py`'s log. Padding is not logged, so the batches are made once more to count it."""
     folder, batches = task.output_dir(name), task.batches(name)
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     records = [record for record in records if "loss" in record]
-    shutil.rmtree(folder)  # the trained weights are of no use here
+    shutil.rmtree(folder)  # the trained weights are not needed
     steps = [batches.global_batch(record["step"]) for record in records]
     return {
         "tokens": [record["num_tokens"] for record in records],
@@ -202,10 +207,9 @@ def _result_of(task: Task, name: str) -> Result:
 
 
 class CountingCollator:
-    """Counts what another collator makes: tokens that are no padding, and positions."""
+    """Counts tokens without padding, and positions, of the micro-batches of another collator."""
 
     def __init__(self, collate: Callable[[list[Row]], Row]) -> None:
-        """Wrap a collator."""
         self.collate = collate
         self.counts: list[tuple[int, int]] = []
 
@@ -219,7 +223,7 @@ class CountingCollator:
 
 
 def _arguments(task: Task, batch_size: int, accumulation: int) -> dict[str, Any]:
-    """Give what all peers share: the optimizer of ours, and nothing done beside training."""
+    """Return the arguments that all peers share: our optimizer, and nothing besides training."""
     return {
         "output_dir": str(task.folder / "peer"),
         "per_device_train_batch_size": batch_size,
@@ -253,7 +257,7 @@ def _tokenizer(task: Task) -> PreTrainedTokenizerBase:
 
 
 def _rows_in_order(task: Task) -> list[Row]:
-    """Take the rows in the order in which our unpacked runs train them; at micro-batch 1 none is padded."""
+    """Return the rows in the order of our unpacked runs. At micro-batch 1 none of them is padded."""
     batches, rows = task.batches(next(iter(OURS))), []
     for step in range(1, batches.steps_per_epoch + 1):
         for micro_batch in batches.global_batch(step):
@@ -264,7 +268,7 @@ def _rows_in_order(task: Task) -> list[Row]:
 
 
 def listing(task: Task) -> Trainer:
-    """The lesson's: every row padded to 512, padding trained on."""
+    """Build the lesson's Trainer: every row is padded to 512 tokens, and padding is trained on."""
     tokenizer = AutoTokenizer.from_pretrained(task.source)
     tokenizer.pad_token = tokenizer.eos_token
 
@@ -279,17 +283,18 @@ def listing(task: Task) -> Trainer:
 
 
 def dynamic_padding(task: Task, batch_size: int, compiled: bool) -> Trainer:
-    """Trainer on our tokens and targets, each micro-batch padded to its longest row.
+    """Build a Trainer on our tokens and targets, with each micro-batch padded to its longest row.
 
     Args:
-        task: what to train on.
-        batch_size: rows of a micro-batch, which are of like length; single ones come in the order of ours.
-        compiled: let it compile the model; a pass over all rows goes before, as it compiles at the first two lengths.
+        task: the model and the rows.
+        batch_size: rows of a micro-batch, which have similar lengths. Single rows come in our order.
+        compiled: compile the model. An untimed pass over all rows comes first, since it compiles at the first two
+            lengths.
     """
     rows, accumulation = _rows_in_order(task), ROWS_PER_STEP // batch_size
     if batch_size > 1:
-        # As train_sampling_strategy="group_by_length" does over a whole data set; in so short a run it would find few
-        # rows alike. Dealt out there and back, so that every step, the warm-up too, holds long rows and short ones.
+        # train_sampling_strategy="group_by_length" does this over a whole data set. In so short a run it would find few
+        # rows of similar length. Groups are dealt out back and forth, so that every step has long rows and short ones.
         rows.sort(key=lambda row: len(row["input_ids"]))
         steps = len(rows) // ROWS_PER_STEP
         deals = [range(deal * steps, (deal + 1) * steps)[:: -1 if deal % 2 else 1] for deal in range(accumulation)]
@@ -308,21 +313,21 @@ def dynamic_padding(task: Task, batch_size: int, compiled: bool) -> Trainer:
 
 
 def trl_packing(task: Task, compiled: bool) -> Trainer:
-    """TRL's packing as it comes (best-fit decreasing, no padding), on our tokens and targets.
+    """Build TRL's trainer with its own packing (best-fit decreasing, no padding), on our tokens and targets.
 
-    On a CPU it gives the model restarting positions and no mask, from which transformers makes a block-diagonal mask
-    for SDPA: packed documents do not see each other. Its loss never holds all logits, but recomputes them in backward,
-    and there, without CUDA, multiplies in fp32 (`trl/kernels/chunked_logprob.py`, 1.16); what would avoid that, a loss
-    function of one's own, makes it run the forward a second time.
+    On a CPU it passes restarting positions and no mask. transformers makes a block-diagonal mask for SDPA from them, so
+    packed documents do not see each other. Its loss never holds all logits, but recomputes them in backward. Without
+    CUDA it multiplies in fp32 there (`trl/kernels/chunked_logprob.py`, 1.16). A loss function of the user's would avoid
+    that, but makes it run the forward pass twice.
 
     Args:
-        task: what to train on.
-        compiled: let it compile the model; a pass over all rows goes before, since its lengths vary too.
+        task: the model and the rows.
+        compiled: compile the model. An untimed pass over all rows comes first, since its lengths vary too.
     """
-    from trl import SFTConfig, SFTTrainer  # type: ignore[import-not-found, unused-ignore]  # may be missing
+    from trl import SFTConfig, SFTTrainer  # type: ignore  # it is optional, and may be missing
 
     shared = _arguments(task, 1, task.packed_sequences) | {"num_train_epochs": 2 if compiled else 1}
-    own = {"packing": True, "max_length": MAX_LENGTH, "gradient_checkpointing": False}  # which is on by default
+    own: Row = {"packing": True, "max_length": MAX_LENGTH, "gradient_checkpointing": False}  # this is on by default
     return SFTTrainer(
         _load(task),
         SFTConfig(**shared, **own, torch_compile=compiled),
@@ -342,12 +347,19 @@ PEERS: dict[str, Callable[[Task], Trainer]] = {
 
 
 def train_peer(task: Task, name: str) -> Result:
-    """Train with a peer, and say how each step went."""
+    """Train with a peer, and time the parts of each step.
+
+    Args:
+        task: the model and the rows.
+        name: one of `PEERS`.
+    """
     trainer, watch = PEERS[name](task), Stopwatch()
     trainer.data_collator = counting = CountingCollator(trainer.data_collator)
-    # The records are kept, not printed.
+    # Records are kept, not printed.
     trainer.log = lambda record, *_, **__: trainer.state.log_history.append(dict(record))
-    watch.wrap(trainer, "get_batch_samples", "data")  # all of a step, collated and their targets counted
+    watch.wrap(
+        trainer, "get_batch_samples", "data"
+    )  # all micro-batches of a step, collated, with their targets counted
     watch.wrap(trainer, "compute_loss", "forward")
     watch.wrap(torch.Tensor, "backward", "backward")
     watch.wrap(trainer.accelerator, "clip_grad_norm_", "optimizer")
@@ -358,8 +370,8 @@ def train_peer(task: Task, name: str) -> Result:
     trainer.train()
     per_step = trainer.args.gradient_accumulation_steps
     steps = [counting.counts[i : i + per_step] for i in range(0, len(counting.counts), per_step)]
-    assert len(steps) == len(watch.laps), "micro-batches were collated that were not trained"
-    # Time is taken of the last pass; the losses are the first's, as all others make one pass alone.
+    assert len(steps) == len(watch.laps), "some micro-batches were collated but not trained"
+    # The last pass is timed. Losses are the first pass's, since the other systems make only one.
     losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
     count = len(steps) // int(trainer.args.num_train_epochs)
     return {

@@ -1,18 +1,19 @@
-"""What growth costs: speed and memory of a step against sequence length, batch size, layers and width, each by itself.
+"""Measure how speed and memory of a step change with sequence length, batch size, layers and width, each by itself.
 
     python benchmarks/growth.py                    # four tables and docs/growth.png, ten minutes on two cores
     python benchmarks/growth.py --axis length      # one of the tables
     python benchmarks/growth.py --quick            # small sizes, for a trial of a minute
 
-Owns four tables and one picture, on the CPU; the largest model takes 15 GiB. A point is a run of `train.py`, in a
-process of its own, on a Llama with random weights. One size at a time leaves the base, which all four axes share. Rows
-are longer than the length and cut there, so that each has exactly that length: no padding, no packing. Options are
-`train.py`'s defaults, but for one micro-batch a step, no checkpointing and no offloading, lest the memory that happens
-to be free decide. Of each run one step warms up and the median of three counts. Peaks are those of `memory.json`, the
-tracker's beside the plan's.
+It prints four tables and draws one picture, on the CPU. The largest model takes 15 GiB. A point is a run of `train.py`
+on a Llama with random weights, in a process of its own. One size at a time differs from the base, which all four axes
+share. Rows are cut at the length of the point, so that there is no padding and no packing.
 
-GFLOP/s are tokens per second times `flops_per_token` of `model/parts.py`. As papers do, it lets attention look at the
-whole sequence, while ours leaves out nearly all that causality hides, half of it: great lengths are flattered.
+Options are `train.py`'s defaults, except for one micro-batch a step, no checkpointing and no offloading: none of them
+then depends on the memory that happens to be free. In each run one step warms up, and the median of three counts. Peaks
+are those of `memory.json`, the tracker's next to the plan's.
+
+GFLOP/s are tokens per second times `flops_per_token` of `model/parts.py`. As in papers, that counts attention over the
+whole sequence. Ours skips nearly all of the half that causality hides, so that long sequences look faster.
 """
 
 # ruff: noqa: E402
@@ -34,7 +35,7 @@ from pathlib import Path
 from smollm2_model import WORK
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDER = WORK / "growth"  # of the point at work; removed after it
+FOLDER = WORK / "growth"  # files of the current point, removed after it
 sys.path.insert(0, str(ROOT))  # the package need not be installed, as for train.py
 os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "HF_DATASETS_CACHE": str(FOLDER / "cache")}
 
@@ -50,6 +51,7 @@ from fullft.config.options import DEMO_FOLDER
 from fullft.config.parse import parse_config
 from fullft.model.parts import count_parameters, flops_per_token
 from fullft.model.source import DEMO_MODEL
+from fullft.run.evaluation import Samples
 
 # All axes pass through the base; the widest model has 1.0B parameters.
 AXES: dict[str, tuple[int, ...]] = {
@@ -60,7 +62,7 @@ AXES: dict[str, tuple[int, ...]] = {
 }
 TITLES = {"length": "tokens of a sequence", "batch": "sequences of a batch", "layers": "layers", "width": "width"}
 TIMED_STEPS = 3  # after one that warms up
-FLAT, STRAIGHT = 1.25, 0.05  # highest / lowest speed, and share of a peak off its line, that still pass for it
+FLAT, STRAIGHT = 1.25, 0.05  # the most that still counts: highest / lowest speed, and a peak's distance from its line
 GIB = 2**30
 BLUE, ORANGE, GREY = "#1f5a99", "#d9602b", "#9a9a9a"
 
@@ -69,13 +71,13 @@ BLUE, ORANGE, GREY = "#1f5a99", "#d9602b", "#9a9a9a"
 
 @dataclass(frozen=True)
 class Point:
-    """The sizes of a step; by default the base.
+    """The sizes of a step. The defaults are the base.
 
     Attributes:
         length: tokens of each sequence.
-        batch: sequences.
-        layers: of the decoder.
-        width: of a token's vector; 64 of it are a head, and the MLP is 8/3 as wide, as in Llama.
+        batch: sequences of a step.
+        layers: decoder layers.
+        width: of a token's vector. A head has 64 of it, and the MLP is 8/3 as wide, as in Llama.
     """
 
     length: int = 512
@@ -84,12 +86,12 @@ class Point:
     width: int = 512
 
     def __str__(self) -> str:
-        """Name it by its sizes."""
+        """Write the sizes."""
         return f"length {self.length}, batch {self.batch}, layers {self.layers}, width {self.width}"
 
     @property
     def model_config(self) -> LlamaConfig:
-        """Describe the model: the same one for every length and batch."""
+        """The model's config, the same for every length and batch."""
         return LlamaConfig(
             vocab_size=16_384,
             hidden_size=self.width,
@@ -103,7 +105,7 @@ class Point:
 
     @property
     def flags(self) -> list[str]:
-        """Give the command line of `train.py`."""
+        """The command line of `train.py`."""
         paths = [f"--model={FOLDER / 'model'}", f"--dataset={FOLDER / 'rows.jsonl'}", f"--output_dir={FOLDER / 'run'}"]
         options = (
             f"--max_length {self.length} --per_device_train_batch_size {self.batch} --gradient_accumulation_steps 1 "
@@ -115,15 +117,15 @@ class Point:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to.
+    """The figures of a run.
 
     Attributes:
-        point: where it was.
-        parameters: of its model.
-        flops: of a token, forward and backward.
+        point: its sizes.
+        parameters: the model's.
+        flops: operations of a token, forward and backward.
         speed: tokens per second, the median of the timed steps.
         measured: the tracker's peak of the worst step [bytes].
-        planned: the plan's, from before the weights were loaded [bytes].
+        planned: the same as planned before the weights were loaded [bytes].
     """
 
     point: Point
@@ -135,12 +137,12 @@ class Result:
 
     @property
     def size(self) -> str:
-        """Name the model's size as one speaks of it."""
+        """The model's size as people write it: 0.5B, 135M."""
         return f"{self.parameters / 1e9:.1f}B" if self.parameters >= 1e9 else f"{self.parameters / 1e6:.0f}M"
 
     @property
     def gflops(self) -> float:
-        """Give the operations per second, in 10^9."""
+        """The operations per second, in 10^9."""
         return self.speed * self.flops / 1e9
 
 
@@ -148,11 +150,11 @@ class Result:
 
 
 def measure(point: Point) -> Result:
-    """Train at a point; called in a fresh process, whose memory, threads and caches nobody has used."""
+    """Train at a point. Call it in a fresh process, with unused memory, threads and caches."""
     shutil.rmtree(FOLDER, ignore_errors=True)
-    # What surrounds the steps is not asked for here, and would take a large model longer than they do.
-    train.export_model = train.check_export = lambda *_: None
-    train.Samples.complete = lambda *_, **__: None
+    # Work around the steps is not measured, and takes longer than they do with a large model.
+    vars(train).update(export_model=lambda *_: None, check_export=lambda *_: "")
+    Samples.complete = lambda *_, **__: None  # type: ignore[method-assign]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         parameters, flops = write_model(point)
         write_rows(point)
@@ -166,7 +168,7 @@ def measure(point: Point) -> Result:
 
 
 def write_model(point: Point) -> tuple[int, float]:
-    """Make a model of random weights and the demo's tokenizer; give its parameters, and the operations of a token."""
+    """Save a model of random weights and the demo's tokenizer; return its parameters and the operations of a token."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(point.model_config, dtype=torch.bfloat16)
     model.save_pretrained(FOLDER / "model")
@@ -176,7 +178,7 @@ def write_model(point: Point) -> tuple[int, float]:
 
 
 def write_rows(point: Point) -> None:
-    """Write the rows of all steps: of words of the demo's essay, each a token or more, so that every row is cut."""
+    """Write the rows of all steps: words of the demo's essay, each at least one token, so that every row is cut."""
     words, draw = (DEMO_FOLDER / "essay.txt").read_text(encoding="utf-8").split(), random.Random(0)
     with (FOLDER / "rows.jsonl").open("w", encoding="utf-8") as file:
         for _ in range(point.batch * (1 + TIMED_STEPS)):
@@ -185,11 +187,15 @@ def write_rows(point: Point) -> None:
 
 
 def carry_out(points: Iterable[Point], repeats: int) -> dict[Point, Result]:
-    """Measure points in turn, so that a slow hour of the machine slows them all; of repeats the median speed counts."""
-    runs: dict[Point, list[Result]] = {point: [] for point in points}  # once each, however many axes share one
+    """Measure the points in turn, so that a slow hour of the machine slows all of them.
+
+    Returns:
+        Each point's run of median speed.
+    """
+    runs: dict[Point, list[Result]] = {point: [] for point in points}  # each once, however many axes share it
     for _ in range(repeats):
         for point, results in runs.items():
-            # Spawned, for a fork would inherit what this process holds.
+            # Spawned, since a fork would inherit this process's memory.
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
                 results.append(process.submit(measure, point).result())
             print(f"{point}: {results[-1].speed:,.0f} tokens/s", flush=True)
@@ -200,15 +206,15 @@ def carry_out(points: Iterable[Point], repeats: int) -> dict[Point, Result]:
 
 
 def line(axis: str, results: Sequence[Result]) -> list[float]:
-    """Give the bytes of a memory that grows in a straight line from the first result's peak to the last one's."""
-    # With the parameters along the width, since matrices are squares of it.
+    """Return the bytes that each peak would have on a straight line from the first result's peak to the last one's."""
+    # Along the width memory grows with the parameters, since matrices grow with its square.
     causes = [result.parameters if axis == "width" else getattr(result.point, axis) for result in results]
     slope = (results[-1].measured - results[0].measured) / (causes[-1] - causes[0])
     return [results[0].measured + slope * (cause - causes[0]) for cause in causes]
 
 
 def report(axis: str, results: Sequence[Result]) -> None:
-    """Print an axis's table, and whether speed is flat and memory straight."""
+    """Print an axis's table, and whether its speed is flat and its memory linear."""
     head = (axis, "parameters", "tokens/s", "GFLOP/s", "peak, GiB", "planned, GiB", "planned / measured")
     print(f"\n| {' | '.join(head)} |\n|{'---:|' * len(head)}")
     for result in results:
@@ -222,12 +228,12 @@ def report(axis: str, results: Sequence[Result]) -> None:
     print(
         f"\nGFLOP/s {'stay flat' if ratio <= FLAT else 'are not flat'}: highest / lowest {ratio:.2f}. Memory "
         f"{'grows' if off <= STRAIGHT else 'does not grow'} linearly with {'parameters' if axis == 'width' else axis}: "
-        f"at most {off:.1%} off a straight line through both ends."
+        f"at most {off:.1%} from a straight line through both ends."
     )
 
 
 def plot(curves: dict[str, list[Result]], title: str, file: Path) -> None:
-    """Draw a column for each axis, speed above and memory below, all columns to the same scales."""
+    """Draw a column for each axis: speed above, memory below, all columns to the same scales."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -248,10 +254,10 @@ def plot(curves: dict[str, list[Result]], title: str, file: Path) -> None:
         right.plot(values, [result.speed for result in results], "s:", color=ORANGE, markersize=4)
         straight = [there / GIB for there in line(axis, results)]
         lower.plot(values, straight, "--", color=GREY, linewidth=1.2, label="straight line through both ends")
-        # Rings around dots: where both agree, both are seen.
-        for name, colour, size, fill in (("planned", ORANGE, 10, "none"), ("measured", BLUE, 5, "full")):
+        # Rings around dots show both where they agree.
+        for name, colour, diameter, fill in (("planned", ORANGE, 10, "none"), ("measured", BLUE, 5, "full")):
             peaks = [getattr(result, name) / GIB for result in results]
-            lower.plot(values, peaks, "o", color=colour, markersize=size, fillstyle=fill, label=name)
+            lower.plot(values, peaks, "o", color=colour, markersize=diameter, fillstyle=fill, label=name)
         sizes = [f"\n{result.size}" if axis in ("layers", "width") else "" for result in results]
         for panel in (upper, lower):
             panel.set_xscale("log", base=2)
@@ -260,7 +266,7 @@ def plot(curves: dict[str, list[Result]], title: str, file: Path) -> None:
         for panel in (upper, right, lower):
             panel.minorticks_off()
             panel.spines[["top", "right"]].set_visible(False)
-    # From 0, where flat looks flat; what grows or shrinks many times over has logarithmic scales.
+    # From 0, so that flat looks flat. Quantities that change many times over have logarithmic scales.
     panels[0][0].set_ylim(0, 1.1 * max(result.gflops for results in curves.values() for result in results))
     rights[-1].yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     rights[-1].yaxis.set_major_formatter("{x:,.0f}")
@@ -275,20 +281,20 @@ def plot(curves: dict[str, list[Result]], title: str, file: Path) -> None:
 
 
 def main() -> None:
-    """Measure the points of the axes, print their tables and draw the picture."""
+    """Measure the points of the axes, print their tables, and draw the picture."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
     parser.add_argument("--axis", choices=AXES, help="one axis alone (default: all)")
     parser.add_argument("--repeats", type=int, default=1, help="runs of each point, in turn (1)")
     parser.add_argument("--quick", action="store_true", help="three values of each axis, around the smallest of all")
-    parser.add_argument("--output", type=Path, help="PNG to draw (docs/growth.png; of a part or a trial, none)")
+    parser.add_argument("--output", type=Path, help="PNG to draw (docs/growth.png; none for one axis or a trial)")
     arguments = parser.parse_args()
     base, count = (Point(*(values[0] for values in AXES.values())), 3) if arguments.quick else (Point(), None)
     axes = [arguments.axis] if arguments.axis else [*AXES]
-    # A part must not replace the picture of all.
+    # One axis must not replace the picture of all.
     file = arguments.output or (None if arguments.quick or arguments.axis else ROOT / "docs" / "growth.png")
 
     points = {axis: [replace(base, **{axis: value}) for value in AXES[axis][:count]] for axis in axes}
-    # The largest model first: should it not fit, one need not wait to be told.
+    # The largest model comes first: if it does not fit, that shows at once.
     results = carry_out([point for axis in reversed(axes) for point in reversed(points[axis])], arguments.repeats)
     curves = {axis: [results[point] for point in points[axis]] for axis in axes}
     title = f"A step of a Llama on {torch.get_num_threads()} CPU threads; base: {base}, {results[base].size} parameters"

@@ -1,14 +1,17 @@
-"""The ladder of memory: what each way to keep weights, gradients and states costs, in bytes and in time.
+"""Measure what each way to keep weights, gradients and states costs, in bytes and in time.
 
-    python benchmarks/ladder.py               # all rungs, some ten minutes on two cores with nothing else to do
-    python benchmarks/ladder.py --only 8-bit  # those with this in their names, and what they are compared with
+    python benchmarks/ladder.py               # all rungs, some ten minutes on two idle cores
+    python benchmarks/ladder.py --only 8-bit  # those with this in their names, and those that they are compared with
 
-Owns one table, on SmolLM2-135M's shape with random weights: bytes per parameter on the device, the host and the disk,
-as planned on fake tensors and as tracked on real ones; the time of a step; and whether the rung trains exactly as the
-one that it is compared with, which is found out by comparing every bit of the weights after two steps. Steps are those
-of `train.py`, with full activation checkpointing. They are taken in turns, round after round, each rung built anew, so
-that whatever else the machine does is shared out. On a CPU the host's memory is the device's; here they are counted
-apart.
+It prints one table, for SmolLM2-135M's shape with random weights. Each way is a rung:
+
+- Bytes per parameter on the device, the host and the disk are planned on fake tensors and tracked on real ones.
+- The time of a step is relative to a rung that keeps everything on the device.
+- Whether a rung is exact is checked on every bit of its weights, after two steps.
+
+Steps are those of `train.py`, with full activation checkpointing. The rungs take turns, round after round, so that
+other load on the machine slows all of them alike. Each is built anew every time. On a CPU the host's memory is the
+device's. Here they are counted apart.
 """
 
 # ruff: noqa: E402
@@ -33,47 +36,49 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
-from fullft.attention.documents import apply_document_attention
+from fullft.attention.choice import attend_by_document
 from fullft.config.checks import find_problems
 from fullft.config.config import Config, resolve
-from fullft.config.placement import parse_offload
-from fullft.data.micro_batch import MicroBatch
+from fullft.config.options import Options
+from fullft.data.micro_batch import GlobalBatch, MicroBatch
 from fullft.memory.plan import Batch, plan_step
 from fullft.memory.worst_step import take_worst_step
 from fullft.model.configs import bundled_config
-from fullft.model.loss import SummedCrossEntropy
-from fullft.model.parts import PRECISIONS
+from fullft.model.homes import move_layers_home
+from fullft.model.loss import LossSum
+from fullft.model.precision import autocast_of, dtype_of
 from fullft.optim.adamw import AdamW
 from fullft.optim.build import build_optimizer
 from fullft.storage.tiers import Storage, home_of, host_pieces
 from fullft.transforms.activation_checkpointing import apply_activation_checkpointing
-from fullft.transforms.streaming import apply_layer_streaming, settle_layers
+from fullft.transforms.streaming import apply_layer_streaming
 
 WORK = ROOT / "benchmarks" / "work"
 MODEL = "HuggingFaceTB/SmolLM2-135M"
-WARM_UP_TOKENS = 16  # of the first step, which makes states and compiles: its length does not matter
+WARM_UP_TOKENS = 16  # of the first step, which makes states and compiles, at any length
 
 # ---------------------------------------------------------------------------------------------- rungs
 
 HOST = "optimizer=host,gradients=host,parameters=host"
 DISK = "optimizer=disk,gradients=disk,parameters=disk"
+CPU = torch.device("cpu")
 LOST = "no: updates below 1/512 of a weight are lost"
 ROUNDED = "no: moments are rounded to 8 bits"
 
 
 @dataclass
 class Rung:
-    """One way to keep things, and what was found.
+    """One way to keep weights, gradients and states, and its measurements.
 
     Attributes:
         name: for the table.
-        options: of `Config`.
-        like: the rung whose trajectory this one must repeat to the bit; None where it is one of its own.
-        exact: of a rung with a trajectory of its own, whether it is that of plain AdamW on fp32 weights.
+        options: of `Options`.
+        like: the rung whose trajectory this one must repeat to the bit; None for a trajectory of its own.
+        exact: for a trajectory of its own, whether it is that of plain AdamW on fp32 weights.
         planned: figures of the worst step on fake tensors, in bytes.
-        tracked: the same on real ones.
-        seconds: of a step, one per round.
-        digest: of all weights after two steps.
+        tracked: the same figures on real tensors.
+        seconds: the time of a step, round by round.
+        digest: the hash of all weights after two steps.
     """
 
     name: str
@@ -87,16 +92,20 @@ class Rung:
 
     @property
     def config(self) -> Config:
-        """Its options, resolved."""
-        shared = {"gradient_accumulation_steps": 2, "activation_checkpointing": "full", "learning_rate": 1e-3}
-        config = Config(model="given", output_dir=str(WORK / "ladder"), **(shared | self.options))
-        problems = find_problems(config, {})
+        """The options, resolved."""
+        shared: dict[str, Any] = {
+            "gradient_accumulation_steps": 2,
+            "activation_checkpointing": "full",
+            "learning_rate": 1e-3,
+        }
+        options = Options(model="given", output_dir=WORK / "ladder", **(shared | self.options))
+        problems = find_problems(options, {})
         assert not problems, problems
-        return resolve(config)
+        return resolve(options)
 
 
 def rungs() -> list[Rung]:
-    """List them, from the most bytes on the device to the fewest."""
+    """List the rungs, by family, from the most bytes on the device to the fewest."""
     split = {"precision": "bf16-true", "master_weights": "split"}
     eight, none = {**split, "optim": "adamw_8bit"}, {"precision": "bf16-true", "master_weights": "none"}
     once = {"gradient_accumulation_steps": 1, "max_grad_norm": 0.0}
@@ -140,7 +149,7 @@ def rungs() -> list[Rung]:
 
 
 def chosen(all_rungs: list[Rung], only: str) -> list[Rung]:
-    """Take the rungs with a word in their names, and those that they are compared with."""
+    """Return the rungs with a word in their names, and those that they are compared with."""
     names = {rung.name for rung in all_rungs if only in rung.name}
     names |= {str(rung.like) for rung in all_rungs if rung.name in names}
     names |= {time_base(rung) for rung in all_rungs if rung.name in names}
@@ -148,90 +157,80 @@ def chosen(all_rungs: list[Rung], only: str) -> list[Rung]:
 
 
 def time_base(rung: Rung) -> str:
-    """Name the rung that has the same number of micro-batches and everything on the device."""
+    """Return the name of the rung with as many micro-batches and everything on the device."""
     return "split once" if "once" in rung.name else "split"
 
 
 # ---------------------------------------------------------------------------------------------- one rung
 
 
-def build(rung: Rung, weights: dict[str, torch.Tensor]) -> tuple[PreTrainedModel, AdamW]:
+def build(config: Config, weights: dict[str, torch.Tensor]) -> tuple[PreTrainedModel, AdamW]:
     """Build a model and its optimizer as `train.py` does.
 
     Args:
-        rung: its options count.
+        config: the rung's.
         weights: fp32, under the parameters' names.
     """
-    config = rung.config
     with no_init_weights():
-        model = AutoModelForCausalLM.from_config(model_config(), dtype=PRECISIONS[config.precision].weights)
+        model = AutoModelForCausalLM.from_config(model_config(), dtype=dtype_of(config.numerics.weights))
     model.tie_weights()
     model.load_state_dict(weights)
     model.train()
-    storage = Storage(torch.device("cpu"), WORK)
-    if tier := parse_offload(config.offload).get("parameters"):
-        settle_layers(model, tier, storage)
-    apply_document_attention(model)
+    storage = Storage(CPU, WORK)
+    if config.placement.streams_layers:
+        move_layers_home(model, config.placement.parameters, storage)
+    attend_by_document(model)
     apply_activation_checkpointing(model, config)
-    apply_layer_streaming(model)
+    apply_layer_streaming(model, storage)
     return model, build_optimizer(model, config, storage)
 
 
 def model_config() -> LlamaConfig:
-    """Give the bundled config."""
-    return LlamaConfig(**bundled_config(MODEL))
+    """Return the bundled config."""
+    return LlamaConfig(**(bundled_config(MODEL) or {}))
 
 
-def autocast_of(config: Config) -> torch.autocast:
-    """Give the context that training computes in."""
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=PRECISIONS[config.precision].autocast)
+def global_batch(config: Config, length: int) -> GlobalBatch:
+    """Make micro-batches of random tokens, the same ones for every rung."""
+    generator, vocabulary = torch.Generator().manual_seed(length), model_config().vocab_size
+    count = config.gradient_accumulation_steps
+    return GlobalBatch(
+        [MicroBatch.of(torch.randint(0, vocabulary, (1, length), generator=generator)) for _ in range(count)]
+    )
 
 
-def micro_batches(config: Config, length: int) -> list[MicroBatch]:
-    """Make random tokens, the same for every rung."""
-    generator = torch.Generator().manual_seed(length)
-    batches = []
-    for _ in range(config.gradient_accumulation_steps or 1):
-        ids = torch.randint(0, model_config().vocab_size, (1, length), generator=generator)
-        batches.append(MicroBatch({"input_ids": ids}, ids.clone(), length, length - 1))
-    return batches
-
-
-def take_step(model: PreTrainedModel, optimizer: AdamW, config: Config, length: int) -> None:
-    """Take a step: `train.py`'s loop, parts 3 and 4."""
-    batches = micro_batches(config, length)
-    num_target_tokens = sum(micro_batch.num_target_tokens for micro_batch in batches)
-    summed_cross_entropy = SummedCrossEntropy(model)
-    for micro_batch in batches:
-        with autocast_of(config):
-            outputs = summed_cross_entropy.decoder(**micro_batch.inputs, use_cache=False)
-            loss = summed_cross_entropy(outputs, micro_batch) / num_target_tokens
-        del outputs
-        loss.backward()
+def take_step(loss_sum: LossSum, optimizer: AdamW, config: Config, length: int) -> None:
+    """Take a step: parts 3 and 4 of `train.py`'s loop."""
+    batch = global_batch(config, length)
+    for micro_batch in batch:
+        with autocast_of(config.numerics, CPU):
+            micro_loss = loss_sum(micro_batch) / batch.num_target_tokens
+        micro_loss.backward()
     optimizer.clip_gradients(max_norm=config.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
 
 
 def visit(rung: Rung, weights: dict[str, torch.Tensor], length: int, is_first: bool) -> None:
-    """Build a rung, take two steps, and note what there is to note.
+    """Build a rung, take two steps, and measure the second one.
 
     Args:
         rung: gets another time; in the first round also its bytes and its digest.
-        weights: to begin with.
-        length: of a micro-batch, in tokens.
-        is_first: round.
+        weights: those that it begins with.
+        length: tokens of a micro-batch.
+        is_first: whether this is the first round.
     """
     config = rung.config
-    model, optimizer = build(rung, weights)
+    model, optimizer = build(config, weights)
+    loss_sum = LossSum(model)
     if is_first:
         rung.planned = plan_step(config, model_config(), Batch(1, length))
-        batches = micro_batches(config, length)
-        profile = take_worst_step(model, optimizer, batches, None, autocast_of(config), config.max_grad_norm)
+        micro_batches, autocast = global_batch(config, length).micro_batches, autocast_of(config.numerics, CPU)
+        profile = take_worst_step(model, loss_sum, optimizer, micro_batches, None, autocast, config.max_grad_norm)
         rung.tracked = profile.to_dict()
-    take_step(model, optimizer, config, WARM_UP_TOKENS)
+    take_step(loss_sum, optimizer, config, WARM_UP_TOKENS)
     start = time.perf_counter()
-    take_step(model, optimizer, config, length)
+    take_step(loss_sum, optimizer, config, length)
     rung.seconds.append(time.perf_counter() - start)
     if is_first:
         rung.digest = digest(model, optimizer)
@@ -239,7 +238,7 @@ def visit(rung: Rung, weights: dict[str, torch.Tensor], length: int, is_first: b
 
 
 def digest(model: PreTrainedModel, optimizer: AdamW) -> str:
-    """Hash every weight, with what it rounds away."""
+    """Hash every weight, with the remainder of a split master."""
     total = hashlib.sha256()
     for parameter in model.parameters():
         states = optimizer.states_of(parameter)
@@ -255,7 +254,7 @@ HEAD = ("rung", "device", "host", "disk", "device, planned", "peak", "planned", 
 
 
 def table(done: list[Rung], num_parameters: int) -> Iterator[tuple[str, ...]]:
-    """Give the table's rows."""
+    """Yield the table's rows."""
     by_name = {rung.name: rung for rung in done}
     yield HEAD
     yield ("---", *["---:"] * 7, "---")
@@ -269,7 +268,7 @@ def table(done: list[Rung], num_parameters: int) -> Iterator[tuple[str, ...]]:
 
 
 def figures(profile: dict[str, Any]) -> dict[str, int]:
-    """Take from a profile what the table shows, in bytes."""
+    """Return the figures of a profile that the table shows, in bytes."""
     device = sum(profile["components"][name] for name in ("parameters", "gradients", "optimizer_states"))
     return {
         "device": device,
@@ -280,7 +279,7 @@ def figures(profile: dict[str, Any]) -> dict[str, int]:
 
 
 def exactness(rung: Rung, by_name: dict[str, Rung]) -> str:
-    """Say whether a rung trains as plain AdamW on fp32 weights does, or as the rung that it is compared with."""
+    """Describe whether a rung trains as plain AdamW on fp32 weights does, or as the rung that it is compared with."""
     if rung.like is None:
         return rung.exact
     if rung.digest != by_name[rung.like].digest:
@@ -289,10 +288,12 @@ def exactness(rung: Rung, by_name: dict[str, Rung]) -> str:
 
 
 def main() -> None:
-    """Climb the ladder, round after round, and print the table."""
+    """Visit the rungs, round after round, and print the table."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--rounds", type=int, default=3, help="steps of each rung; the table has their median (3)")
-    parser.add_argument("--tokens", type=int, default=256, help="of a micro-batch (256)")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="timed steps of each rung; the table has their median (3)"
+    )
+    parser.add_argument("--tokens", type=int, default=256, help="tokens of a micro-batch (256)")
     parser.add_argument("--only", default="", help="rungs with this in their names (default: all)")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
@@ -310,21 +311,23 @@ def main() -> None:
             print(f"round {number + 1}: {rung.seconds[-1]:6.2f} s  {rung.name}", flush=True)
     print(
         f"\n{MODEL}'s shape, {num_parameters:,} parameters, random weights; 1 x {arguments.tokens} tokens, full "
-        f"activation\ncheckpointing, {torch.get_num_threads()} threads. Bytes per parameter, tracked unless it says "
-        "planned: on the device weights, gradients\nand states, each at its own maximum; the peak holds all else too. "
-        "Time: of a step, relative to `split`\n(accumulation 2, clipping) or, for `once`, to `split once` (neither); "
-        f"median of {arguments.rounds}. The embedding, 21% of the\nparameters, keeps fp32 moments in `8-bit` too.\n"
+        f"activation\ncheckpointing, {torch.get_num_threads()} threads.\n"
+        "Bytes are per parameter, and tracked unless the column says planned. The device's are those of weights,\n"
+        "gradients and states, each at its own maximum. The peak holds everything else too.\n"
+        "The time of a step is relative to `split` (accumulation 2, clipping). For `once` it is relative to\n"
+        f"`split once` (neither of the two). It is the median of {arguments.rounds}.\n"
+        "The embedding, 21% of the parameters, keeps fp32 moments in `8-bit` too.\n"
     )
     for cells in table(done, num_parameters):
         print(f"| {' | '.join(cells)} |")
     errors = {name: worst_error(done, name) for name in ("device", "host", "disk", "peak")}
     print("\nLargest error of the plan: " + ", ".join(f"{name} {error:.3%}" for name, error in errors.items()))
     if any("DIFFERS" in exactness(rung, {rung.name: rung for rung in done}) for rung in done):
-        sys.exit("a rung that should be exact is not")
+        sys.exit("a rung differs from the one that it should equal: the column `exact` names it")
 
 
 def worst_error(done: list[Rung], name: str) -> float:
-    """Give the largest |planned - tracked| / tracked over the rungs."""
+    """Return the largest |planned - tracked| / tracked over the rungs."""
     pairs = [(figures(rung.planned)[name], figures(rung.tracked)[name]) for rung in done]
     return max(abs(planned - tracked) / max(tracked, 1) for planned, tracked in pairs)
 

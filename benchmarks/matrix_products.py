@@ -1,7 +1,7 @@
-"""How fast this processor could train: the time of a model's own matrix products when nothing else is done.
+"""Measure how fast this processor could train: the time of a model's own matrix products, and of nothing else.
 
-Owns the limit that the throughput benchmark's table stands beside. It needs a quiet machine: those of its products that
-take long cannot dodge another program.
+The throughput benchmark compares every system with this limit. It needs a quiet machine, since its long products cannot
+avoid another program.
 """
 
 import time
@@ -19,9 +19,13 @@ PACKED, ROW, FP32 = "packed", "row", "packed, fp32"
 
 
 def kinds_of_limit(task: Task) -> dict[str, tuple[int, torch.dtype]]:
-    """Give the tokens of a product and its dtype, for each kind of limit.
+    """Return the tokens of a product and its dtype, for each kind of limit.
 
-    Packed, they are all of a step's, however these are trained: no larger ones are possible, and smaller were slower.
+    A packed product has all of a step's tokens, in however many micro-batches they are trained. Larger ones are not
+    possible, and smaller ones were slower.
+
+    Args:
+        task: what is trained on.
     """
     step = task.packed_sequences * MAX_LENGTH
     return {
@@ -34,7 +38,13 @@ def kinds_of_limit(task: Task) -> dict[str, tuple[int, torch.dtype]]:
 def measure_limit(task: Task) -> dict[str, dict[str, float]]:
     """Measure how fast the model's matrix products alone could train: packed, row by row, and packed in fp32.
 
-    Logits are counted for target tokens alone: no more are needed.
+    Logits are counted for target tokens alone, since no others are needed.
+
+    Args:
+        task: what is trained on.
+
+    Returns:
+        For each kind, tokens per second, and the average and best speed in 10^9 operations per second.
     """
     config = AutoConfig.from_pretrained(task.source)
     with torch.device("meta"):
@@ -46,7 +56,8 @@ def measure_limit(task: Task) -> dict[str, dict[str, float]]:
         for module in model.modules()
         if isinstance(module, nn.Linear)
     )
-    # Scores and weighted values, forward and twice in backward; a causal token sees half of its document on average.
+    # Scores and weighted values: once in forward, twice in backward. A causal token sees half of its document, on
+    # average.
     width = config.num_attention_heads * (
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )
@@ -60,12 +71,12 @@ def measure_limit(task: Task) -> dict[str, dict[str, float]]:
 def _limit_of(
     shapes: Counter[tuple[int, int, bool]], attention: float, tokens: int, targets: int, dtype: torch.dtype
 ) -> dict[str, float]:
-    """Add up the products of so many tokens.
+    """Add up the times of a model's products on a number of tokens.
 
     Args:
         shapes: how many layers have so many inputs and outputs; the head is marked.
-        attention: its operations per token.
-        tokens: of a product.
+        attention: the attention's operations per token.
+        tokens: rows of a product.
         targets: tokens among them that the head works on.
         dtype: of the products.
     """
@@ -88,7 +99,7 @@ def _limit_of(
 
 
 def _seconds(product: Callable[[], torch.Tensor]) -> float:
-    """Time a product: the fastest of some, for a limit is what nothing disturbs."""
+    """Time a product: the fastest of some, since a limit is a speed that nothing disturbs."""
     product()
     times: list[float] = []
     while len(times) < 5 or sum(times) < 1.0:

@@ -1,17 +1,20 @@
-"""How true the memory figures are: planned, tracked, and what the operating system saw.
+"""Measure how accurate the memory figures are: planned, tracked, and seen by the operating system.
 
     python benchmarks/memory_accuracy.py            # all, some minutes on two cores
     python benchmarks/memory_accuracy.py --quick    # without SmolLM2 and the operating system
     python benchmarks/memory_accuracy.py --cost     # only the time that tracking takes
 
-Owns two tables and a cost. The first table sets the plan (fake tensors) beside the tracker (real ones) on small models
-of six families, where the options are varied together. The second does so for SmolLM2-135M, and adds the operating
-system's figure: each case runs in a process of its own, which takes the step of a smaller model first (libraries load,
-thread pools start), notes its resident set, loads the model, resets the high-water mark (5 into
-`/proc/self/clear_refs`), takes the worst step and reads `VmHWM`. glibc is told to map every tensor above 64 KiB by
-itself, so that freed ones go back at once; otherwise the heap's holes, which are no tensor's, would be counted too.
-What these come to in one step stands beside it: the same with glibc as training has it, which keeps them. Linux only.
-The cost is tracking's: the worst step of SmolLM2-135M's config with random weights, tracked and not.
+It prints two tables and a cost. The first table compares the plan (fake tensors) with the tracker (real ones), on small
+models of six families with many combinations of options.
+
+The second table does so for SmolLM2-135M, and adds the operating system's figure. Each case runs in a process of its
+own. The process first takes the step of a smaller model, so that libraries load and thread pools start. Then it reads
+its resident set, loads the model, and resets the high-water mark (by writing 5 to `/proc/self/clear_refs`). At last it
+takes the worst step and reads `VmHWM`. glibc maps every tensor above 64 KiB by itself here, so that freed ones go back
+at once. Otherwise gaps in the heap, which belong to no tensor, would count too. The last column has the same with glibc
+as training sets it, where gaps are kept. Linux only.
+
+The cost is that of tracking: the worst step of SmolLM2-135M's shape with random weights, tracked and untracked.
 """
 
 # ruff: noqa: E402
@@ -26,14 +29,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
-from fullft.cpu.recycling import apply_recycling
-from fullft.memory.proc import memory_field
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -42,34 +44,43 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     PhiConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
     Qwen2Config,
 )
 from transformers.utils import logging
 
-from fullft.attention.documents import apply_document_attention
+from fullft.attention.choice import attend_by_document
 from fullft.config.config import Config, resolve
-from fullft.config.placement import parse_offload
+from fullft.config.options import Options
 from fullft.cpu.kernel_caches import KERNEL_CACHES
-from fullft.data.batches import MicroBatch
-from fullft.memory import worst_step as step
+from fullft.cpu.proc import memory_field
+from fullft.cpu.reuse import reuse_memory
+from fullft.data.micro_batch import MicroBatch
+from fullft.memory import worst_step
 from fullft.memory.plan import Batch, plan_step
 from fullft.memory.tracker import COMPONENTS, MemoryTracker
 from fullft.memory.worst_step import take_worst_step
 from fullft.model.configs import bundled_config
-from fullft.model.parts import PRECISIONS
+from fullft.model.homes import move_layers_home
+from fullft.model.loss import LossSum
+from fullft.model.precision import autocast_of, dtype_of
 from fullft.optim.build import build_optimizer
 from fullft.storage.tiers import Storage
 from fullft.transforms.activation_checkpointing import apply_activation_checkpointing
-from fullft.transforms.streaming import apply_layer_streaming, settle_layers
+from fullft.transforms.streaming import apply_layer_streaming
 
 SMOLLM2 = ROOT / "benchmarks" / "work" / "smollm2-135m"
-# Mappings of their own for all but the smallest tensors, and nothing kept back.
+# All but the smallest tensors get mappings of their own, and nothing freed is kept.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-GIB, MIB = 2**30, 2**20
+MIB = 2**20
+
+Case = tuple[str, str, str, int, bool, str]  # precision, checkpointing, optimizer, accumulation, packing, offload
+Figures = dict[str, Any]
 
 # ---------------------------------------------------------------------------------------------- configurations
 
-OFFLOAD = "offload"
+PRECISIONS = ("fp32", "bf16-mixed", "bf16-true")
 OFFLOADS = (
     "none",
     "optimizer=host,gradients=host",
@@ -78,8 +89,8 @@ OFFLOADS = (
 )
 
 
-def model_configs() -> dict:
-    """Small models whose weights and activations are megabytes; Gemma-2's layers alternate between two kinds."""
+def model_configs() -> dict[str, PreTrainedConfig]:
+    """Describe small models, with megabytes of weights and activations. Gemma-2's layers are of two kinds, in turn."""
     shape = {"vocab_size": 8192, "num_key_value_heads": 2, "num_attention_heads": 4, "max_position_embeddings": 1024}
     tokens = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
     small = {**shape, **tokens, "hidden_size": 256, "intermediate_size": 704}
@@ -93,12 +104,12 @@ def model_configs() -> dict:
     }
 
 
-def combinations() -> list[tuple]:
-    """Vary the options together: each value meets most of the others, in few runs."""
-    precisions, modes = list(PRECISIONS), ["none", "full", "every_2", "selective"]
+def combinations() -> list[Case]:
+    """Vary the options together, so that each value meets most of the others in few runs."""
+    modes = ["none", "full", "every_2", "selective"]
     cases = []
-    for number, (precision, mode) in enumerate(itertools.product(precisions, modes)):
-        turn = number + number // len(modes)  # so that modes meet other values every time
+    for number, (precision, mode) in enumerate(itertools.product(PRECISIONS, modes)):
+        turn = number + number // len(modes)  # so that a mode meets other values every time
         optim = ("adamw", "adamw_8bit")[turn % 2]
         accumulation, packing = ((1, False), (4, True), (4, False), (1, True))[turn % 4]
         offload = OFFLOADS[turn % 4] if mode == "full" else OFFLOADS[turn % 3]
@@ -107,9 +118,9 @@ def combinations() -> list[tuple]:
 
 
 def options(precision: str, mode: str, optim: str, accumulation: int, packing: bool, offload: str) -> Config:
-    """Make resolved options."""
+    """Resolve the options of a case."""
     return resolve(
-        Config(
+        Options(
             model="given",
             precision=precision,
             activation_checkpointing=mode,
@@ -122,7 +133,7 @@ def options(precision: str, mode: str, optim: str, accumulation: int, packing: b
 
 
 def micro_batch(config: Config, vocabulary: int, sequences: int, length: int) -> MicroBatch:
-    """Make random tokens; packed, two documents a row."""
+    """Make random tokens. A packed row holds two documents."""
     ids = torch.randint(0, vocabulary, (sequences, length))
     inputs = {"input_ids": ids}
     if config.packing:
@@ -132,22 +143,29 @@ def micro_batch(config: Config, vocabulary: int, sequences: int, length: int) ->
     return MicroBatch(inputs, ids.clone(), ids.numel(), sequences * (length - 1))
 
 
-def track(config: Config, model, batch: Batch) -> dict:
-    """Take the worst step on real tensors."""
+def track(config: Config, model: PreTrainedModel, batch: Batch) -> Figures:
+    """Take the worst step on real tensors.
+
+    Args:
+        config: the case's.
+        model: with its weights; changed in place.
+        batch: the largest micro-batches.
+    """
     storage = Storage(model.device, ROOT)
-    if (tier := parse_offload(config.offload).get("parameters")) is not None:
-        settle_layers(model, tier, storage)
-    apply_document_attention(model)
-    apply_recycling(model)  # leaves glibc as it is where MALLOC has said how
+    if config.placement.streams_layers:
+        move_layers_home(model, config.placement.parameters, storage)
+    attend_by_document(model)
+    reuse_memory(model)  # it leaves glibc as it is where the environment has the settings of MALLOC
     apply_activation_checkpointing(model, config)
-    apply_layer_streaming(model)
+    apply_layer_streaming(model, storage)
     vocabulary = model.config.vocab_size
     profile = take_worst_step(
         model,
+        LossSum(model),
         build_optimizer(model, config, storage),
         [micro_batch(config, vocabulary, batch.sequences, batch.length)] * min(2, config.gradient_accumulation_steps),
         micro_batch(config, vocabulary, batch.sequences, batch.evaluation_length),
-        torch.autocast("cpu", dtype=torch.bfloat16, enabled=PRECISIONS[config.precision].autocast),
+        autocast_of(config.numerics, model.device),
         config.max_grad_norm,
     )
     return profile.to_dict()
@@ -160,10 +178,10 @@ def compare_plans() -> list[tuple[float, float, str]]:
     """Print the first table.
 
     Returns:
-        For each configuration the error at the peak, the largest one of a component, and its name.
+        For each configuration, the error at the peak, the largest error of a component, and that component's name.
     """
-    print("Planned on fake tensors, tracked on real ones (MiB; errors in % of what was tracked)")
-    head = f"{'family':8} {'precision':10} {'ckpt':8} {'optimizer':11} acc pack {OFFLOAD:45}"
+    print("Planned on fake tensors, tracked on real ones (MiB; errors in % of the tracked figure)")
+    head = f"{'family':8} {'precision':10} {'ckpt':8} {'optimizer':11} acc pack {'offload':45}"
     print(f"{head}  planned  tracked    error  worst component")
     errors = []
     for (family, model_config), case in itertools.product(model_configs().items(), combinations()):
@@ -171,7 +189,7 @@ def compare_plans() -> list[tuple[float, float, str]]:
         batch = Batch(sequences=2, length=384, evaluation_length=256)
         planned = plan_step(config, model_config, batch)
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(model_config, dtype=PRECISIONS[config.precision].weights).train()
+        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype_of(config.numerics.weights)).train()
         tracked = track(config, model, batch)
         worst, component = worst_component(planned, tracked)
         error = relative(planned["peak_bytes"], tracked["peak_bytes"])
@@ -186,8 +204,11 @@ def compare_plans() -> list[tuple[float, float, str]]:
     return errors
 
 
-def worst_component(planned: dict, tracked: dict) -> tuple[float, str]:
-    """Find the component, at its maximum or at the peak, that differs most, relative to its own size."""
+def worst_component(planned: Figures, tracked: Figures) -> tuple[float, str]:
+    """Return the largest error of a component, relative to its own size, and that component's name.
+
+    Each component counts twice, with its maximum and with its size at the peak.
+    """
     kept = [(relative(planned[name], tracked[name]), name) for name in ("host_bytes", "disk_bytes")]
     return max(
         *kept,
@@ -200,33 +221,33 @@ def worst_component(planned: dict, tracked: dict) -> tuple[float, str]:
 
 
 def relative(ours: int, truth: int) -> float:
-    """Give |ours - truth| / truth, and 0 where both are 0."""
+    """Return |ours - truth| / truth, and 0 where both are 0."""
     return abs(ours - truth) / max(truth, 1)
 
 
 # ---------------------------------------------------------------------------------------------- the operating system
 
 
-def measure_growth(case: list) -> None:
-    """Print the figures of one case on SmolLM2 as JSON; runs in a process of its own."""
+def measure_growth(case: Case) -> None:
+    """Print the figures of one case on SmolLM2 as JSON. It needs a process of its own."""
     config = options(*case)
     model_config = AutoConfig.from_pretrained(SMOLLM2) if SMOLLM2.is_dir() else smollm2_config()
     batch = Batch(sequences=1, length=512, evaluation_length=512)
     planned = plan_step(config, model_config, batch)
-    dtype = PRECISIONS[config.precision].weights
-    # Everything that is loaded or started only once, such as kernels, thread pools and their buffers.
+    dtype = dtype_of(config.numerics.weights)
+    # Load and start whatever exists once per process, such as kernels, thread pools and their buffers.
     warm = LlamaConfig(**{**model_config.to_dict(), "num_hidden_layers": 1, "vocab_size": 4096})
     track(config, AutoModelForCausalLM.from_config(warm, dtype=dtype).train(), Batch(1, 512, 512))
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what that step has left to be used again would not count as growth
-    before = memory_field("VmRSS")
+    ctypes.CDLL(None).malloc_trim(0)  # else memory that this step leaves for reuse would not count as growth
+    before = memory_field("VmRSS") or 0
     if SMOLLM2.is_dir():
         model = AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=dtype).train()
     else:
         model = AutoModelForCausalLM.from_config(model_config, dtype=dtype).train()
     gc.collect()
-    loaded = memory_field("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is now what is resident
+    loaded = memory_field("VmRSS") or 0
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is now the resident set
     started = time.perf_counter()
     tracked = track(config, model, batch)
     print(
@@ -234,7 +255,7 @@ def measure_growth(case: list) -> None:
             {
                 "planned": planned,
                 "tracked": tracked,
-                "grown": memory_field("VmHWM") - before,
+                "grown": (memory_field("VmHWM") or 0) - before,
                 "loaded": loaded - before,
                 "seconds": time.perf_counter() - started,
             }
@@ -243,11 +264,11 @@ def measure_growth(case: list) -> None:
 
 
 def smollm2_config() -> LlamaConfig:
-    """Give the bundled config, for random weights."""
-    return LlamaConfig(**bundled_config("HuggingFaceTB/SmolLM2-135M"))
+    """Return the bundled config, for random weights."""
+    return LlamaConfig(**(bundled_config("HuggingFaceTB/SmolLM2-135M") or {}))
 
 
-SMOLLM2_CASES = [
+SMOLLM2_CASES: list[Case] = [
     ("fp32", "none", "adamw", 1, False, "none"),
     ("fp32", "full", "adamw", 4, False, "none"),
     ("bf16-mixed", "none", "adamw", 4, False, "none"),
@@ -263,16 +284,16 @@ def compare_with_operating_system() -> dict[str, float]:
     """Print the second table.
 
     Returns:
-        Per optimizer, the largest error of the tracked peak.
+        The largest error of the tracked peak, by optimizer.
     """
     origin = "its weights" if SMOLLM2.is_dir() else "random weights"
     print(f"\nSmolLM2-135M ({origin}), 1 x 512 tokens, {torch.get_num_threads()} threads (MiB)")
-    head = f"{'precision':10} {'ckpt':6} {'optimizer':11} acc pack {OFFLOAD:40}"
+    head = f"{'precision':10} {'ckpt':6} {'optimizer':11} acc pack {'offload':40}"
     print(f"{head}  planned  tracked  process grew by  tracked off by  as in training")
     errors: dict[str, float] = {}
     for case in SMOLLM2_CASES:
         figures, in_training = _in_own_process(case, MALLOC), _in_own_process(case, KERNEL_CACHES)
-        # Between a CPU and its host nothing moves: what is on the host is the process's too.
+        # On a CPU, memory of the host is the process's too.
         planned, tracked = (
             figures[each]["peak_bytes"] + figures[each]["host_bytes"] for each in ("planned", "tracked")
         )
@@ -288,13 +309,14 @@ def compare_with_operating_system() -> dict[str, float]:
     return errors
 
 
-def _in_own_process(case: tuple, settings: dict[str, str]) -> dict:
+def _in_own_process(case: Case, settings: dict[str, str]) -> Figures:
     """Measure one case under settings that libraries read from the environment."""
     command = [sys.executable, __file__, "--one", json.dumps(case)]
     result = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
     if result.returncode:
         sys.exit(result.stderr)
-    return json.loads(result.stdout.splitlines()[-1])
+    figures: Figures = json.loads(result.stdout.splitlines()[-1])
+    return figures
 
 
 # ---------------------------------------------------------------------------------------------- what tracking costs
@@ -303,41 +325,39 @@ PAIRS = 5
 
 
 class NoTracker:
-    """Takes the tracker's place, and sees nothing."""
+    """Takes the tracker's place, and tracks nothing."""
 
     def __init__(self, *_: object) -> None:
-        """Offer the tracker's marks."""
         self.forward = self.backward = self.optimizer_step = self.evaluation = self.profile = lambda *_: None
 
     def __enter__(self) -> "NoTracker":
-        """Nothing."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing."""
+        pass
 
 
 def measure_cost() -> None:
-    """Print how long the worst step takes with and without the tracker: medians of steps taken in turn.
+    """Print how long the worst step takes with and without the tracker: medians of steps that take turns.
 
-    In processor time on one thread, which is where Python tracks: whatever else the machine does is left out.
+    It measures processor time on one thread, where Python tracks. Other load on the machine does not count.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     config = options("fp32", "none", "adamw", 1, False, "none")
     model = AutoModelForCausalLM.from_config(smollm2_config(), dtype=torch.float32).train()
-    optimizer = build_optimizer(model, config, Storage(model.device, ROOT))
+    loss_sum, optimizer = LossSum(model), build_optimizer(model, config, Storage(model.device, ROOT))
     tokens = micro_batch(config, model.config.vocab_size, 1, 512)
-    no_autocast = torch.autocast("cpu", enabled=False)
+    autocast = autocast_of(config.numerics, model.device)
     seconds: dict[str, list[float]] = {"tracked": [], "untracked": []}
     for number in range(PAIRS + 1):
         for name, tracker in (("untracked", NoTracker), ("tracked", MemoryTracker)):
-            step.MemoryTracker = tracker
+            vars(worst_step)["MemoryTracker"] = tracker
             started = time.process_time()
-            take_worst_step(model, optimizer, [tokens], tokens, no_autocast, config.max_grad_norm)
+            take_worst_step(model, loss_sum, optimizer, [tokens], tokens, autocast, config.max_grad_norm)
             if number:  # the first pair warms up
                 seconds[name].append(time.process_time() - started)
-    step.MemoryTracker = MemoryTracker
+    vars(worst_step)["MemoryTracker"] = MemoryTracker
     torch.set_num_threads(threads)
     print("\nThe worst step of SmolLM2-135M (random weights), fp32, 1 x 512 tokens, processor seconds on one thread")
     for name, each in seconds.items():
@@ -348,8 +368,8 @@ def measure_cost() -> None:
 
 def main() -> None:
     """Print both tables, the cost and the worst errors."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="leave the operating system out")
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--quick", action="store_true", help="leave out SmolLM2 and the operating system")
     parser.add_argument("--cost", action="store_true", help="measure only the time that tracking takes")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

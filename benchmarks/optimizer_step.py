@@ -1,11 +1,11 @@
-"""How fast optimizers step, without a model: million parameters per second, side by side.
+"""Time optimizer steps without a model: million parameters per second, side by side.
 
     python benchmarks/optimizer_step.py                       # two threads, 2^24 parameters
     python benchmarks/optimizer_step.py --device cuda
 
-Owns the comparison on one flat tensor, of fp32 weights or of the bf16 ones that masters are split into. The repeats are
-interleaved, so that whatever else the machine does falls on all rows alike; the median counts. A row is an entry of
-`ROWS`.
+Each optimizer steps one flat tensor: fp32 weights, or the bf16 weights of split masters. They take turns, so that other
+load on the machine slows all of them alike. The table has the bytes of state per parameter, and the median and the
+slowest speed. Each of its rows is an entry of `ROWS`.
 """
 
 import argparse
@@ -20,7 +20,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the package need not be installed, as for train.py
 # ruff: noqa: E402
-from fullft.optim.adamw import AdamW, Placement
+from fullft.config.placement import Placement
+from fullft.optim.adamw import AdamW
 from fullft.optim.adamw_8bit import BLOCK, adamw_8bit_
 from fullft.storage.tiers import Storage
 
@@ -30,12 +31,12 @@ Step = Callable[[], None]
 
 
 def main() -> None:
-    """Step all rows in turn and print the table."""
+    """Step all rows in turn, and print the table."""
     parser = argparse.ArgumentParser(description="Measure optimizer steps on one flat tensor.")
-    parser.add_argument("--parameters", type=int, default=1 << 24, help="(default: 2^24)")
-    parser.add_argument("--repeats", type=int, default=15, help="of each row (default: 15)")
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU (default: 2)")
-    parser.add_argument("--device", default="cpu", help="(default: cpu)")
+    parser.add_argument("--parameters", type=int, default=1 << 24, help="parameters of the tensor (default: 2^24)")
+    parser.add_argument("--repeats", type=int, default=15, help="steps of each row (default: 15)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    parser.add_argument("--device", default="cpu", help="device that steps (default: cpu)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
@@ -44,7 +45,7 @@ def main() -> None:
         torch.manual_seed(0)
         weights = torch.randn(arguments.parameters, device=arguments.device)
         steps[name] = prepare(weights, torch.randn_like(weights) * 1e-3)
-        for _ in range(2):  # compiles, allocates
+        for _ in range(2):  # the first steps compile and allocate
             steps[name]()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(arguments.repeats):
@@ -91,7 +92,8 @@ def _bitsandbytes_8bit(weights: torch.Tensor, gradient: torch.Tensor) -> Step:
     optimizer = bitsandbytes.optim.AdamW8bit(
         [parameter], lr=LEARNING_RATE, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY
     )
-    return optimizer.step
+    step: Step = optimizer.step
+    return step
 
 
 def _ours_8bit(weights: torch.Tensor, gradient: torch.Tensor) -> Step:
@@ -117,7 +119,7 @@ def _ours_8bit(weights: torch.Tensor, gradient: torch.Tensor) -> Step:
 
 
 def _ours(moments: torch.dtype, masters: str, tier: str = "device") -> Callable[[torch.Tensor, torch.Tensor], Step]:
-    """The whole optimizer on bf16 weights and a bf16 gradient: masters joined, updated, split."""
+    """Build the whole optimizer on bf16 weights and a bf16 gradient: it joins masters, updates and splits them."""
 
     def prepare(weights: torch.Tensor, gradient: torch.Tensor) -> Step:
         parameter = torch.nn.Parameter(weights.bfloat16())
@@ -137,7 +139,7 @@ def _ours(moments: torch.dtype, masters: str, tier: str = "device") -> Callable[
     return prepare
 
 
-# Name -> bytes of state per parameter; what makes a step of weights [n] and gradient [n], both fp32 on their device.
+# Name -> bytes of state per parameter, and a function that makes a step of weights [n] and a gradient [n], both fp32.
 ROWS: dict[str, tuple[float, Callable[[torch.Tensor, torch.Tensor], Step]]] = {
     "torch AdamW, fused, fp32 states": (8, _torch_fused),
     "bitsandbytes AdamW8bit": (2 + 8 / BLOCK, _bitsandbytes_8bit),

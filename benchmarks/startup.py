@@ -1,12 +1,12 @@
-"""What is around the steps, each thing beside its own limit: start, data, weights in and out, the first step, the log.
+"""Measure what surrounds the steps, each part next to its limit: start, data, weights, first step, log.
 
     python benchmarks/startup.py --dataset alpaca.json                 # all of it, some ten minutes on two cores
     python benchmarks/startup.py --dataset alpaca.json --only loading
 
-Owns one table, on the CPU, and the lines below it that say what the seconds of each row went to. A value and its limit
-are measured one after the other in one process, a fresh one for every repeat, since libraries import and thread pools
-start only once; the share is the median of their ratios. What is measured is the program's own: its functions are
-called, or its `main` runs, and a clock watches the functions within. Linux only, for the page cache.
+It prints one table, for the CPU, and below it the functions that took the seconds of each row. A value and its limit
+are measured one after the other in one process, and the share is the median of their ratios. Every repeat has a fresh
+process, since libraries import and thread pools start only once. The program's own functions are called, or its `main`
+runs, and a clock watches the functions within. Linux only, for the page cache.
 """
 
 # ruff: noqa: E402
@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial, wraps
 from pathlib import Path
@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 from smollm2_model import WORK, build_smollm2
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDER = WORK / "startup"  # gone at the end
+FOLDER = WORK / "startup"  # removed at the end
 CACHE, ROWS, LLAMA, OUTPUT = FOLDER / "cache", FOLDER / "rows.jsonl", FOLDER / "llama", FOLDER / "run"
 sys.path.insert(0, str(ROOT))  # the package need not be installed, as for train.py
 os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "HF_DATASETS_CACHE": str(CACHE)}
@@ -46,23 +46,34 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 import train
 from fullft.config.config import Config
 from fullft.config.parse import parse_config
-from fullft.data import batches as data
+from fullft.data import load as data_load
+from fullft.data import tokenise as data_tokenise
+from fullft.data.batches import Batches
 from fullft.data.formats import find_format
 from fullft.data.sources import load_rows
-from fullft.model import load as weights
+from fullft.model import load as model_load
 from fullft.model.source import load_tokenizer
-from fullft.saving import checkpoint, export
+from fullft.run.evaluation import Samples
+from fullft.run.log import Log
+from fullft.saving import checkpoint, export, weights
 from fullft.storage.tiers import Storage
 
-NUM_ROWS = 20_000  # to tokenise: as many as keep the tokenizer busy for seconds
-TEXTS_PER_CALL = 1000  # that the tokenizer alone is given
+NUM_ROWS = 20_000  # to tokenise: enough to keep the tokenizer busy for seconds
+TEXTS_PER_CALL = 1000  # of the tokenizer alone
 PIECE = 1 << 24  # bytes read or written at a time
-# The defaults of train.py, but for four rows a step, which suffice to time one, and for a log line at each.
+# The defaults of train.py, except for four rows a step, which are enough to time one, and a log line at each step.
 RUN = "--max_steps 5 --gradient_accumulation_steps 4 --logging_steps 1"
 
 
 class Row(NamedTuple):
-    """A line of the table: the unit, what the value stands beside, and what of value and share is to be reached."""
+    """A line of the table.
+
+    Attributes:
+        unit: of the value and its limit.
+        limit: what the value is compared with.
+        target: what is to be reached, as text.
+        met: whether a value and its share of the limit reach it.
+    """
 
     unit: str
     limit: str
@@ -78,7 +89,9 @@ TABLE = {
     **{f"tokenising, {what}": Row(f"{what}/s", "the tokenizer alone", *_AT_LEAST) for what in ("rows", "tokens")},
     "tokenised again": Row("rows", "all rows", "0 rows", lambda value, _: value == 0),
     **{f"{load}, cold": Row("MB/s", "reading from disk", *_AT_LEAST) for load in LOADS},
-    **{f"{load}, warm": Row("MB/s", "reading from memory") for load in LOADS},  # converting is no reading
+    **{
+        f"{load}, warm": Row("MB/s", "reading from memory") for load in LOADS
+    },  # there is no target, since converting is more than reading
     **dict.fromkeys(("save_checkpoint", "export_model"), Row("MB/s", "writing + fsync", *_AT_LEAST)),
     "first step, beyond its own time": Row("s", "an ordinary step", "<= 5 s", lambda value, _: value <= 5),
     "log and memory, each step": Row("ms", "an ordinary step", "<= 1%", lambda _, share: share <= 0.01),
@@ -86,7 +99,14 @@ TABLE = {
 
 
 class Finding(NamedTuple):
-    """One measurement of a row, and the seconds that its parts took."""
+    """One measurement of a row.
+
+    Attributes:
+        row: a key of `TABLE`.
+        value: as measured.
+        limit: measured in the same process.
+        parts: seconds, by function.
+    """
 
     row: str
     value: float
@@ -95,7 +115,14 @@ class Finding(NamedTuple):
 
 
 class Call(NamedTuple):
-    """When a watched function began and ended, and the seconds of it that no watched function inside took."""
+    """One call of a watched function.
+
+    Attributes:
+        name: of the function.
+        start: on the clock, in seconds.
+        end: on the clock, in seconds.
+        own: seconds outside of other watched functions.
+    """
 
     name: str
     start: float
@@ -104,15 +131,14 @@ class Call(NamedTuple):
 
 
 class Clock:
-    """Notes each call of the functions that it watches, wherever the program makes it."""
+    """Records each call of the functions that it watches, wherever the program makes it."""
 
     def __init__(self) -> None:
-        """Watch nothing yet."""
         self.calls: list[Call] = []
-        self._inside = [0.0]  # per call under way, seconds of the watched ones in it
+        self._inside = [0.0]  # per running call, seconds of the watched calls in it
 
     def watch(self, owner: Any, *names: str) -> "Clock":
-        """Watch functions of a module or class; without names all functions of the program that the module knows."""
+        """Watch functions of a module or class; without names, all of the program's functions in the module."""
         known = [(name, function) for name, function in vars(owner).items() if inspect.isfunction(function)]
         for name in names or [name for name, function in known if function.__module__.startswith("fullft")]:
             label = f"{owner.__name__.removeprefix('fullft.')}.{name}"
@@ -134,20 +160,20 @@ class Clock:
         return watched
 
     def all(self, name: str) -> list[Call]:
-        """Give the calls of one function, in the order of their ends."""
+        """Return the calls of one function, in the order in which they ended."""
         return [call for call in self.calls if call.name == name]
 
     def parts(self, start: float, end: float) -> dict[str, float]:
-        """Split a stretch of time among the functions that were at work in it."""
-        seconds: Counter[str] = Counter()
+        """Split an interval of time among the functions that ran in it."""
+        seconds: dict[str, float] = defaultdict(float)
         for call in self.calls:
             if start <= call.start and call.end <= end:
                 seconds[call.name] += call.own
-        return {**seconds, "the rest": end - start - seconds.total()}
+        return {**seconds, "the rest": end - start - sum(seconds.values())}
 
 
 def options(model: Path, dataset: str | Path, more: str = "") -> Config:
-    """Give what train.py makes of a command line."""
+    """Return the options as train.py reads them from a command line."""
     more += f" --output_dir {OUTPUT} --overwrite_output_dir"
     return parse_config(["--model", str(model), "--dataset", str(dataset), *more.split()])
 
@@ -156,22 +182,23 @@ def options(model: Path, dataset: str | Path, more: str = "") -> Config:
 
 
 def start(dataset: str) -> Iterator[Finding]:
-    """Time whole commands. One whose model is missing ends where its work would begin, behind all of its imports."""
+    """Time whole commands. A run with a missing model ends after all imports, where its work would begin."""
     for row, times, ours, limit in (
         ("train.py --help", 5, [str(ROOT / "train.py"), "--help"], ["-c", "pass"]),
         (
             "imports of train.py",
             1,
             [str(ROOT / "train.py"), "--model", "./missing"],
-            # transformers imports most of itself when it is asked for a model.
+            # transformers imports most of itself when a model class is requested.
             ["-c", "import torch, datasets; from transformers import PreTrainedModel"],
         ),
     ):
         seconds = [(_python(ours)[0], _python(limit)[0]) for _ in range(times)]
-        parts: Counter[str] = Counter()
+        parts: dict[str, float] = defaultdict(float)
         for own, package in re.findall(r"(\d+) \| +\d+ \| +(\w+)", _python(["-X", "importtime", *ours])[1]):
             parts[f"import {package}"] += int(own) / 1e6
-        yield Finding(row, *map(statistics.median, zip(*seconds, strict=True)), dict(parts))
+        value, least = map(statistics.median, zip(*seconds, strict=True))
+        yield Finding(row, value, least, dict(parts))
 
 
 def _python(arguments: list[str]) -> tuple[float, str]:
@@ -182,19 +209,23 @@ def _python(arguments: list[str]) -> tuple[float, str]:
 
 
 def tokenise(dataset: str, again: bool) -> Iterator[Finding]:
-    """Prepare rows for the first time, beside the tokenizer alone on their texts; or again, as the next run would."""
+    """Prepare rows for the first time, next to the tokenizer alone on their texts; or again, as the next run would."""
     if not again:
         shutil.rmtree(CACHE, ignore_errors=True)
     config = options(build_smollm2(), ROWS)
     tokenizer = load_tokenizer(config, str(config.model))
-    clock = Clock().watch(data).watch(data.Batches, "__init__").watch(type(tokenizer), "__call__")
-    data.load_data(config, tokenizer)
-    (whole,) = clock.all("data.load_data")
+    clock = Clock().watch(data_load).watch(data_tokenise).watch(Batches, "__init__")
+    clock.watch(type(tokenizer), "__call__")
+    data_load.load_data(config, tokenizer)
+    (whole,) = clock.all("data.load.load_data")
     seconds, parts = whole.end - whole.start, clock.parts(whole.start, whole.end)
     if again:
-        yield Finding("tokenised again", len(clock.all("data._with_labels")), NUM_ROWS, parts)
+        yield Finding("tokenised again", len(clock.all("data.tokenise._with_labels")), NUM_ROWS, parts)
         return
-    rows, tokenizer = load_rows(config), load_tokenizer(config, str(config.model))  # one without a cache of words
+    rows, tokenizer = (
+        load_rows(config),
+        load_tokenizer(config, str(config.model)),
+    )  # a tokenizer with an empty cache of words
     render = find_format(rows.column_names, dataset).render
     texts = [render(row, tokenizer).text for row in rows]
     began, num_tokens = time.perf_counter(), 0
@@ -206,39 +237,39 @@ def tokenise(dataset: str, again: bool) -> Iterator[Finding]:
 
 
 def load(dataset: str, row: str) -> Iterator[Finding]:
-    """Load a model whose file is on disk alone, then one whose file is in the page cache."""
+    """Load a model whose file is only on disk, then the same model with its file in the page cache."""
     folder = LLAMA if row == "load bf16" else build_smollm2()
-    if not folder.is_dir():  # 1 GB in the dtype that most are published in: fixed costs weigh little
+    if not folder.is_dir():  # 1 GB in the usual dtype, so that fixed costs matter little
         shape = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 8, "num_key_value_heads": 4}
         AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.bfloat16).save_pretrained(folder)
     config, file = options(folder, dataset, f"--precision {LOADS[row]} --offload none"), folder / "model.safetensors"
-    with torch.device("meta"):  # as the plan does before: the family's module is imported by then
+    with torch.device("meta"):  # the plan does this before, so that the family's module is imported
         AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    clock, megabytes = Clock().watch(weights), file.stat().st_size / 1e6
+    clock, megabytes = Clock().watch(model_load), file.stat().st_size / 1e6
     for state in ("cold", "warm"):
         _settle(file, state)
         began = time.perf_counter()
-        model = weights.load_model(config, str(folder), Storage(torch.device("cpu"), FOLDER))
-        for parameter in model.parameters():  # a mapped file is read, page by page, when somebody looks
+        model = model_load.load_model(config, str(folder), Storage(torch.device("cpu"), FOLDER))
+        for parameter in model.parameters():  # pages of a mapped file are read when they are used
             parameter.detach().view(-1)[::1024].sum()
         end = time.perf_counter()
         del model, parameter
-        gc.collect()  # what is mapped cannot leave the page cache
+        gc.collect()  # a mapped file cannot leave the page cache
         _settle(file, state)
         yield Finding(f"{row}, {state}", megabytes / (end - began), megabytes / _read(file), clock.parts(began, end))
 
 
 def _settle(file: Path, state: str) -> None:
-    """Put a file into the page cache, or take it out of it."""
+    """Put a file into the page cache, or remove it from there."""
     _read(file)
     with file.open("rb") as content:
-        os.fsync(content.fileno())  # what is not on disk yet would stay
+        os.fsync(content.fileno())  # pages that are not yet on disk would stay
         if state == "cold":
             os.posix_fadvise(content.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _read(file: Path) -> float:
-    """Give the seconds that reading takes, always into the same memory: new memory costs more than a disk."""
+    """Return the seconds of reading a file, always into the same memory, since new memory costs more than a disk."""
     memory, began = bytearray(PIECE), time.perf_counter()
     with file.open("rb", buffering=0) as content:
         while content.readinto(memory):
@@ -247,9 +278,9 @@ def _read(file: Path) -> float:
 
 
 def run(dataset: str) -> Iterator[Finding]:
-    """Run `train.main`: its first step, what each step is told and recorded, its checkpoint and its export."""
-    clock = Clock().watch(train).watch(train.Metrics, "step", "require_finite").watch(train.Samples, "complete")
-    clock.watch(checkpoint).watch(export).watch(weights)
+    """Run `train.main`, and time its first step, the log of each step, its checkpoint and its export."""
+    clock = Clock().watch(train).watch(Log, "step", "require_finite").watch(Samples, "complete")
+    clock.watch(checkpoint).watch(export).watch(weights).watch(model_load)
     train.main(options(build_smollm2(), dataset, RUN))
     log = [json.loads(line) for line in (OUTPUT / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [each["num_tokens"] / each["tokens_per_second"] for each in log if "loss" in each]
@@ -258,17 +289,17 @@ def run(dataset: str) -> Iterator[Finding]:
         (whole,), num_bytes = clock.all(f"train.{row}"), sum(file.stat().st_size for file in OUTPUT.glob(pattern))
         speed = num_bytes / 1e6 / (whole.end - whole.start)
         yield Finding(row, speed, num_bytes / 1e6 / _write(num_bytes), clock.parts(whole.start, whole.end))
-    loaded, told = clock.all("train.load_model")[0].end, clock.all("Metrics.step")
-    parts = clock.parts(loaded, told[0].start)
+    loaded, logged = clock.all("train.load_model")[0].end, clock.all("Log.step")
+    parts = clock.parts(loaded, logged[0].start)
     parts |= {"the step itself": steps[0], "the rest": parts["the rest"] - steps[0]}
-    yield Finding("first step, beyond its own time", told[0].start - loaded - ordinary, ordinary, parts)
-    names = ("Metrics.step", "Metrics.require_finite")
+    yield Finding("first step, beyond its own time", logged[0].start - loaded - ordinary, ordinary, parts)
+    names = ("Log.step", "Log.require_finite")
     costs = {name: statistics.mean(call.own for call in clock.all(name)[1:]) for name in names}
     yield Finding("log and memory, each step", 1e3 * sum(costs.values()), 1e3 * ordinary, costs)
 
 
 def _write(num_bytes: int) -> float:
-    """Give the seconds that writing a file takes until it is on disk; the bytes are random, lest a disk pack them."""
+    """Return the seconds until a written file is on disk. Its bytes are random, so that no disk can compress them."""
     piece, file = memoryview(os.urandom(PIECE)), FOLDER / "plain"
     began = time.perf_counter()
     with file.open("wb", buffering=0) as content:
@@ -280,7 +311,7 @@ def _write(num_bytes: int) -> float:
     return seconds
 
 
-# Name -> what it measures, in this order, each in a process of its own.
+# Name -> measurements, in this order, each in a process of its own.
 SECTIONS: dict[str, list[Callable[[str], Iterator[Finding]]]] = {
     "start": [start],
     "tokenising": [partial(tokenise, again=False), partial(tokenise, again=True)],
@@ -290,11 +321,11 @@ SECTIONS: dict[str, list[Callable[[str], Iterator[Finding]]]] = {
 
 
 def main() -> None:
-    """Measure in turn, print the table."""
+    """Measure in turn, and print the table."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0], allow_abbrev=False)
     parser.add_argument("--dataset", required=True, help="rows of any format, such as Alpaca's")
     parser.add_argument("--only", choices=SECTIONS, help="one part of the table")
-    parser.add_argument("--repeats", type=int, default=3, help="of each measurement (default: 3)")
+    parser.add_argument("--repeats", type=int, default=3, help="repeats of each measurement (default: 3)")
     parser.add_argument("--number", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     dataset = Path(arguments.dataset).resolve()
@@ -304,7 +335,7 @@ def main() -> None:
     atexit.register(shutil.rmtree, FOLDER)
     FOLDER.mkdir(parents=True, exist_ok=True)
     rows = load_rows(options(build_smollm2(), dataset))
-    rows.select([number % len(rows) for number in range(NUM_ROWS)]).to_json(ROWS)  # over and over, until they are many
+    rows.select([number % len(rows) for number in range(NUM_ROWS)]).to_json(ROWS)  # repeated until there are many
     sections = [arguments.only] if arguments.only else list(SECTIONS)
     found: dict[str, list[Finding]] = {}
     measurements = [(name, number) for name in sections for number in range(len(SECTIONS[name]))]

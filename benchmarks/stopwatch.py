@@ -1,10 +1,10 @@
-"""Where the seconds of a step go: calls are timed from outside, and what is timed knows nothing of it.
+"""Split the seconds of a step among its parts. Calls are timed from outside, and the timed code does not know of it.
 
-Owns the clock and the names of a step's parts. Which calls belong to which part, its users say.
+The clock and the names of the parts are here. Which calls belong to which part is decided by the users of this module.
 """
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -15,35 +15,34 @@ PARTS = ("data", "forward", "backward", "optimizer", "other")
 
 
 class Stopwatch:
-    """Splits each lap among the calls that it wraps; what is in none of them is "other".
+    """Splits each lap among the calls that it wraps. Time outside of them is "other".
 
     Attributes:
-        laps: the seconds of each part, lap by lap; together they are all that passed.
+        laps: the seconds of each part, lap by lap. A lap's parts add up to all of its time.
     """
 
     def __init__(self) -> None:
-        """Start."""
         self.laps: list[dict[str, float]] = []
         self.restart()
 
     def restart(self) -> None:
-        """Begin a lap, and forget what came before."""
-        self._parts: Counter[str] = Counter()
+        """Begin a lap, and drop the time since the last one."""
+        self._parts: dict[str, float] = defaultdict(float)
         self._inside = False
         self._start = _now()
 
     def lap(self) -> None:
         """End a lap; the next one begins."""
         parts, seconds = self._parts, _now() - self._start
-        self.laps.append({**{part: parts[part] for part in PARTS}, "other": seconds - parts.total()})
+        self.laps.append({**{part: parts[part] for part in PARTS}, "other": seconds - sum(parts.values())})
         self.restart()
 
     def wrap(self, owner: Any, name: str, part: str) -> None:
-        """Count the calls of a function as a part of the lap; a call within another one is the outer one's.
+        """Count the calls of a function as a part of the lap. A call within another one belongs to the outer one.
 
         Args:
             owner: a class or an object.
-            name: of its function.
+            name: its function's.
             part: one of `PARTS`.
         """
         function = getattr(owner, name)
@@ -63,7 +62,7 @@ class Stopwatch:
 
 
 def after(owner: Any, name: str, then: Callable[[], Any]) -> None:
-    """Have something done whenever a call of a function has returned."""
+    """Call `then` whenever a call of a function has returned."""
     function = getattr(owner, name)
 
     @wraps(function)
@@ -76,7 +75,7 @@ def after(owner: Any, name: str, then: Callable[[], Any]) -> None:
 
 
 def _now() -> float:
-    """Tell the time at which all that was asked for is done: a CPU's calls return then, a GPU's long before."""
+    """Wait until all work is done, and return the time. A GPU's calls return long before that."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()

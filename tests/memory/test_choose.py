@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 from models import make_config
 from worst_steps import deep
 
@@ -39,6 +40,7 @@ def test_fastest_choice_that_fits_is_taken() -> None:
     assert (off.activation_checkpointing, off.offload) == ("none", "none")
 
 
+@pytest.mark.slow
 def test_something_is_offloaded_below_the_resident_peaks() -> None:
     plans, batch, config = Plans(deep("llama", 4)), Batch(1, 16), make_config()
     full = replace(config, activation_checkpointing="full", offload="none")

@@ -12,11 +12,12 @@ from fullft.memory.machine import Device
 from fullft.memory.plan import Batch, plan_step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
         {"per_device_train_batch_size": 4},
-        pytest.param({"precision": "fp32", "activation_checkpointing": "every_2"}, marks=pytest.mark.slow),
+        {"precision": "fp32", "activation_checkpointing": "every_2"},
     ],
     ids=str,
 )

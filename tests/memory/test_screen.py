@@ -91,6 +91,7 @@ def test_json_has_what_gpus_and_price_ask_for(in_empty_folder: Path, capsys: pyt
     assert shown["gpu_hours"] is shown["cost"] is None
 
 
+@pytest.mark.slow
 def test_plan_shows_whether_layers_are_compiled(
     in_empty_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -234,14 +234,8 @@ def test_compile_true_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPa
         choose_compilation(replace(config, compile="true"), 0, CPU)
 
 
-@pytest.mark.parametrize(
-    "option",
-    [
-        "activation_checkpointing=none",
-        pytest.param("activation_checkpointing=full", marks=pytest.mark.slow),
-        pytest.param(STREAMED, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["activation_checkpointing=none", "activation_checkpointing=full", STREAMED])
 def test_resumed_compiled_run_equals_the_uninterrupted_one(option: str, tmp_path: Path) -> None:
     def run(folder: Path, *words: str) -> list[float]:
         torch._dynamo.reset()  # as another process begins

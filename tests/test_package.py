@@ -36,7 +36,10 @@ def test_wheel_declares_the_command(wheel: zipfile.ZipFile) -> None:
     assert "fullft = fullft.__main__:main" in wheel.read(entries).decode()
 
 
-@pytest.mark.parametrize(("words", "code", "shown"), [(["--help"], 0, "--model"), (["--modell", "x"], 2, "--model")])
+@pytest.mark.parametrize(
+    ("words", "code", "shown"),
+    [(["--help"], 0, "usage: fullft [--config run.yaml]"), (["--modell", "x"], 2, "--model")],
+)
 def test_wheel_runs_outside_the_checkout(
     wheel: zipfile.ZipFile, tmp_path: Path, words: list[str], code: int, shown: str
 ) -> None:

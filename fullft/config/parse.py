@@ -300,9 +300,11 @@ class _Parser(argparse.ArgumentParser):
 def build_parser(options: type) -> argparse.ArgumentParser:
     """Build the command line of a dataclass of options; `parse_args` of it prints `--help`."""
     # Every value is optional for argparse, and no type is converted by it: it would stop at the first problem.
+    # Installed, train.py lies within the package, and is called by the command's name.
+    is_installed = Path(sys.argv[0]).with_name("__main__.py").is_file()
     parser = _Parser(
         prog="train.py",
-        usage="python train.py [--config run.yaml] [--option value ...]",
+        usage=f"{'fullft' if is_installed else 'python train.py'} [--config run.yaml] [--option value ...]",
         description="Fully fine-tune a causal language model: every parameter, in one readable loop. Without --model "
         "the built-in demo runs, with defaults of its own. Hyphens and underscores both work; a flag beats the file.",
         epilog="Exit codes: 0 done, 2 options, 3 data, 4 model, 5 checkpoint, 6 disk, 7 non-finite loss or gradient, "

@@ -155,7 +155,7 @@ def track(config: Config, model: PreTrainedModel, batch: Batch) -> Figures:
     if config.placement.streams_layers:
         move_layers_home(model, config.placement.parameters, storage)
     attend_by_document(model)
-    reuse_memory(model)  # it leaves glibc as it is where the environment has the settings of MALLOC
+    reuse_memory(model)
     apply_activation_checkpointing(model, config)
     apply_layer_streaming(model, storage)
     vocabulary = model.config.vocab_size

@@ -102,7 +102,7 @@ def operators_of_a_plan(
 
 def test_plan_takes_no_more_operators_for_large_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_module, "CHUNK_TOKENS", 8)
-    # With 128 tokens a group would fill attention's scratch memory, and a view of all of it is no operator.
+    # With 128 tokens a group would fill attention's scratch memory, and a view of all of it is not an operator.
     large, small = (
         operators_of_a_plan(monkeypatch, make_config(), deep("llama", 4), batch)
         for batch in (Batch(16, 96, 96), Batch(2, 16, 16))

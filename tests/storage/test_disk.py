@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from courses import content, odd_model, steps
+from trajectories import content, odd_model, steps
 from models import make_config, optimizer_of
 from small_runs import contents, train_small
 

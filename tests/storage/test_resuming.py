@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from courses import odd_model, steps
+from trajectories import odd_model, steps
 from models import make_config, optimizer_of
 from transformers import PreTrainedTokenizerBase
 

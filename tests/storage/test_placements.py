@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from trajectories import PLACEMENTS, VOCABULARY, content, trajectory
 from models import make_config, optimizer_of
 from torch import nn
+from trajectories import PLACEMENTS, VOCABULARY, content, trajectory
 
 from fullft.optim import adamw, adamw_8bit, gradients
 from fullft.storage import tiers
@@ -26,8 +26,20 @@ def chunks(small_chunks: int) -> int:
 
 
 # Each value of each with each of the others.
+PAIRWISE = [(False, 1, 0.1), (True, 3, 0.1), (False, 3, 0.0), (True, 1, 0.0)]
+REMAINING = [case for case in itertools.product((False, True), (1, 4), (0.0, 0.1)) if case not in PAIRWISE]
+EACH_TIER = PLACEMENTS[:5]  # each thing in each tier, and both on disk
+FORMATS = [
+    {"precision": "fp32"},
+    {"precision": "bf16-mixed"},
+    {"master_weights": "none"},
+    {"master_weights": "stochastic"},
+]
+
+
 @pytest.mark.parametrize(
-    ("tied", "accumulation", "max_grad_norm"), [(False, 1, 0.1), (True, 3, 0.1), (False, 3, 0.0), (True, 1, 0.0)]
+    ("tied", "accumulation", "max_grad_norm"),
+    [*PAIRWISE, *(pytest.param(*case, marks=pytest.mark.slow) for case in REMAINING)],
 )
 def test_every_placement_equals_the_resident_run_bitwise(
     tied: bool, accumulation: int, max_grad_norm: float, tmp_path: Path
@@ -41,22 +53,26 @@ def test_every_placement_equals_the_resident_run_bitwise(
 
 
 @pytest.mark.parametrize(
-    ("accumulation", "options"),
+    ("accumulation", "options", "placements"),
     [
-        (1, {"precision": "fp32"}),
-        (3, {"precision": "bf16-mixed"}),
-        (3, {"master_weights": "none"}),
-        (1, {"master_weights": "stochastic"}),
-        (3, {"master_weights": "stochastic"}),  # sums in fp32
+        (1, {"precision": "fp32"}, EACH_TIER),
+        (3, {"precision": "bf16-mixed"}, EACH_TIER),
+        (3, {"master_weights": "none"}, EACH_TIER),
+        (1, {"master_weights": "stochastic"}, EACH_TIER),
+        (3, {"master_weights": "stochastic"}, EACH_TIER),  # sums in fp32
+        *(
+            pytest.param(accumulation, options, PLACEMENTS, marks=pytest.mark.slow)
+            for accumulation, options in itertools.product((1, 4), FORMATS)
+        ),
     ],
-    ids=str,
+    ids=lambda value: f"{len(value)} placements" if isinstance(value, list) else str(value),
 )
 def test_placements_equal_resident_runs_in_other_formats(
-    accumulation: int, options: dict[str, str], tmp_path: Path
+    accumulation: int, options: dict[str, str], placements: list[str], tmp_path: Path
 ) -> None:
     options = {**options, "gradient_accumulation_steps": accumulation}
     resident = trajectory(tmp_path, **options)
-    for placement in PLACEMENTS[:5]:  # each thing in each tier, and both on disk
+    for placement in placements:
         assert trajectory(tmp_path, **options, offload=placement) == resident, placement
 
 
@@ -112,7 +128,16 @@ def matrix_trajectory(placement: str, max_norm: float, folder: Path) -> list[tor
     return [content(array) for array in states.values()] + [*model.parameters(), *norms]
 
 
-@pytest.mark.parametrize(("max_norm", "placements"), [(0.0, PLACEMENTS[::2]), (0.1, PLACEMENTS[1::2])], ids=str)
+@pytest.mark.parametrize(
+    ("max_norm", "placements"),
+    [
+        (0.0, PLACEMENTS[::2]),
+        (0.1, PLACEMENTS[1::2]),
+        pytest.param(0.0, PLACEMENTS[1::2], marks=pytest.mark.slow),
+        pytest.param(0.1, PLACEMENTS[::2], marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_placements_with_8_bit_states_equal_resident_ones(
     max_norm: float, placements: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,7 +30,7 @@ format: .venv/ready ## put the code in its standard form
 docs: .venv/docs ## build the documents into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-bench: .venv/bench ## how fast, beside the usual listing, Trainer and TRL: ARGS="--dataset alpaca.json"
+bench: .venv/bench ## how fast, next to the usual listing, Trainer and TRL: ARGS="--dataset alpaca.json"
 	$(BIN)/python benchmarks/throughput.py $(ARGS)
 
 real: .venv/bench ## train a real 135M model on real rows: ARGS="--dataset alpaca.json"

@@ -52,7 +52,7 @@ def main(config: Config) -> None:
     Raises:
         FullftError: with a message and an exit code for the user.
     """
-    # --- The data, the plan, the model, the optimizer. Mistakes show here, the ones found fastest first.
+    # --- The data, the plan, the model, the optimizer. Cheap checks come first.
     device = pick_device()
     source, model_config = find_model(config), find_config(config)
     checkpoint = open_checkpoint(config)
@@ -79,7 +79,7 @@ def main(config: Config) -> None:
         print(f"{describe_model(config, model)}\nOptimizer: {describe_optimizer(config)}\n{steps.describe()}")
         worst_step = measure_run(plan, model, loss_sum, optimizer, data, autocast)  # no weight moves
 
-        # --- How good is it before? A resumed run has been asked already.
+        # --- Evaluate before training; a resumed run already has.
         samples = Samples(data, tokenizer, model)
         torch.manual_seed(config.seed)  # dropout draws from here on
         last_step = restore(checkpoint, config, model, optimizer, data.fingerprint)
@@ -123,7 +123,8 @@ def main(config: Config) -> None:
                     log.checkpoint(saved)
                     stop.end_run_if_asked(step)
 
-        # --- How good is it after? The final model goes to the root of output_dir, and is reloaded as a user would.
+        # --- Evaluate after training. The final model goes to the root of output_dir, and is reloaded to compare
+        # logits.
         samples.complete(model, autocast, after=True)
         optimizer.close()  # its states make room for the reloaded copy
         results = log.results(samples)

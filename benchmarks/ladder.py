@@ -43,7 +43,7 @@ from fullft.config.options import Options
 from fullft.data.micro_batch import GlobalBatch, MicroBatch
 from fullft.memory.plan import Batch, plan_step
 from fullft.memory.worst_step import take_worst_step
-from fullft.model.configs import bundled_config
+from fullft.model.bundled import bundled_config
 from fullft.model.homes import move_layers_home
 from fullft.model.loss import LossSum
 from fullft.model.precision import autocast_of, dtype_of

@@ -20,7 +20,7 @@ from fullft.config.options import Options
 from fullft.data.micro_batch import MicroBatch
 from fullft.memory.plan import Batch, num_layers, plan_step, shortened
 from fullft.memory.worst_step import take_worst_step
-from fullft.model.configs import bundled_config
+from fullft.model.bundled import bundled_config
 from fullft.model.loss import LossSum
 from fullft.model.precision import autocast_of
 from fullft.optim.build import build_optimizer

@@ -61,7 +61,7 @@ from fullft.memory import worst_step
 from fullft.memory.plan import Batch, plan_step
 from fullft.memory.tracker import COMPONENTS, MemoryTracker
 from fullft.memory.worst_step import take_worst_step
-from fullft.model.configs import bundled_config
+from fullft.model.bundled import bundled_config
 from fullft.model.homes import move_layers_home
 from fullft.model.loss import LossSum
 from fullft.model.precision import autocast_of, dtype_of
@@ -155,7 +155,7 @@ def track(config: Config, model: PreTrainedModel, batch: Batch) -> Figures:
     if config.placement.streams_layers:
         move_layers_home(model, config.placement.parameters, storage)
     attend_by_document(model)
-    reuse_memory(model)  # it leaves glibc as it is where the environment has the settings of MALLOC
+    reuse_memory(model)
     apply_activation_checkpointing(model, config)
     apply_layer_streaming(model, storage)
     vocabulary = model.config.vocab_size

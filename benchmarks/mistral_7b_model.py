@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedModel
 
 from fullft.config.config import Config
 from fullft.config.parse import parse_config
-from fullft.model.configs import bundled_config
+from fullft.model.bundled import bundled_config
 from fullft.model.parts import decoder_layers
 from fullft.optim.adamw import state_layout
 from fullft.optim.build import moments_of

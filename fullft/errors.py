@@ -83,7 +83,7 @@ _advice: ContextVar[Callable[[], str]] = ContextVar("advice", default=general_ad
 
 @contextmanager
 def out_of_memory_advice(advice: Callable[[], str]) -> Iterator[None]:
-    """Attach advice of its own to an error for lack of memory in the body.
+    """Add this advice to out-of-memory errors raised in the body.
 
     Args:
         advice: says what to do; called when the error occurs.
@@ -104,7 +104,7 @@ def out_of_memory_advice(advice: Callable[[], str]) -> Iterator[None]:
 
 
 _OUT_OF_MEMORY = re.compile("out of memory|DefaultCPUAllocator|cannot allocate memory|ALLOC_FAILED", re.IGNORECASE)
-_UNUSED = re.compile(r"([\d.]+ GiB) is reserved by PyTorch but unallocated")  # far behind in a long message of CUDA's
+_UNUSED = re.compile(r"([\d.]+ GiB) is reserved by PyTorch but unallocated")  # near the end of CUDA's long message
 # What a write can meet; reading code names missing files itself.
 _DISK_ERRNOS = {
     getattr(errno, name)
@@ -137,7 +137,7 @@ def as_user_error(error: BaseException) -> FullftError:
     if isinstance(error, ImportError) and error.name:
         return FullftError(
             f"the Python package {error.name.split('.')[0]} is missing or broken ({text})\n"
-            "`make train` sets up all that is needed in .venv; or: pip install -e ."
+            "reinstall fullft with pip, or run `make train` in a checkout, which sets up all that is needed"
         )
     # By text, because torch is not imported here, and each of its backends has a class of its own for this.
     if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(f"{type(error).__name__} {text}"):

@@ -1,6 +1,7 @@
 """What must happen before torch is imported: options, the libraries' environment, error messages, `--plan`.
 
-The imports take some 5 s. `--help` and mistakes answer before them, and libraries read their environment during them.
+Importing torch and transformers takes about 5 s. `--help` and mistakes in options are answered before that, and the
+libraries read the environment while they are imported.
 """
 
 import gc

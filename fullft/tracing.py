@@ -1,8 +1,8 @@
-"""Tracing: taking a step on fake tensors, which have shapes and dtypes but no bytes. Plans are made so.
+"""Tracing: taking a step on fake tensors, which have shapes and dtypes but no bytes. This is how plans are made.
 
-This is the one place that knows whether tensors are fake, and which part of a repetition stands for all of it. A fake
-operator takes some 60 microseconds whatever its size, so a plan's time is its number of operators: what repeats without
-adding bytes is traced once. Tests compare these stand-ins with the whole.
+This is the one place that knows whether a step is traced. A fake operator takes some 60 microseconds whatever its size,
+so a plan's time is its number of operators: what repeats without adding bytes is traced once. Each loop that repeats
+says through `standing_for_all` how many of its rounds stand for all. Tests compare these stand-ins with the whole.
 """
 
 from collections.abc import Iterator, Sequence
@@ -48,5 +48,5 @@ def standing_for_all(parts: Sequence[Part], count: int = 1) -> Sequence[Part]:
 
 
 def is_fake(tensor: object) -> bool:
-    """Return whether this tensor is fake, wherever the question is asked."""
+    """Return whether this tensor is fake, also outside of `tracing()`."""
     return isinstance(tensor, FakeTensor)

@@ -7,7 +7,7 @@ from fullft.model.probing import DOCUMENT, TWO_DOCUMENTS, agrees_layer_by_layer,
 
 
 def choose_attention(model: PreTrainedModel, packing: bool) -> None:
-    """Let a model on a CPU attend document by document, if that gives the same as its own attention.
+    """Switch a model on a CPU to attention by document, where that gives the same result.
 
     Args:
         model: loaded; changed in place.
@@ -29,7 +29,7 @@ def choose_attention(model: PreTrainedModel, packing: bool) -> None:
 
 
 def attend_by_document(model: PreTrainedModel) -> bool:
-    """Let a model attend document by document, as told by positions that restart at 0.
+    """Switch a model to attention by document; positions that restart at 0 mark the documents.
 
     Args:
         model: changed in place, if it attends by torch's kernel on a CPU.

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fullft.config.config import DEFAULT_ACCUMULATION, output_dir_of
-from fullft.config.options import NEWEST, Options
-from fullft.config.placement import UNDECIDED, Placement
+from fullft.config.config import accumulation_of, output_dir_of
+from fullft.config.options import NEWEST, UNDECIDED, Options
+from fullft.config.placement import Placement
 from fullft.config.sizes import parse_size
 
 
@@ -75,8 +75,7 @@ def _offload_problems(options: Options) -> Iterator[str]:
         yield f"offload: {error}"
         return
     if placement.gradients == "released":
-        size, accumulation = options.global_batch_size, options.gradient_accumulation_steps or DEFAULT_ACCUMULATION
-        if accumulation > 1 if size is None else size > options.per_device_train_batch_size:
+        if accumulation_of(options) > 1:
             yield (
                 "offload: gradients=released steps within every backward, so nothing accumulates: add "
                 "--gradient_accumulation_steps 1, or keep them with gradients=host"
@@ -131,8 +130,8 @@ def _source_problems(options: Options, output_dir: Path) -> list[str]:
             return [
                 f"the model {model} is a checkpoint in output_dir, which may be deleted: choose another --output_dir"
             ]
-    if options.dataset is not None and os.path.isdir(os.path.expanduser(options.dataset)):
-        dataset = Path(options.dataset).expanduser().resolve()
+    if options.dataset is not None and os.path.isdir(options.dataset):
+        dataset = Path(options.dataset).resolve()
         if dataset == output_dir or dataset in output_dir.parents:
             return [f"output_dir {output_dir} lies in the dataset's folder: its files would be read as rows next time"]
     return []

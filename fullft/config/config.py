@@ -3,15 +3,14 @@
 Options are words; here they are parsed, once. Which options there are stands in `options.py`.
 """
 
-import os
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from fullft.config.numerics import Numerics
-from fullft.config.options import DEFAULT_DATASET, DEFAULT_DATASET_SPLIT, DEMO_ROWS, Options
-from fullft.config.placement import UNDECIDED, Placement
+from fullft.config.options import DEFAULT_DATASET, DEFAULT_DATASET_SPLIT, DEMO_ROWS, UNDECIDED, Options
+from fullft.config.placement import Placement
 from fullft.config.recomputation import Recomputation
 from fullft.config.sizes import parse_size
 
@@ -94,9 +93,7 @@ def resolve(options: Options) -> Config:
     Args:
         options: checked by `find_problems`.
     """
-    accumulation = options.gradient_accumulation_steps or DEFAULT_ACCUMULATION
-    if options.global_batch_size is not None:
-        accumulation = options.global_batch_size // options.per_device_train_batch_size
+    accumulation = accumulation_of(options)
     dataset, split = options.dataset, options.dataset_split or "train"
     if dataset is None:
         dataset = DEMO_ROWS if options.model is None else DEFAULT_DATASET
@@ -107,7 +104,6 @@ def resolve(options: Options) -> Config:
         **values
         | _decided(options)
         | {
-            "model": options.model and os.path.expanduser(options.model),
             "dataset": dataset,
             "dataset_split": split,
             "output_dir": output_dir_of(options),
@@ -131,6 +127,13 @@ def _decided(options: Options) -> dict[str, str]:
     return decided
 
 
+def accumulation_of(options: Options) -> int:
+    """Return the micro-batches of a step: as given, as the global batch needs them, or the default."""
+    if options.global_batch_size is not None:
+        return options.global_batch_size // options.per_device_train_batch_size
+    return options.gradient_accumulation_steps or DEFAULT_ACCUMULATION
+
+
 def output_dir_of(options: Options) -> Path:
     """Return the folder that a run writes to: the one given, or one named after the model."""
     if options.output_dir is not None:
@@ -145,7 +148,7 @@ def to_words(config: Config) -> dict[str, Any]:
     return values | {"output_dir": str(config.output_dir)}
 
 
-# Asked of one run only: in its config.yaml they would ask every later run, too, to replace what it finds.
+# Meant for one run. In config.yaml they would make every later run overwrite or resume too.
 _ONE_SHOT = ("overwrite_output_dir", "resume_from_checkpoint", "allow_changes", "plan", "json", "debug")
 
 

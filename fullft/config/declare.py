@@ -24,6 +24,7 @@ def option(
     spellings: Mapping[str, str | None] | None = None,
     bare: str | None = None,
     several: bool = False,
+    is_path: bool = False,
     at_least: float | None = None,
     above: float | None = None,
     below: float | None = None,
@@ -44,6 +45,7 @@ def option(
         spellings: other ways to write a value, such as Hugging Face's; lower case, with underscores.
         bare: the value that the flag has without one.
         several: whether its value is a list of words, kept joined by commas.
+        is_path: whether its value may be a path, in which `~` is the home folder.
         at_least: the least number allowed.
         above: the number that it must exceed.
         below: the number that it must stay under.

@@ -4,20 +4,21 @@ Imports no torch: options are checked before torch is there. `model/precision.py
 """
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, unique
 
 
+@unique
 class Format(Enum):
-    """A number format, and the bytes that a number takes in it."""
+    """A number format."""
 
-    FP32 = 4
-    BF16 = 2
-    EIGHT_BIT = 1  # a code in a block of numbers that share a scale
+    FP32 = "fp32"
+    BF16 = "bf16"
+    EIGHT_BIT = "8-bit"  # a code in a block of numbers that share a scale
 
     @property
     def bytes(self) -> int:
         """Bytes per number, without the scales of 8-bit blocks."""
-        return self.value
+        return {Format.FP32: 4, Format.BF16: 2, Format.EIGHT_BIT: 1}[self]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ DEMO_FOLDER = Path(__file__).parent.parent / "demo"
 DEMO_ROWS = str(DEMO_FOLDER / "instructions.jsonl")
 DEFAULT_DATASET, DEFAULT_DATASET_SPLIT = "tatsu-lab/alpaca", "train[:1000]"
 COLUMNS = ("instruction", "input", "output", "prompt", "completion", "messages", "conversations", "text")
+UNDECIDED = "auto"  # what the plan decides
 NEWEST = "newest"  # what a bare --resume_from_checkpoint means
 
 
@@ -25,6 +26,7 @@ class Options:
         "hub id or folder of a causal language model",
         group="model and data",
         metavar="ID|FOLDER",
+        is_path=True,
         aliases=("model_name_or_path",),
         called=("base_model", "model_id", "model_path"),
         shown="the built-in demo",
@@ -34,6 +36,7 @@ class Options:
         None,
         "hub id, or a .json .jsonl .csv .parquet .txt file, or a folder of them",
         metavar="ID|PATH",
+        is_path=True,
         aliases=("dataset_name",),
         called=("train_file", "dataset_path", "train_data", "dataset_name_or_path"),
         shown=DEFAULT_DATASET,
@@ -66,6 +69,7 @@ class Options:
         "folder for everything that the run writes",
         group="run",
         metavar="FOLDER",
+        is_path=True,
         shown="./full-ft-<model's last name>",
         may_change=True,
     )
@@ -91,7 +95,7 @@ class Options:
     )
     gradient_accumulation_steps: int | None = option(
         None,
-        "length of an optimizer step",
+        "how many micro-batches make an optimizer step",
         unit="micro-batches",
         called=("grad_accum", "accumulation_steps"),
         at_least=1,
@@ -99,7 +103,7 @@ class Options:
     )
     global_batch_size: int | None = option(
         None,
-        "size of an optimizer step; if given, accumulation follows from it",
+        "how many sequences make an optimizer step; accumulation follows from it",
         unit="sequences",
         at_least=1,
         shown="micro-batch x accumulation",
@@ -108,6 +112,7 @@ class Options:
         None,
         "continue a run; without a value, from the newest good checkpoint",
         metavar="CHECKPOINT",
+        is_path=True,
         called=("resume", "resume_from"),
         spellings={"true": NEWEST, "false": None},
         bare=NEWEST,
@@ -131,7 +136,7 @@ class Options:
             "paged_adamw_bnb_8bit": "paged_adamw_8bit",
         },
     )
-    learning_rate: float = option(2e-5, "the highest of the schedule", called=("lr",), at_least=0)
+    learning_rate: float = option(2e-5, "peak learning rate", called=("lr",), at_least=0)
     lr_scheduler_type: str = option(
         "linear",
         "learning-rate schedule",
@@ -147,7 +152,10 @@ class Options:
     )
     weight_decay: float = option(0.0, "decoupled weight decay, not of biases and norms", at_least=0)
     max_grad_norm: float = option(
-        1.0, "clip the global gradient norm here; 0 is off", called=("grad_clip", "gradient_clipping"), at_least=0
+        1.0,
+        "clip gradients to this global norm; 0 turns clipping off",
+        called=("grad_clip", "gradient_clipping"),
+        at_least=0,
     )
     adam_beta1: float = option(0.9, "decay of the first moment", at_least=0, below=1)
     adam_beta2: float = option(0.999, "decay of the second moment", at_least=0, below=1)
@@ -174,13 +182,14 @@ class Options:
     )
     master_weights: str = option(
         "split",
-        "what bf16 weights stand for, with precision bf16-true: exact fp32 numbers, with 16 more bits per weight; "
-        "bf16 numbers rounded up or down at random; bf16 numbers rounded to the nearest",
+        "how bf16 weights are updated, with precision bf16-true: split keeps 16 more bits per weight, exact fp32; "
+        "stochastic rounds up or down at random; none rounds to the nearest",
         choices=("split", "stochastic", "none"),
     )
     offload: str = option(
         "auto",
-        "keep optimizer, gradients or parameters on host or disk; gradients=released uses each up within backward",
+        "keep optimizer, gradients or parameters on host or disk; gradients=released uses each up within backward; "
+        "auto: as the plan chooses",
         metavar="none|WHAT=WHERE ...",
         called=("cpu_offload", "offload_optimizer", "offload_param"),
         spellings={"true": "optimizer=host", "false": "none", "cpu": "optimizer=host"},
@@ -220,7 +229,7 @@ class Options:
 
     # --- records
     logging_steps: int = option(
-        10, "log every so many steps", group="records", unit="optimizer steps", at_least=1, may_change=True
+        10, "log every N steps", group="records", unit="optimizer steps", at_least=1, may_change=True
     )
     eval_strategy: str = option(
         "epoch",
@@ -231,7 +240,7 @@ class Options:
     )
     eval_steps: int | None = option(
         None,
-        "evaluate every so many steps, with eval_strategy steps",
+        "evaluate every N steps, with eval_strategy steps",
         unit="optimizer steps",
         at_least=1,
         shown="logging_steps",
@@ -245,7 +254,7 @@ class Options:
     )
     save_steps: int = option(
         500,
-        "save every so many steps, with save_strategy steps",
+        "save every N steps, with save_strategy steps",
         unit="optimizer steps",
         at_least=1,
         may_change=True,

@@ -7,6 +7,7 @@ import argparse
 import difflib
 import math
 import operator
+import os
 import re
 import shutil
 import sys
@@ -200,6 +201,8 @@ def _convert(option: "Field[Any]", raw: Any) -> Any:
     if kind in (int, float):
         return _convert_number(raw, kind, meta)
     text = _convert_text(raw, meta)
+    if meta["is_path"] and text is not None:
+        text = os.path.expanduser(text)
     return Path(text) if kind is Path and text is not None else text
 
 
@@ -301,7 +304,7 @@ def build_parser(options: type) -> argparse.ArgumentParser:
     """Build the command line of a dataclass of options; `parse_args` of it prints `--help`."""
     # Every value is optional for argparse, and no type is converted by it: it would stop at the first problem.
     # Installed, train.py lies within the package, and is called by the command's name.
-    is_installed = Path(sys.argv[0]).with_name("__main__.py").is_file()
+    is_installed = (DEMO_FOLDER.parent / "train.py").is_file()
     parser = _Parser(
         prog="train.py",
         usage=f"{'fullft' if is_installed else 'python train.py'} [--config run.yaml] [--option value ...]",

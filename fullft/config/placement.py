@@ -6,12 +6,13 @@ Nothing is moved here: `storage/` makes the arrays, and `transforms/streaming.py
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
+from fullft.config.options import UNDECIDED
+
 _TIERS = {
     "parameters": ("device", "host", "disk"),
     "gradients": ("device", "host", "disk", "released"),
     "optimizer": ("device", "host", "disk"),
 }
-UNDECIDED = "auto"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What Linux tells of memory in text. It imports next to nothing: a process can watch itself from its very start."""
+"""Memory figures from Linux's /proc. It imports almost nothing, so a process can watch itself from its start."""
 
 from contextlib import suppress
 from pathlib import Path

@@ -1,16 +1,12 @@
-"""Recycling: memory on a CPU that is used again when its tensors are gone.
+"""Reused memory: large tensors on a CPU go where earlier ones of their size were.
 
-Owns the memory of large tensors. The system's allocator gives large blocks back at once, and the system clears every
-page anew when it is next touched: a tenth of a step of a model of 135M parameters, for its head alone. What is smaller
-the allocator is told to keep, from the second micro-batch on and until it keeps too much. Accelerators keep theirs by
-themselves.
+glibc returns large blocks to the system when they are freed, and the system clears every page again when it is next
+used. The logits, the head's gradient and autocast's copy of its matrix come in every micro-batch: without reuse they
+take two and a half times as many page faults, and some 5% of a step. Accelerators keep their memory by themselves.
 """
 
-import ctypes
 import functools
 import math
-import os
-import sys
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -20,44 +16,36 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from fullft.cpu.proc import memory_field
 from fullft.tracing import is_tracing
 
-_LARGE = 1 << 25  # bytes: what glibc does not keep; its own largest, as more would fragment its heap
-_LARGE_AT_FIRST = 1 << 22  # the same until a micro-batch has passed; with less, much is cleared anew within that one
-# Of glibc's malloc.h: from which size on memory is given back at once, and from how much of the rest on.
-_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
-_OWN_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
+_LARGE = 1 << 25  # bytes; smaller blocks are kept by glibc itself
 _ALIGNMENT = 64  # bytes: a cache line, as torch's own
-# The factor by which the process may grow by gaps in the heap. Returning them takes 0.05 s, and the pages that the next
-# micro-batch touches are cleared.
-_MOST_GROWTH = 1.125
 _free: list[np.ndarray[Any, Any]] = []
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Take memory as `torch.empty` does; of a large tensor on a CPU, what an earlier one has left.
+    """Allocate as `torch.empty` does; a large tensor on a CPU reuses the memory of an earlier one.
 
     Args:
         shape: of the tensor.
         dtype: of the tensor.
-        device: where it is to be.
+        device: of the tensor.
     """
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < _LARGE or is_tracing():
         return torch.empty(shape, dtype=dtype, device=device)
     memory = _take(size)
     lease = memory[:size]
-    # Torch holds the lease as long as the tensor's storage lives, whoever else has come to share that.
+    # torch holds the lease as long as the tensor's storage lives, whatever else shares it.
     weakref.finalize(lease, _free.append, memory).atexit = False
     tensor = torch.empty(0, dtype=dtype)
-    # No view, as autograd would treat it: it shares the memory alone.
+    # Not a view to autograd: it shares the memory alone.
     tensor.set_(torch.from_numpy(lease).view(dtype).view(tuple(shape)))  # type: ignore[call-overload]
     return tensor
 
 
 def _take(size: int) -> "np.ndarray[Any, Any]":
-    """Take the smallest free block that is large enough, or a new one in place of the largest that is not."""
+    """Return the smallest free block that is large enough, or a new one that replaces the largest free one."""
     fitting = [number for number, memory in enumerate(_free) if memory.nbytes >= size]
     if fitting:
         return _free.pop(min(fitting, key=lambda number: _free[number].nbytes))
@@ -69,70 +57,15 @@ def _take(size: int) -> "np.ndarray[Any, Any]":
 
 
 def reuse_memory(model: PreTrainedModel) -> None:
-    """Let a model's activations and gradients go where those of earlier micro-batches were.
+    """Give the gradient of a model's embeddings, which is as large as they are, reused memory on a CPU.
 
-    On a CPU this changes the whole process's allocator, for good.
-
-    Args:
-        model: changed in place, if it is on a CPU.
-    """
-    if model.device.type == "cpu":
-        embeddings = model.get_input_embeddings()
-        if (glibc := _glibc()) is not None:
-            embeddings.register_forward_pre_hook(_Heap(glibc).before_micro_batch)  # the first module of a micro-batch
-        reuse_for_gradient(embeddings)
-
-
-def _glibc() -> ctypes.CDLL | None:
-    """Give the system's allocator, if it is glibc's and nothing in the environment says what it keeps."""
-    if sys.platform != "linux" or any(map(os.environ.get, _OWN_SETTINGS)):
-        return None
-    library = ctypes.CDLL(None)
-    return library if hasattr(library, "mallopt") else None  # musl has none
-
-
-class _Heap:
-    """Has glibc keep what a micro-batch frees for the next one, and returns the gaps that the next one cannot fill."""
-
-    def __init__(self, glibc: ctypes.CDLL) -> None:
-        """Tell glibc, for the whole process, to keep what is freed; large blocks not before the second micro-batch."""
-        glibc.mallopt(_MMAP_THRESHOLD, _LARGE_AT_FIRST)
-        glibc.mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
-        self._glibc = glibc
-        self._micro_batches = 0
-        self._most = 0.0  # bytes that the process may take
-        self._were_returned = False  # gaps, just before the last micro-batch
-
-    def before_micro_batch(self, *_: Any) -> None:
-        """Return to the system what is free in the heap, if the process has grown by it.
-
-        What a micro-batch takes after the gaps have gone is what is needed; of those of many lengths, what the largest
-        so far has taken.
-        """
-        if not torch.is_grad_enabled():  # no measure: evaluation takes less
-            return
-        self._micro_batches += 1
-        # The first one is the measured worst step's: among its tensors lie the tracker's records, and the gaps beside
-        # those fit no tensor. Whether they came to 0.9 GiB or to none was chance. Nor is it a measure for what follows.
-        if self._micro_batches == 2:
-            self._glibc.mallopt(_MMAP_THRESHOLD, _LARGE)
-            self._were_returned = False
-        resident = memory_field("RssAnon") or 0
-        if self._were_returned:
-            self._most = max(self._most, _MOST_GROWTH * resident)
-            self._were_returned = False
-        elif resident > self._most:
-            self._glibc.malloc_trim(0)
-            self._were_returned = True
-
-
-def reuse_for_gradient(embeddings: nn.Module) -> None:
-    """Let the gradient of a table of embeddings, which is as large and nearly all zeros, take recycled memory.
+    In bf16 that gradient is also more exact: it is rounded once, where torch's is rounded at every token.
 
     Args:
-        embeddings: changed in place, if they are torch's own, plain ones on a CPU.
+        model: changed in place, if it is on a CPU and its embeddings are torch's own, plain ones.
     """
-    if type(embeddings) is not nn.Embedding or embeddings.weight.device.type != "cpu":
+    embeddings = model.get_input_embeddings()
+    if type(embeddings) is not nn.Embedding or model.device.type != "cpu":
         return
     if embeddings.max_norm is None and not embeddings.scale_grad_by_freq and not embeddings.sparse:
         embeddings.forward = functools.partial(_look_up, embeddings)  # type: ignore[method-assign]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fullft.tracing import is_tracing
+from fullft.tracing import standing_for_all
 
 # Elements that are squared, or widened to be added, at a time: few enough for the cache.
 TILE = 1 << 17
@@ -23,11 +23,11 @@ def add_(total: torch.Tensor, values: torch.Tensor) -> None:
         total: [n].
         values: [n].
     """
-    if total.device.type != "cpu" or total.dtype == values.dtype or is_tracing():
+    if total.device.type != "cpu" or total.dtype == values.dtype:
         total.add_(values)
         return
-    for tile, narrow in zip(total.split(TILE), values.split(TILE), strict=True):
-        tile.add_(narrow)
+    for start in standing_for_all(range(0, len(total), TILE)):
+        total[start : start + TILE].add_(values[start : start + TILE])
 
 
 def sum_in_order(scalars: Sequence[torch.Tensor]) -> torch.Tensor:

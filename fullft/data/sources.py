@@ -57,7 +57,7 @@ def data_files(name: str) -> list[Path]:
     Raises:
         DataError: the path has no file that we can read.
     """
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.is_file():
         if path.suffix.lower() not in _READERS:
             raise DataError(f"data file {path}: {path.suffix or 'no ending'} is none of {', '.join(_READERS)}")

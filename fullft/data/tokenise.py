@@ -52,7 +52,8 @@ def tokenise(rows: Dataset, row_format: RowFormat, tokenizer: PreTrainedTokenize
     Raises:
         DataError: a row does not hold what its format needs, or is not UTF-8 text.
     """
-    # An own key: the library's would hash the tokenizer's whole state, which changes as it is used.
+    # A key of our own, from a private fingerprint of the rows (a hash of all content would read every row anew): the
+    # library's would hash the tokenizer's whole state, which changes as it is used.
     options = (config.max_length, config.train_on_prompt, row_format.name)
     special_tokens = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
     parts = (_TOKENISING_VERSION, rows._fingerprint, options, tokenizer.chat_template, special_tokens)

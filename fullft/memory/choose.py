@@ -16,7 +16,7 @@ from fullft.config.recomputation import Recomputation
 from fullft.memory.facts import Facts, find_facts
 from fullft.memory.machine import ASSUMED, Device, Speeds
 from fullft.memory.plan import Batch, plan_step
-from fullft.memory.traffic import estimate_seconds, resting_bytes
+from fullft.memory.traffic import estimate_seconds, held_bytes
 from fullft.memory.units import GIB, Unit, unit_for
 
 # ---------------------------------------------------------------------------------------------- what is needed
@@ -136,7 +136,7 @@ def choices(config: Config, plans: Plans, batch: Batch, device: Device, speeds: 
         speeds: of the machine.
     """
     tiers = ("device", "disk") if device.is_host else ("device", "host", "disk")
-    possible = list(placements(tiers)) if "offload" in config.undecided else [Placement.parse(config.offload)]
+    possible = list(placements(tiers)) if "offload" in config.undecided else [config.placement]
     modes = [config.activation_checkpointing]
     if "activation_checkpointing" in config.undecided:
         # `selective` saves about as much as recomputing every other layer, and takes less time.
@@ -189,7 +189,7 @@ def _first_to_fit(ranked: list[Choice], config: Config, plans: Plans, batch: Bat
     hopeless = set()
     for choice in ranked:
         chosen = choice.apply(config)
-        if choice.placement in hopeless or not _has_room(device, resting_bytes(chosen, facts)):
+        if choice.placement in hopeless or not _has_room(device, held_bytes(chosen, facts)):
             continue
         if fits(plans.of(chosen, batch), device):
             return choice
@@ -216,10 +216,12 @@ def _explained(
 ) -> tuple[Config, str]:
     if choice is None:
         facts = plans.facts(batch.length)
-        modest = min(ranked, key=lambda each: (resting_bytes(each.apply(config), facts)["device"], each.seconds))
+        modest = min(ranked, key=lambda each: (held_bytes(each.apply(config), facts)["device"], each.seconds))
         least = replace(modest, activation_checkpointing=_least(ranked, modest.placement))
         lack = _lack(plans.of(least.apply(config), batch), device)
-        return least.apply(config), f"{least.describe()}: it needs least, but nothing fits {device.name}{lack}"
+        return least.apply(
+            config
+        ), f"{least.describe()}: it needs the least, but even that does not fit {device.name}{lack}"
     chosen = choice.apply(config)
     planned = plans.of(chosen, batch)
     place, unit = ranked.index(choice), unit_for(planned["peak_bytes"])
@@ -244,7 +246,7 @@ def _too_large(faster: list[Choice], config: Config, plans: Plans, batch: Batch,
     needs: dict[str, str] = {}
     for choice in faster:
         chosen = choice.apply(config)
-        held = resting_bytes(chosen, plans.facts(batch.length))
+        held = held_bytes(chosen, plans.facts(batch.length))
         device = max(held["device"], plans.known_peak(chosen, batch))
         elsewhere = {"host": held["host"], "disk": held["disk"]}
         needed = [unit.amount(device), *(f"{tier} {unit.amount(size)}" for tier, size in elsewhere.items() if size)]
@@ -270,8 +272,8 @@ def _taken(planned: Mapping[str, Any], device: Device) -> int:
     return int(planned["peak_bytes"] + (planned["host_bytes"] if device.is_host else 0))
 
 
-def _has_room(device: Device, resting: Mapping[str, int]) -> bool:
-    figures = {"peak_bytes": resting["device"], "host_bytes": resting["host"], "disk_bytes": resting["disk"]}
+def _has_room(device: Device, held: Mapping[str, int]) -> bool:
+    figures = {"peak_bytes": held["device"], "host_bytes": held["host"], "disk_bytes": held["disk"]}
     return fits(figures, device)
 
 

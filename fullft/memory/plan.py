@@ -193,7 +193,7 @@ def _micro_batch(sequences: int, length: int, packing: bool) -> MicroBatch:
 
 @contextmanager
 def _mask_as_for_real_tensors(packing: bool) -> Iterator[None]:
-    """Let transformers mask fake tensors as it would real ones.
+    """Make transformers mask fake tensors as it masks real ones.
 
     It reads from the positions' values whether a row is packed. Of a tensor without values it assumes the worst: a mask
     where a run has none, with copies of keys and values. Every family with shared key-value heads would be planned too

@@ -90,14 +90,14 @@ def plan_run(
         raise MemoryExhaustedError(
             f"this run needs {_needs(figures)}, {there.name} has {_has(there, unit)} free\n"
             f"cheapest remedies: {_remedies(config, plans, batch, there, unit)}; --plan shows where every byte goes, "
-            "--fit off tries all the same"
+            "--fit off runs anyway"
         )
 
     def advice() -> str:
         largest = sorted(figures["at_peak"].items(), key=lambda item: -item[1])[:4]
         parts = ", ".join(f"{name.replace('_', ' ')} {unit.number(size)}" for name, size in largest)
         return (
-            f"planned were {unit.amount(peak)} ({parts}); saved checkpoints are intact; cheapest remedies: "
+            f"the plan was {unit.amount(peak)} ({parts}); saved checkpoints are intact; cheapest remedies: "
             f"{_remedies(config, plans, batch, there, unit)}"
         )
 

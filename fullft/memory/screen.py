@@ -231,11 +231,9 @@ def _several_gpus(config: Config, plans: Plans, batch: Batch, unit: Unit) -> str
         f"{f'{unit.name} per GPU with ZeRO (estimated)':38}"
         + "".join(f"{f'{n} GPU' + 's' * (n > 1):>11}" for n in counts)
     ]
-    for stage, spread in ((1, "optimizer states"), (2, "and gradients"), (3, "and parameters")):
+    for stage, spread in ((1, "optimizer states"), (2, "+ gradients"), (3, "+ parameters")):
         sizes = [estimate_zero(config, plans, batch, stage, gpus) for gpus in counts]
-        lines.append(
-            f"  {f'stage {stage}: spreads {spread}':36}" + "".join(f"{unit.number(size):>11}" for size in sizes)
-        )
+        lines.append(f"  {f'stage {stage} shards {spread}':36}" + "".join(f"{unit.number(size):>11}" for size in sizes))
     return "\n".join(lines)
 
 

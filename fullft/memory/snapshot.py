@@ -42,6 +42,6 @@ def recording(device: torch.device, folder: Path | None) -> Iterator[None]:
 
 
 def publish_recording(folder: Path) -> None:
-    """Give a waiting recording, if there is one, its final name."""
+    """Rename a waiting recording, if there is one, to its final name."""
     if (folder / _STAGED).exists():
         os.replace(folder / _STAGED, folder / SNAPSHOT)

@@ -48,7 +48,7 @@ def sizes_of(config: Config, facts: Facts) -> Sizes:
     )
 
 
-def resting_bytes(config: Config, facts: Facts) -> dict[str, int]:
+def held_bytes(config: Config, facts: Facts) -> dict[str, int]:
     """Return what each tier holds at the optimizer step: no choice of checkpointing needs less.
 
     Args:

@@ -37,7 +37,7 @@ def check_model(model: PreTrainedModel, largest_token_id: int, longest: int, pac
     if largest_token_id >= embeddings:
         raise ModelError(
             f"the data has token {largest_token_id}, the model only {embeddings} embeddings: the tokenizer and the "
-            "weights do not belong together"
+            "weights do not belong together; take both from the same model"
         )
     check_positions(model.config, longest)
     with probing(model):
@@ -79,7 +79,10 @@ def _check_head(model: PreTrainedModel) -> None:
 def _check_causality(model: PreTrainedModel) -> None:
     seen, changed = probe(model, [*DOCUMENT, 1]), probe(model, [*DOCUMENT, 2])
     if not torch.equal(seen[:-1], changed[:-1]):
-        raise ModelError(f"{type(model).__name__} lets a token see the tokens after it: it is no causal language model")
+        raise ModelError(
+            f"{type(model).__name__} lets a token see the tokens after it: it is not a causal language model; choose "
+            "a decoder"
+        )
 
 
 def _check_isolation(model: PreTrainedModel) -> None:

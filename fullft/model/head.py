@@ -1,4 +1,4 @@
-"""The head: what a model makes of its decoder's outputs, in the family's own code but for one matrix product.
+"""The head: hidden states become logits, by the family's own code except for one matrix product.
 
 The decoder is bypassed, so that scaling, soft-capping and biases of every family come with its own code. The product is
 ours: its logits, the matrix's copy for autocast and the matrix's gradient are a step's largest tensors, and reuse the

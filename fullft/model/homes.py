@@ -1,4 +1,4 @@
-"""Homes: where the weights of streamed decoder layers live between uses."""
+"""Homes: the arrays on the host or on disk that hold the weights of streamed decoder layers between uses."""
 
 import torch
 from torch import nn
@@ -9,7 +9,7 @@ from fullft.storage.tiers import Storage, fill, set_home
 
 
 def move_layers_home(model: PreTrainedModel, tier: str, storage: Storage, with_values: bool = True) -> None:
-    """Give the weights of the decoder layers a home, and leave shapes without bytes in their place.
+    """Move the decoder layers' weights to a tier, and keep only their shapes on the device.
 
     Args:
         model: on any device.

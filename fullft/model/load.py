@@ -1,4 +1,4 @@
-"""Loading a model: in an explicit dtype, to where its weights are to live, one tensor at a time where needed.
+"""Loading a model: in an explicit dtype, into the tiers where its weights live, tensor by tensor where needed.
 
 Which model it is, and whether it can be trained, is decided in `source.py`.
 """

@@ -1,4 +1,4 @@
-"""The parts of a model: its decoder, the layers of that, and how many parameters and operations they make."""
+"""The parts of a model: decoder, decoder layers, and counts of parameters and operations."""
 
 from typing import Any
 

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from fullft.config.config import Config
 from fullft.config.options import DEMO_FOLDER
 from fullft.errors import FullftError, ModelError, exhaustion
-from fullft.model.configs import bundled_config
+from fullft.model.bundled import bundled_config
 
 DEMO_MODEL = DEMO_FOLDER / "model"
 _WEIGHT_FILES = ("*.safetensors", "*.bin")
@@ -95,9 +95,15 @@ def load_tokenizer(config: Config, source: str) -> PreTrainedTokenizerBase:
     if not tokenizer("a").input_ids:
         raise ModelError(f"{source} has no tokenizer files: copy tokenizer.json next to the weights")
     if not tokenizer.is_fast:
-        raise ModelError(f"{source} has no tokenizer.json: prompts are masked by character offsets, which need it")
+        raise ModelError(
+            f"{source} has no tokenizer.json: prompts are masked by character offsets, which need it; "
+            "save the model's fast tokenizer there"
+        )
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"the tokenizer of {source} has no eos_token: without it no row could end")
+        raise ModelError(
+            f"the tokenizer of {source} has no eos_token: set one in tokenizer_config.json, since every row ends "
+            "with it"
+        )
     return tokenizer
 
 
@@ -239,7 +245,7 @@ def require_sane_sizes(values: dict[str, Any], name: str) -> None:
         ModelError: a size is no whole number above 0, sizes do not divide, or the model exceeds `MOST_PARAMETERS`.
     """
     if problem := next(_size_problems(values), None):
-        raise ModelError(f"the config.json of {name} is absurd: {problem}; download it again, or correct it")
+        raise ModelError(f"the config.json of {name} has impossible sizes: {problem}; download it again, or correct it")
 
 
 def _size_problems(values: dict[str, Any]) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """AdamW over flat chunks, so that a step's own memory is a few chunks for any model.
 
 How it works: each parameter is cut into chunks of 4 million elements. A `ChunkStream` brings a chunk's weights,
-gradient and states to the device while the chunk before is updated and the one before that is stored. On the device a
+gradient and states to the device while the previous chunk is updated and the one before it is stored. On the device a
 chunk is updated tile by tile: bf16 weights and their remainders are joined to fp32 masters, updated, and split again.
 
 It replaces `torch.optim.AdamW`, whose kernel it calls, and bitsandbytes' optimizers, whose 8-bit states it shares
@@ -48,7 +48,7 @@ class AdamW(torch.optim.Optimizer):
         placement: where things live; None keeps all of them on the device.
         storage: makes the arrays.
         seed: of stochastic rounding.
-        before_step: called before each step, which makes copies of weights on the device old.
+        before_step: called before each step, which makes the device's copies of streamed weights stale.
 
     Attributes:
         num_steps: steps taken so far.

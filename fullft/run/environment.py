@@ -8,7 +8,7 @@ import os
 import threading
 
 from fullft.config.config import Config
-from fullft.model.configs import bundled_config
+from fullft.model.bundled import bundled_config
 
 PROBE_SECONDS = 4.0
 
@@ -34,7 +34,7 @@ def go_offline_if_unreachable(*names: str | None) -> None:
     if os.environ.get("HF_HUB_OFFLINE"):
         return  # the user has decided
     # When all is local, the hub is not asked, and the libraries need no look-ups of their own.
-    local = all(name is None or os.path.exists(os.path.expanduser(name)) for name in names)
+    local = all(name is None or os.path.exists(name) for name in names)
     if local or not _answers():
         os.environ["HF_HUB_OFFLINE"] = "1"
 

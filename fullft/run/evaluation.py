@@ -4,33 +4,20 @@ Dropout's random state and the training mode are left as they were.
 """
 
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fullft.data.batches import Batches
 from fullft.data.load import Data
 from fullft.data.micro_batch import IGNORED
 from fullft.model.loss import LossSum
+from fullft.model.probing import probing
 from fullft.transforms.streaming import stream_of
 
 _TEXT_PROMPT_TOKENS = 16
 _MAX_NEW_TOKENS = 48
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
 
 
 def evaluate(
@@ -50,7 +37,7 @@ def evaluate(
     if batches is None:
         return None
     losses, num_target_tokens = [], 0
-    with _evaluating(model):
+    with probing(model):
         for micro_batch in batches.by_length():
             with autocast:
                 losses.append(loss_sum(micro_batch.to(model.device)))
@@ -70,7 +57,7 @@ class Sample:
 
 
 class Samples:
-    """The same few prompts, completed before and after training: one that is trained on, and two held-out ones.
+    """The same few prompts, completed before and after training: one that is trained on, and three held-out ones.
 
     Args:
         data: where the prompts come from.
@@ -82,7 +69,7 @@ class Samples:
         self.tokenizer = tokenizer
         chosen = [(False, data.train.rows[0])]
         if data.evaluation is not None:
-            chosen += [(True, row) for row in data.evaluation.rows.select(range(min(2, len(data.evaluation.rows))))]
+            chosen += [(True, row) for row in data.evaluation.rows.select(range(min(3, len(data.evaluation.rows))))]
         if stream_of(model) is not None:
             chosen = []
         self.prompts = [_prompt_ids(row["input_ids"], row["labels"]) for _, row in chosen]
@@ -110,7 +97,7 @@ class Samples:
         for ids, sample in zip(self.prompts, self.samples, strict=True):
             ids = ids[-(max(1, positions - _MAX_NEW_TOKENS)) :]  # what is generated needs positions too
             prompt = torch.tensor([ids], device=model.device)
-            with _evaluating(model), autocast:
+            with probing(model), autocast:
                 output = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=generation)
             text = self.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
             setattr(sample, "after" if after else "before", text)
@@ -140,7 +127,7 @@ def _expected_ids(input_ids: list[int], labels: list[int], start: int) -> list[i
 
 
 def _one_line(text: str, most: int) -> str:
-    """Write lines behind each other, without what cannot be printed, and leave out the middle of what is long."""
+    """Join lines with ` | `, drop unprintable characters, and cut the middle of long text."""
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
     shown = "".join(character for character in " | ".join(lines) if character.isprintable() and character != "\ufffd")
     return shown if len(shown) <= most else f"{shown[: most * 2 // 3]} ... {shown[-(most // 3 - 5) :]}"

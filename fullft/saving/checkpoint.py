@@ -20,8 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fullft.config.config import Config, to_words
 from fullft.config.declare import by_name
 from fullft.config.numerics import Format, Numerics
-from fullft.config.options import NEWEST, Options
-from fullft.config.placement import UNDECIDED
+from fullft.config.options import NEWEST, UNDECIDED, Options
 from fullft.config.steps import Steps
 from fullft.errors import CheckpointError, OptionsError
 from fullft.optim.adamw import AdamW
@@ -281,18 +280,20 @@ def restore(
     state = checkpoint.state
     if state["data"]["fingerprint"] != data_fingerprint and not config.allow_changes:
         raise CheckpointError(
-            f"the data has changed since {checkpoint.folder} was saved: restore it, or --allow_changes"
+            f"the data has changed since {checkpoint.folder} was saved: restore it, or pass --allow_changes"
         )
     saved = state["options"]
     if saved["optim"] != config.optim:
-        raise CheckpointError(f"{checkpoint.folder} holds states of --optim {saved['optim']}: pass that")
+        raise CheckpointError(
+            f"{checkpoint.folder} holds states of --optim {saved['optim']}: pass --optim {saved['optim']}"
+        )
     masters = saved.get("master_weights", "none")
     before = Numerics.of(saved["precision"], masters, saved["optim"], config.accumulates)
     if config.numerics.weights is Format.BF16 and masters != config.master_weights:
-        raise CheckpointError(f"{checkpoint.folder} holds --master_weights {masters}: pass that")
+        raise CheckpointError(f"{checkpoint.folder} holds other master weights: pass --master_weights {masters}")
     if before.weights is not config.numerics.weights:
         raise CheckpointError(
-            f"{checkpoint.folder} holds weights and states of --precision {saved['precision']}: pass that"
+            f"{checkpoint.folder} holds weights of another format: pass --precision {saved['precision']}"
         )
     if saved["global_batch_size"] != config.global_batch_size:
         print(

@@ -82,7 +82,7 @@ def delete_checkpoint(folder: Path) -> None:
 
 
 def install_checkpoint(staging: Path, target: Path) -> None:
-    """Give a complete checkpoint its final name.
+    """Rename a complete checkpoint to its final name.
 
     Args:
         staging: its files, all on disk.

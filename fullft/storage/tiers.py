@@ -1,4 +1,6 @@
-"""The tiers: arrays on the device, in the host's memory, or on disk, and where each weight lives between uses.
+"""The tiers: arrays on the device, in the host's memory, or on disk.
+
+The home of a weight is the array that holds it between uses: the parameter itself, or one in another tier.
 
 Moving chunks between tiers is the business of `stream.py`, moving layers that of `transforms/streaming.py`.
 """

@@ -48,7 +48,7 @@ def apply_activation_checkpointing(model: PreTrainedModel, config: Config) -> No
     uses = Counter(id(parameter) for layer in layers for parameter in layer.parameters())
     # Autocast copies a weight that layers share once, and adds their gradients up there, so the copy must be kept. A
     # layer that finds it runs fewer operators than its recomputation, which selective checkpointing does not allow.
-    shares = config.compile != "true" and max(uses.values(), default=0) > 1
+    shares = not config.compiles and max(uses.values(), default=0) > 1
     whole: Callable[[Forward], Forward] = functools.partial(recompute, autocast_keeps_copies=shares)
     cheap = whole if shares else recompute_but_products
     for number, layer in enumerate(layers):

@@ -1,11 +1,6 @@
 """Reused memory holds what any other would, and memory in use is never handed out again."""
 
-import os
-import platform
-import resource
-import subprocess
-import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +17,6 @@ CPU = torch.device("cpu")
 def _all_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reuse, "_LARGE", 1)
     monkeypatch.setattr(reuse, "_free", [])
-    monkeypatch.setattr(reuse, "_glibc", lambda: None)  # its settings would outlast the tests here
 
 
 def place(tensor: torch.Tensor) -> int:
@@ -101,103 +95,9 @@ def test_gradient_of_embeddings_equals_that_of_torch(padding: int | None) -> Non
 def gradient_of_embeddings(dtype: torch.dtype, padding: int | None, *, reuses: bool) -> torch.Tensor:
     embeddings = torch.nn.Embedding(20, 6, padding_idx=padding, dtype=dtype)
     if reuses:
-        reuse.reuse_for_gradient(embeddings)
+        model = SimpleNamespace(device=CPU, get_input_embeddings=lambda: embeddings)
+        reuse.reuse_memory(model)  # type: ignore[arg-type]
     found = embeddings(torch.randint(0, 8, (3, 50), generator=torch.Generator().manual_seed(0)))
     found.backward(torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(dtype))
     assert embeddings.weight.grad is not None
     return embeddings.weight.grad
-
-
-# In a process of its own, since the allocator's settings last. Without transformers, which takes seconds to import.
-IMPORTS = """
-import sys, types
-sys.modules["transformers"] = types.SimpleNamespace(PreTrainedModel=None)
-import torch
-from fullft.cpu import reuse
-from fullft.cpu.proc import memory_field
-"""
-
-
-def output_of(source: str) -> str:
-    done = subprocess.run([sys.executable, "-c", IMPORTS + source], capture_output=True, text=True, check=True)
-    return done.stdout
-
-
-def _clears_page_by_page() -> bool:
-    """Return whether glibc allocates, and the system clears pages of 4 KiB."""
-    huge = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    return (
-        platform.libc_ver()[0] == "glibc"
-        and resource.getpagesize() == 4096
-        and not (huge.is_file() and "[always]" in huge.read_text())
-        and not {"LD_PRELOAD", *reuse._OWN_SETTINGS} & set(os.environ)
-    )
-
-
-@pytest.mark.skipif(not _clears_page_by_page(), reason="of glibc and small pages")
-def test_freed_memory_is_kept_without_page_faults() -> None:
-    source = """
-import resource
-
-def pages_cleared():
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        activations = [torch.ones(1 << 22) for _ in range(10)]
-        del activations
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-# Rarely something lies on top of the heap, which then stays in any case.
-as_it_comes = max(pages_cleared() for _ in range(2))
-heap = reuse._Heap(reuse._glibc())
-heap.before_micro_batch()
-heap.before_micro_batch()  # all but the first micro-batch's
-print(pages_cleared(), as_it_comes)
-"""
-    kept, as_it_comes = map(int, output_of(source).split())
-    assert 10 * kept < as_it_comes
-
-
-@pytest.mark.skipif(not _clears_page_by_page(), reason="of glibc and small pages")
-def test_gaps_are_returned_once_the_process_has_grown() -> None:
-    source = """
-model = torch.nn.Module()
-model.device, model.get_input_embeddings = torch.device("cpu"), lambda embeddings=torch.nn.Embedding(1, 1): embeddings
-reuse.reuse_memory(model)
-
-def begin_micro_batch():
-    before = memory_field("RssAnon")
-    model.get_input_embeddings()(torch.tensor([0]))
-    return round((before - memory_field("RssAnon")) / 2**20)
-
-begin_micro_batch()
-begin_micro_batch()
-returned = [begin_micro_batch()]
-tensors = [torch.ones(1 << 18) for _ in range(400)]  # 1 MiB each
-kept = tensors[::2]
-del tensors
-returned += [begin_micro_batch(), begin_micro_batch()]
-kept += [torch.ones(1 << 15) for _ in range(8)]  # a growth of less than an eighth
-print(*returned, begin_micro_batch(), all(each.min() == 1 for each in kept))
-"""
-    *returned, is_intact = output_of(source).split()
-    before, grown, after, later = map(int, returned)
-    assert grown > 150
-    assert max(before, after, later) < 20
-    assert is_intact == "True"
-
-
-@pytest.mark.skipif(not _clears_page_by_page(), reason="of glibc and small pages")
-def test_large_memory_of_the_first_batch_is_returned() -> None:
-    source = """
-heap = reuse._Heap(reuse._glibc())
-for _ in range(2):
-    with torch.no_grad():
-        heap.before_micro_batch()  # of an evaluation, which is ignored
-    heap.before_micro_batch()
-    before = memory_field("RssAnon")
-    tensors = [torch.ones(1 << 22) for _ in range(10)]  # 16 MiB each
-    del tensors
-    print(round((memory_field("RssAnon") - before) / 2**20))
-"""
-    first, second = map(int, output_of(source).split())
-    assert first < 20 < 100 < second  # from the second on they are kept, for the next ones to use

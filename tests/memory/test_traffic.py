@@ -6,19 +6,19 @@ from worst_steps import deep
 
 from fullft.memory.choose import Plans
 from fullft.memory.plan import Batch
-from fullft.memory.traffic import resting_bytes
+from fullft.memory.traffic import held_bytes
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize(
     "offload", ["none", "optimizer=host", "gradients=host,optimizer=disk", "parameters=disk,gradients=disk"]
 )
-def test_resting_bytes_are_what_the_plan_counts(offload: str, accumulation: int) -> None:
+def test_held_bytes_are_what_the_plan_counts(offload: str, accumulation: int) -> None:
     config = make_config(offload=offload, gradient_accumulation_steps=accumulation, activation_checkpointing="full")
     model_config = deep("llama", 4)
     model_config.vocab_size = model_config.hidden_size = 256  # matrices that are whole pages, and large
     plans, batch = Plans(model_config), Batch(1, 8)
-    resting, planned = resting_bytes(config, plans.facts(8)), plans.of(config, batch)
+    resting, planned = held_bytes(config, plans.facts(8)), plans.of(config, batch)
     assert planned["peak_bytes"] >= resting["device"]
     components = planned["components"]
     if "parameters" not in offload:

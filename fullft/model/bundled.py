@@ -38,7 +38,7 @@ def bundled_config(name: str) -> dict[str, Any] | None:
     """
     aliases = {alias.lower(): original for alias, original in _ALIASES.items()}
     original = aliases.get(name.lower(), name).replace("/", "--").lower()
-    for file in Path(__file__).parent.glob("*.json"):
+    for file in (Path(__file__).parent / "configs").glob("*.json"):
         if file.stem.lower() == original:
             values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             return values

@@ -56,6 +56,6 @@ def test_whole_demo_learns_what_was_held_out(tmp_path: Path) -> None:
     right_before, right_after = (
         [sample["prompt"] for sample in held_out if sample[when] == sample["expected"]] for when in ("before", "after")
     )
-    assert len(held_out) >= 2
+    assert len(held_out) == 3
     assert not right_before  # the negative control
     assert len(right_after) >= 2, held_out

@@ -36,7 +36,7 @@ SMALL = {
     "output_dir": "out",
 }
 OUT = Path("out")
-EXPLODES = {"learning_rate": 1e30, "warmup_steps": 0, "max_steps": 3}  # the loss of step 2 is no number
+EXPLODES = {"learning_rate": 1e30, "warmup_steps": 0, "max_steps": 3}  # the loss of step 2 is not a number
 
 
 @cache

@@ -1,9 +1,10 @@
-"""The demo's files: the rows and the tokenizer are what their scripts make, and the rules carry over."""
+"""The demo: rows and tokenizer are what their scripts make, and what it learns carries over to held-out rows."""
 
 import json
 from collections import Counter
 from pathlib import Path
 
+import pytest
 from transformers import PreTrainedTokenizerBase
 
 import train
@@ -44,3 +45,17 @@ def test_held_out_loss_halves_within_forty_steps(tmp_path: Path) -> None:
     train.main(parse_config([*options.split(), str(tmp_path / "run")]))
     results = json.loads((tmp_path / "run" / "train_results.json").read_text())
     assert results["eval_loss_after"] < results["eval_loss_before"] / 2
+
+
+@pytest.mark.slow
+def test_whole_demo_learns_what_was_held_out(tmp_path: Path) -> None:
+    train.main(parse_config(["--output_dir", str(tmp_path / "run")]))
+    results = json.loads((tmp_path / "run" / "train_results.json").read_text())
+    assert results["eval_loss_after"] < results["eval_loss_before"] / 2
+    held_out = [sample for sample in results["samples"] if sample["held_out"]]
+    right_before, right_after = (
+        [sample["prompt"] for sample in held_out if sample[when] == sample["expected"]] for when in ("before", "after")
+    )
+    assert len(held_out) == 3
+    assert not right_before  # the negative control
+    assert len(right_after) >= 2, held_out

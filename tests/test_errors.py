@@ -94,7 +94,7 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
         ("raise ValueError('why')", 1, "error: unexpected ValueError: why"),
     ],
 )
-def test_errors_in_imports_are_reported_alike(statement: str, code: int, line: str) -> None:
+def test_errors_during_imports_show_no_traceback(statement: str, code: int, line: str) -> None:
     done = run_code(f"from fullft.errors import report_uncaught_errors; report_uncaught_errors(False)\n{statement}")
     assert done.returncode == code
     assert done.stderr.strip().startswith(line) and "Traceback" not in done.stderr

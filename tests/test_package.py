@@ -1,8 +1,10 @@
 """The package: a wheel that runs train.py as the command `fullft`, with all files that it needs, each once."""
 
+import json
 import os
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -11,12 +13,17 @@ from fork_server import ROOT
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+def wheel_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(folder)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     (file,) = folder.glob("*.whl")
-    return zipfile.ZipFile(file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def wheel(wheel_file: Path) -> zipfile.ZipFile:
+    return zipfile.ZipFile(wheel_file)
 
 
 def test_wheel_ships_train_py_once(wheel: zipfile.ZipFile) -> None:
@@ -53,3 +60,27 @@ def test_wheel_runs_outside_the_checkout(
     )
     assert done.returncode == code
     assert shown in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_installed_command_plans_and_trains(wheel_file: Path, tmp_path: Path) -> None:
+    """The wheel lies alone in an environment of its own; all that it needs is taken from this one."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    folder, bin_folder = tmp_path / "empty", tmp_path / "venv" / "bin"
+    folder.mkdir()
+
+    def run(*words: str | Path) -> str:
+        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run(sys.executable, "-m", "venv", tmp_path / "venv")
+    run(bin_folder / "pip", "install", "--quiet", "--no-index", "--no-deps", wheel_file)
+    site = Path(run(bin_folder / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    (site / "needs.pth").write_text(sysconfig.get_path("purelib"))
+    imported = run(bin_folder / "python", "-c", "import fullft; print(fullft.__file__)")
+    assert imported.strip() == str(site / "fullft" / "__init__.py")  # not the checkout's
+    planned = json.loads(run(bin_folder / "fullft", "--plan", "--json"))
+    assert planned["peak_bytes"] > 0 and list(folder.iterdir()) == []
+    run(bin_folder / "fullft", "--max_steps", "1")
+    assert (folder / "full-ft-demo" / "model.safetensors").is_file()

@@ -164,7 +164,7 @@ def test_values_of_another_width_use_torch_attention() -> None:
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
-def test_checkpointed_layers_attend_alike(mode: str) -> None:
+def test_checkpointed_attention_keeps_gradients_bitwise(mode: str) -> None:
     model = tiny_model("qwen2")
     attend_by_document(model)
     ids = packed()["input_ids"]

@@ -43,7 +43,7 @@ def test_vectors_come_block_by_block_and_go_back(vectors: torch.Tensor, most_que
     assert restored.transpose(1, 2).is_contiguous()
 
 
-def test_zeros_can_stand_for_what_is_no_token() -> None:
+def test_padding_of_blocks_can_be_zeros() -> None:
     layout = Layout(DOCUMENTS, most_queries=4, most_together=6)
     gathered = layout.by_block.gather(torch.ones(BATCH, HEADS, LENGTH, WIDTH), KEY_HEADS, zero_padding=True)
     pieces = [gathered.piece(number) for number in range(len(layout.by_block.spans))]

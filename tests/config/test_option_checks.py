@@ -39,7 +39,7 @@ def test_a_missing_package_is_reported_at_once(monkeypatch: pytest.MonkeyPatch) 
     ]
     missing.clear()
     if find_spec("wandb") is None:
-        Path("wandb").mkdir()  # what wandb leaves behind can be found, but is no package
+        Path("wandb").mkdir()  # what wandb leaves behind can be found, but is not a package
         monkeypatch.syspath_prepend(Path.cwd())
         assert find_spec("wandb") is not None
         assert len(problems_of("--report_to", "wandb")) == 1
@@ -81,7 +81,7 @@ def test_output_dir_must_not_overwrite_what_is_read() -> None:
     assert "may be deleted" in problems_of("--model", str(model), "--output_dir", "out", overwrite)[0]
     assert "read as rows" in problems_of("--dataset", "rows", "--output_dir", "rows/out")[0]
     assert "read as rows" in problems_of("--dataset", ".")[0]  # ./full-ft-demo lies in it
-    # Beside them, or deeper in a folder that the run leaves alone, there is no danger.
+    # Next to them, or deeper in a folder that the run leaves alone, nothing is in danger.
     parse_config(["--model", "out/checkpoint-5", "--output_dir", "new"])
     parse_config(["--model", "out", "--output_dir", "out/tuned"])
     parse_config(["--dataset", "rows", "--output_dir", "rows-out"])

@@ -25,7 +25,7 @@ def test_levers_save_the_bytes_that_they_state(options: dict[str, object]) -> No
     """A plan with the lever's own flags has the bytes that it states."""
     config = make_config(activation_checkpointing="none") if "precision" not in options else make_config()
     config = replace(config, **options)
-    model_config = deep("llama", 2)
+    model_config = deep("llama", 3)
     model_config.vocab_size, model_config.hidden_size = 64, 256  # large matrices, to be worth 8 bits
     plans, batch = Plans(model_config), Batch(config.per_device_train_batch_size, 256, 256)
     peak = plan_step(config, model_config, batch)["peak_bytes"]

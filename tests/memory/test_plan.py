@@ -1,5 +1,6 @@
 """The plan: a few layers stand for all, and its time does not grow with the batch or the tensors."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -41,13 +42,16 @@ MORE_CASES = [
 
 
 @pytest.mark.parametrize(
-    ("family", "options"),
-    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_CASES)],
-    ids=lambda value: value if isinstance(value, str) else "",
+    ("family", "options", "layers"),
+    [
+        *((*case, 8 if case[1].get("activation_checkpointing") == "every_2" else 5) for case in CASES),
+        *(pytest.param(*case, 9, marks=pytest.mark.slow) for case in [*CASES, *MORE_CASES]),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else None,
 )
-def test_plan_from_few_layers_equals_the_whole_trace(family: str, options: dict[str, object]) -> None:
+def test_plan_from_few_layers_equals_the_whole_trace(family: str, options: dict[str, object], layers: int) -> None:
+    """All layers are more than the plan builds."""
     config, batch = make_config(**options), Batch(2, 24, 16)
-    layers = 8 if family == "gemma2" or config.recomputation.every == 2 else 5  # more than the plan builds
     model_config = deep(family, layers)
     whole = _figures(trace(config, model_config, batch, layers, layers))  # no slot left out, nothing continued
     planned = plan_step(config, model_config, batch)
@@ -59,25 +63,32 @@ def test_plan_from_few_layers_equals_the_whole_trace(family: str, options: dict[
     assert sum(whole["at_peak"].values()) == whole["peak_bytes"] == max(whole["phases"].values())
 
 
-def test_plan_changes_with_one_layer_less() -> None:
+@pytest.mark.parametrize("layers", [5, pytest.param(9, marks=pytest.mark.slow)])
+def test_plan_changes_with_one_layer_less(layers: int) -> None:
     config, batch = make_config(), Batch(2, 24, 16)
-    assert plan_step(config, deep("llama", 4), batch) != plan_step(config, deep("llama", 5), batch)
+    assert plan_step(config, deep("llama", layers - 1), batch) != plan_step(config, deep("llama", layers), batch)
+
+
+IN_PRECISIONS = [("llama", "fp32"), ("gemma2", "bf16-mixed"), ("gpt2", "bf16-true")]
+CHUNKED = [Batch(1, 17, 25), Batch(2, 20, 8), Batch(4, 16, 16)]
 
 
 @pytest.mark.parametrize(
-    ("family", "precision", "batch"),
+    ("family", "precision", "batch", "layers"),
     [
-        ("llama", "fp32", Batch(1, 17, 25)),
-        ("gemma2", "bf16-mixed", Batch(2, 20, 8)),
-        ("gpt2", "bf16-true", Batch(4, 16, 16)),
-        ("llama", "bf16-mixed", Batch(4, 16, 16)),
+        *((*model, batch, 2) for model, batch in zip(IN_PRECISIONS, CHUNKED, strict=True)),
+        ("llama", "bf16-mixed", CHUNKED[-1], 2),
+        *(
+            pytest.param(*model, batch, 4, marks=pytest.mark.slow)
+            for model, batch in itertools.product(IN_PRECISIONS, CHUNKED)
+        ),
     ],
 )
 def test_two_chunks_of_the_loss_stand_for_all(
-    family: str, precision: str, batch: Batch, monkeypatch: pytest.MonkeyPatch
+    family: str, precision: str, batch: Batch, layers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loss_module, "CHUNK_TOKENS", 8)
-    config, model_config = make_config(precision=precision, activation_checkpointing="full"), deep(family, 2)
+    config, model_config = make_config(precision=precision, activation_checkpointing="full"), deep(family, layers)
     planned = plan_step(config, model_config, batch)
     monkeypatch.setattr(plan_module, "LossSum", lambda model, most_chunks: LossSum(model))
     monkeypatch.setattr(loss_module, "standing_for_all", lambda parts: parts)
@@ -102,7 +113,7 @@ def operators_of_a_plan(
 
 def test_plan_takes_no_more_operators_for_large_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_module, "CHUNK_TOKENS", 8)
-    # With 128 tokens a group would fill attention's scratch memory, and a view of all of it is no operator.
+    # With 128 tokens a group would fill attention's scratch memory, and a view of all of it is not an operator.
     large, small = (
         operators_of_a_plan(monkeypatch, make_config(), deep("llama", 4), batch)
         for batch in (Batch(16, 96, 96), Batch(2, 16, 16))

@@ -1,5 +1,6 @@
 """The plan on fake tensors gives what the tracker measures on real ones."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -20,12 +21,12 @@ from fullft.transforms.activation_checkpointing import apply_activation_checkpoi
 PRECISIONS = ("fp32", "bf16-mixed", "bf16-true")
 
 
-def leave_two_layers(model: PreTrainedModel) -> None:
-    """Drop all but the first two decoder layers: as many as a plan traces at least, and of both kinds in Gemma-2."""
-    del decoder_layers(model)[2:]
+def keep_layers(model: PreTrainedModel, count: int) -> None:
+    """Drop all but the first decoder layers. A plan traces two at least, which are of both kinds in Gemma-2."""
+    del decoder_layers(model)[count:]
     if getattr(model.config, "layer_types", None):
-        model.config.layer_types = model.config.layer_types[:2]
-    model.config.num_hidden_layers = 2
+        model.config.layer_types = model.config.layer_types[:count]
+    model.config.num_hidden_layers = count
 
 
 # Family, precision, checkpointing, optimizer, accumulation, packing, sequences x tokens, held-out tokens: each value of
@@ -66,9 +67,16 @@ PLACES: list[dict[str, object]] = [
 ]
 
 
+IN_PLACES = [(*case, PLACES[number % len(PLACES)]) for number, case in enumerate(AGREEMENT)]
+
+
+# Each case with all four layers of the tiny model. Most of these are slow, and their fast twins have two layers.
 @pytest.mark.parametrize(
-    ("family", "precision", "mode", "optim", "accumulation", "packing", "batch", "place", "extends"),
-    [(*case, PLACES[number % len(PLACES)], number % 5 == 4) for number, case in enumerate(AGREEMENT)],
+    ("family", "precision", "mode", "optim", "accumulation", "packing", "batch", "place", "layers"),
+    [
+        *((*case, 4 if number % 5 == 4 else 2) for number, case in enumerate(IN_PLACES)),
+        *(pytest.param(*case, 4, marks=pytest.mark.slow) for number, case in enumerate(IN_PLACES) if number % 5 != 4),
+    ],
     ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else None,
 )
 def test_plan_equals_what_is_tracked(
@@ -80,7 +88,7 @@ def test_plan_equals_what_is_tracked(
     packing: bool,
     batch: Batch,
     place: dict[str, object],
-    extends: bool,
+    layers: int,
     tmp_path: Path,
     small_chunks: int,
 ) -> None:
@@ -94,8 +102,7 @@ def test_plan_equals_what_is_tracked(
         **place,
     )
     model = model_of(family, config, dropout=0.1 if family in ("gpt2", "phi") else 0.0)
-    if not extends:
-        leave_two_layers(model)
+    keep_layers(model, layers)
     planned = plan_step(config, model.config, batch)
     tracked = worst_step(model, config, batch).to_dict()
     assert planned["peak_phase"] == tracked["peak_phase"]
@@ -107,16 +114,28 @@ def test_plan_equals_what_is_tracked(
     assert (planned["disk_bytes"] > 0) is ("disk" in config.offload)
 
 
+HEADS = ["llama", "gemma2", "phi"]  # a plain one, a soft-capped one, and one with a bias
+
+
 @pytest.mark.parametrize(
-    ("family", "precision"),  # plain heads, soft-capped ones, and heads with a bias
-    [("llama", "fp32"), ("gemma2", "bf16-mixed"), ("phi", "bf16-true"), ("llama", "bf16-mixed"), ("phi", "fp32")],
+    ("family", "precision", "layers"),
+    [
+        ("llama", "fp32", 2),
+        ("gemma2", "bf16-mixed", 2),
+        ("phi", "bf16-true", 2),
+        ("llama", "bf16-mixed", 2),
+        ("phi", "fp32", 2),
+        *(pytest.param(*case, 4, marks=pytest.mark.slow) for case in itertools.product(HEADS, PRECISIONS)),
+    ],
 )
-def test_plan_of_many_loss_chunks_is_exact(precision: str, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_of_many_loss_chunks_is_exact(
+    precision: str, family: str, layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nine chunks, the last one cut, of logits that are most of the step; held out there are as many."""
     monkeypatch.setattr(loss_module, "CHUNK_TOKENS", 8)
     config, batch = make_config(precision=precision, activation_checkpointing="full"), Batch(3, 22, 23)
     model = model_of(family, config)
-    leave_two_layers(model)
+    keep_layers(model, layers)
     tracked = worst_step(model, config, batch).to_dict()
     planned = plan_step(config, model.config, batch)
     assert {name: planned[name] for name in tracked} == tracked
@@ -125,11 +144,12 @@ def test_plan_of_many_loss_chunks_is_exact(precision: str, family: str, monkeypa
     assert plan_step(config, model.config, batch)["peak_bytes"] > tracked["peak_bytes"]
 
 
-def test_plan_of_other_options_differs() -> None:
+@pytest.mark.parametrize("layers", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_plan_of_other_options_differs(layers: int) -> None:
     """The negative control: each option changes the figures by far more than the tolerance."""
     tracked_config = make_config(precision="bf16-mixed", gradient_accumulation_steps=4)
     model = model_of("llama", tracked_config)
-    leave_two_layers(model)
+    keep_layers(model, layers)
     tracked = worst_step(model, tracked_config, Batch(1, 64, 64)).to_dict()
     changes = [
         {"precision": "fp32"},

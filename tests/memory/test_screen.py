@@ -106,7 +106,7 @@ def test_plan_shows_whether_layers_are_compiled(
         screen.show_plan(parse_config([*words, *more]))
         return capsys.readouterr().out
 
-    # Recomputing, a third more, is no reason.
+    # Recomputing, a third more, is not a reason.
     monkeypatch.setitem(WORTH_IT, "cpu", 1.01 * work.training_flops)
     assert json.loads(shown("--json"))["options"]["compile"] == "false" and "Compile" not in shown()
     monkeypatch.setitem(WORTH_IT, "cpu", 0.99 * work.training_flops)

@@ -111,7 +111,13 @@ SIZES = {
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize(("family", "case"), list(zip(["gpt2", "llama"] * 3, SIZES, strict=False)))
+@pytest.mark.parametrize(
+    ("family", "case"),
+    [
+        *zip(["gpt2", "llama"] * 3, SIZES, strict=False),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in zip(["llama", "gpt2"] * 3, SIZES, strict=False)),
+    ],
+)
 def test_parameters_gradients_and_states_have_their_exact_sizes(family: str, case: str, accumulation: int) -> None:
     options, weight, accumulated, single, states = SIZES[case]
     config = make_config(**options, gradient_accumulation_steps=accumulation)

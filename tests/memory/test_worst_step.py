@@ -1,4 +1,4 @@
-"""The worst step makes the calls of the training loop, in their order: both files are parsed and compared."""
+"""The worst step does what the training loop does, in its order: both files are parsed and compared."""
 
 import ast
 from pathlib import Path
@@ -7,8 +7,9 @@ import pytest
 from fork_server import ROOT
 
 TRAIN, WORST_STEP = ROOT / "train.py", ROOT / "fullft" / "memory" / "worst_step.py"
-# The calls that use memory or free it. The tracker's, the log's, evaluations and checkpoints do not count.
+# What uses memory or frees it. The calls of the tracker and the log, evaluations and checkpoints do not count.
 COPY, LOSS_SUM = "copy", "loss_sum"
+AUTOCAST, AUTOCAST_ENDS, DIVISION = "with autocast", "end of with autocast", "/ num_target_tokens"
 OF_THE_STEP = ("backward", "clip_gradients", "step", "zero_grad")
 OPTIMIZERS = ("optimizer", "rehearsal")
 
@@ -29,15 +30,30 @@ def call_of(node: ast.AST) -> str | None:
     return node.func.attr if node.func.attr in OF_THE_STEP and owner in OPTIMIZERS else None
 
 
-def calls_in(nodes: list[ast.stmt]) -> list[str]:
-    """List the calls that count in the order in which they are evaluated."""
+def is_division(node: ast.AST) -> bool:
+    """Whether it divides by a number of target tokens: of the global batch, or of the one micro-batch."""
+    return (
+        isinstance(node, ast.BinOp)
+        and isinstance(node.op, ast.Div)
+        and isinstance(node.right, ast.Attribute)
+        and node.right.attr == "num_target_tokens"
+    )
+
+
+def actions_in(nodes: list[ast.stmt]) -> list[str]:
+    """List contexts, the calls that count, and divisions in the order in which they are evaluated."""
     found: list[str] = []
 
     def visit(node: ast.AST) -> None:
+        contexts = [f"with {ast.unparse(item)}" for item in node.items] if isinstance(node, ast.With) else []
+        found.extend(contexts)
         for child in ast.iter_child_nodes(node):
             visit(child)
+        found.extend(f"end of {context}" for context in reversed(contexts))
         if (call := call_of(node)) is not None:  # after its arguments
             found.append(call)
+        if is_division(node):
+            found.append(DIVISION)
 
     for node in nodes:
         visit(node)
@@ -49,19 +65,19 @@ def is_evaluation(node: ast.stmt) -> bool:
 
 
 def step_of(source: str) -> tuple[list[str], list[str]]:
-    """Return the calls within the loop over micro-batches, and those after it in the same block."""
+    """Return what is done within the loop over micro-batches, and after it in the same block."""
     for node in ast.walk(ast.parse(source)):
         for block in (getattr(node, "body", None), getattr(node, "orelse", None)):
             for place, statement in enumerate(block if isinstance(block, list) else []):
                 if isinstance(statement, ast.For) and ast.unparse(statement.target) == "micro_batch":
                     after = [each for each in block[place + 1 :] if not is_evaluation(each)]
-                    return calls_in(statement.body), calls_in(after)
+                    return actions_in(statement.body), actions_in(after)
     raise AssertionError("there is no loop over micro-batches")
 
 
-def test_the_worst_step_makes_the_loops_calls() -> None:
+def test_the_worst_step_does_what_the_loop_does() -> None:
     within, after = step_of(TRAIN.read_text())
-    assert within == [COPY, LOSS_SUM, "backward"]
+    assert within == [COPY, AUTOCAST, LOSS_SUM, DIVISION, AUTOCAST_ENDS, "backward"]
     assert after == ["clip_gradients", "step", "zero_grad"]
     assert step_of(WORST_STEP.read_text()) == (within, after)
 
@@ -81,11 +97,33 @@ def test_two_swapped_calls_are_another_step(file: Path, one: str, other: str) ->
     assert step_of(swapped) != step_of(source)
 
 
-@pytest.mark.parametrize("line", ["rehearsal.zero_grad()", "micro_loss.backward()"])
-def test_a_missing_call_is_another_step(line: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "other"),
+    [
+        ("rehearsal.zero_grad()", "pass"),
+        ("micro_loss.backward()", "pass"),
+        ("with autocast:", "if True:"),
+        ("with autocast:", "with torch.no_grad():"),
+        ("with autocast:", "with autocast, torch.no_grad():"),
+        (" / micro_batch.num_target_tokens", ""),
+        (" / micro_batch.num_target_tokens", " * micro_batch.num_target_tokens"),
+        (" / micro_batch.num_target_tokens", " / micro_batch.num_tokens"),
+    ],
+)
+def test_a_missing_or_changed_action_is_another_step(text: str, other: str) -> None:
+    """The negative control."""
     source = WORST_STEP.read_text()
-    assert source.count(line) == 1
-    assert step_of(source.replace(line, "pass")) != step_of(source)
+    assert source.count(text) == 1
+    assert step_of(source.replace(text, other)) != step_of(source) == step_of(TRAIN.read_text())
+
+
+@pytest.mark.parametrize("text", ["with autocast:", " / batch.num_target_tokens"])
+def test_the_loop_without_autocast_or_division_differs(text: str) -> None:
+    """The negative control."""
+    source = TRAIN.read_text()
+    assert source.count(text) == 1
+    without = source.replace(text, "if True:" if text.startswith("with") else "")
+    assert step_of(without) != step_of(WORST_STEP.read_text())
 
 
 def test_evaluation_comes_last_in_both_without_gradients() -> None:
@@ -97,3 +135,7 @@ def test_evaluation_comes_last_in_both_without_gradients() -> None:
         assert len(evaluations) == len(zero_grads) == 1
         assert evaluations[0].lineno > zero_grads[0].lineno
         assert any("loss_sum" in ast.unparse(statement) for statement in evaluations[0].body)
+    # The worst step writes its evaluation out; fullft/run/evaluation.py has both contexts too.
+    contexts = ["with torch.no_grad()", AUTOCAST]
+    ends = [f"end of {context}" for context in reversed(contexts)]
+    assert actions_in(evaluations[0].body) == [COPY, *contexts, LOSS_SUM, *ends]

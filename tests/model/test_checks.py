@@ -19,7 +19,7 @@ def prepare(model: PreTrainedModel, longest: int, packing: bool) -> None:
     check_model(model, VOCABULARY - 1, longest, packing)
 
 
-def test_head_that_reads_past_its_decoder_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_that_need_the_token_ids_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama", torch.float32)
     original = type(model).forward
 

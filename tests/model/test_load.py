@@ -36,7 +36,16 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize(
     ("family", "dtype"),
-    [("llama", torch.float32), ("qwen2", torch.float16), ("gpt2", torch.float32), ("gemma2", torch.float16)],
+    [
+        ("llama", torch.float32),
+        ("qwen2", torch.float16),
+        ("gpt2", torch.float32),
+        ("gemma2", torch.float16),
+        pytest.param("llama", torch.float16, marks=pytest.mark.slow),
+        pytest.param("qwen2", torch.float32, marks=pytest.mark.slow),
+        pytest.param("gpt2", torch.float16, marks=pytest.mark.slow),
+        pytest.param("gemma2", torch.float32, marks=pytest.mark.slow),
+    ],
 )
 def test_weights_split_while_loading_equal_those_split_afterwards(
     family: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -67,7 +67,7 @@ def test_adamw_equals_fused_torch_adamw_to_the_bit(precision: str) -> None:
 
 def test_parameter_without_a_gradient_does_not_age() -> None:
     """torch's correction of the moments' bias counts each parameter's own steps."""
-    courses = []
+    trajectories = []
     for build in (
         lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, fused=True),
         lambda parameters: AdamW(
@@ -88,8 +88,8 @@ def test_parameter_without_a_gradient_does_not_age() -> None:
                     parameter.grad = torch.randn(5)
             optimizer.step()
             optimizer.zero_grad()
-        courses.append([parameter.detach() for parameter in parameters])
-    assert all(torch.equal(one, other) for one, other in zip(*courses, strict=True))
+        trajectories.append([parameter.detach() for parameter in parameters])
+    assert all(torch.equal(one, other) for one, other in zip(*trajectories, strict=True))
 
 
 def test_closed_optimizer_frees_its_states_at_once() -> None:

@@ -136,21 +136,27 @@ def test_failing_worst_step_leaves_no_trace() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+# The vocabularies are of more chunks than are on their way at once: five and a half, and eight.
 @pytest.mark.parametrize(
-    ("optim", "offload"),
+    ("optim", "offload", "layers", "vocabulary"),
     [
-        ("adamw", "none"),
-        ("adamw_8bit", "none"),
-        ("adamw_8bit", "optimizer=host,gradients=host"),
-        ("adamw", "optimizer=disk,gradients=disk"),
+        ("adamw", "none", 2, 700),
+        ("adamw_8bit", "none", 2, 700),
+        ("adamw_8bit", "optimizer=host,gradients=host", 2, 700),
+        ("adamw", "optimizer=disk,gradients=disk", 2, 700),
+        *(
+            pytest.param(optim, offload, 7, VOCABULARY, marks=pytest.mark.slow)
+            for optim in ("adamw", "adamw_8bit")
+            for offload in ("none", "optimizer=host,gradients=host", "optimizer=disk,gradients=disk")
+        ),
     ],
 )
 def test_rehearsed_chunks_stand_for_all(
-    optim: str, offload: str, small_chunks: int, monkeypatch: pytest.MonkeyPatch
+    optim: str, offload: str, layers: int, vocabulary: int, small_chunks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As many bytes, by far fewer operators. The batch is small, so that the step takes most memory."""
-    config, model_config, batch = make_config(optim=optim, offload=offload), deep("llama", 2), Batch(1, 4)
-    model_config.vocab_size = 700  # five chunks and a half: more than are on their way at once
+    config, model_config, batch = make_config(optim=optim, offload=offload), deep("llama", layers), Batch(1, 4)
+    model_config.vocab_size = vocabulary
     planned = plan_step(config, model_config, batch)
 
     class Performance:

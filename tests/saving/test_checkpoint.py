@@ -34,7 +34,7 @@ def test_compiled_layers_must_keep_their_recomputation() -> None:
 def test_resuming_an_older_checkpoint_deletes_later_ones(
     earlier: dict[str, bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(OUT / "checkpoint-2", OUT / "checkpoint-8")  # of another course
+    shutil.copytree(OUT / "checkpoint-2", OUT / "checkpoint-8")  # of another run
     (OUT / "checkpoint-8" / "notes.txt").write_text("mine")
     resumed = {"allow_changes": True, "save_total_limit": 1, "resume_from_checkpoint": OUT / "checkpoint-1"}
     train_small(**resumed, max_steps=3, save_steps=3)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from courses import content, odd_model, steps
 from models import make_config, optimizer_of
 from small_runs import contents, train_small
+from trajectories import content, odd_model, steps
 
 from fullft.errors import DiskError, report_errors
 from fullft.optim.rehearsal import Rehearsal

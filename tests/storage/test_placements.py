@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from courses import PLACEMENTS, VOCABULARY, content, course
 from models import make_config, optimizer_of
 from torch import nn
+from trajectories import PLACEMENTS, VOCABULARY, content, trajectory
 
 from fullft.optim import adamw, adamw_8bit, gradients
 from fullft.storage import tiers
@@ -26,59 +26,75 @@ def chunks(small_chunks: int) -> int:
 
 
 # Each value of each with each of the others.
+PAIRWISE = [(False, 1, 0.1), (True, 3, 0.1), (False, 3, 0.0), (True, 1, 0.0)]
+REMAINING = [case for case in itertools.product((False, True), (1, 4), (0.0, 0.1)) if case not in PAIRWISE]
+EACH_TIER = PLACEMENTS[:5]  # each thing in each tier, and both on disk
+FORMATS = [
+    {"precision": "fp32"},
+    {"precision": "bf16-mixed"},
+    {"master_weights": "none"},
+    {"master_weights": "stochastic"},
+]
+
+
 @pytest.mark.parametrize(
-    ("tied", "accumulation", "max_grad_norm"), [(False, 1, 0.1), (True, 3, 0.1), (False, 3, 0.0), (True, 1, 0.0)]
+    ("tied", "accumulation", "max_grad_norm"),
+    [*PAIRWISE, *(pytest.param(*case, marks=pytest.mark.slow) for case in REMAINING)],
 )
 def test_every_placement_equals_the_resident_run_bitwise(
     tied: bool, accumulation: int, max_grad_norm: float, tmp_path: Path
 ) -> None:
     options = {"gradient_accumulation_steps": accumulation, "max_grad_norm": max_grad_norm}
-    resident = course(tmp_path, tied, **options)
+    resident = trajectory(tmp_path, tied, **options)
     assert not max_grad_norm or min(resident.norms) > max_grad_norm  # clipping clips
     for placement in PLACEMENTS:
-        assert course(tmp_path, tied, **options, offload=placement) == resident, placement
+        assert trajectory(tmp_path, tied, **options, offload=placement) == resident, placement
     assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize(
-    ("accumulation", "options"),
+    ("accumulation", "options", "placements"),
     [
-        (1, {"precision": "fp32"}),
-        (3, {"precision": "bf16-mixed"}),
-        (3, {"master_weights": "none"}),
-        (1, {"master_weights": "stochastic"}),
-        (3, {"master_weights": "stochastic"}),  # sums in fp32
+        (1, {"precision": "fp32"}, EACH_TIER),
+        (3, {"precision": "bf16-mixed"}, EACH_TIER),
+        (3, {"master_weights": "none"}, EACH_TIER),
+        (1, {"master_weights": "stochastic"}, EACH_TIER),
+        (3, {"master_weights": "stochastic"}, EACH_TIER),  # sums in fp32
+        *(
+            pytest.param(accumulation, options, PLACEMENTS, marks=pytest.mark.slow)
+            for accumulation, options in itertools.product((1, 4), FORMATS)
+        ),
     ],
-    ids=str,
+    ids=lambda value: f"{len(value)} placements" if isinstance(value, list) else str(value),
 )
 def test_placements_equal_resident_runs_in_other_formats(
-    accumulation: int, options: dict[str, str], tmp_path: Path
+    accumulation: int, options: dict[str, str], placements: list[str], tmp_path: Path
 ) -> None:
     options = {**options, "gradient_accumulation_steps": accumulation}
-    resident = course(tmp_path, **options)
-    for placement in PLACEMENTS[:5]:  # each thing in each tier, and both on disk
-        assert course(tmp_path, **options, offload=placement) == resident, placement
+    resident = trajectory(tmp_path, **options)
+    for placement in placements:
+        assert trajectory(tmp_path, **options, offload=placement) == resident, placement
 
 
 def test_stochastic_rounding_depends_on_the_seed(tmp_path: Path) -> None:
     """The negative control."""
-    resident = course(tmp_path, master_weights="stochastic")
-    assert course(tmp_path, master_weights="stochastic", seed=43, offload="optimizer=host") != resident
+    resident = trajectory(tmp_path, master_weights="stochastic")
+    assert trajectory(tmp_path, master_weights="stochastic", seed=43, offload="optimizer=host") != resident
 
 
 @pytest.mark.parametrize("tier", ["device", "host", "disk"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_released_gradients_equal_resident_ones_bitwise(tied: bool, tier: str, tmp_path: Path) -> None:
-    resident = course(tmp_path, tied, max_grad_norm=0.0)
-    released = course(tmp_path, tied, max_grad_norm=0.0, offload=f"gradients=released,optimizer={tier}")
+    resident = trajectory(tmp_path, tied, max_grad_norm=0.0)
+    released = trajectory(tmp_path, tied, max_grad_norm=0.0, offload=f"gradients=released,optimizer={tier}")
     assert released == resident
 
 
-def test_courses_of_other_decays_or_lengths_differ(tmp_path: Path) -> None:
+def test_trajectories_of_other_decays_or_lengths_differ(tmp_path: Path) -> None:
     """The negative control of the comparison itself."""
-    resident = course(tmp_path, gradient_accumulation_steps=4)
-    assert course(tmp_path, gradient_accumulation_steps=4, adam_beta2=0.9) != resident
-    assert len(course(tmp_path, gradient_accumulation_steps=4, last=2).differing(resident)) == len(resident.tensors)
+    resident = trajectory(tmp_path, gradient_accumulation_steps=4)
+    assert trajectory(tmp_path, gradient_accumulation_steps=4, adam_beta2=0.9) != resident
+    assert len(trajectory(tmp_path, gradient_accumulation_steps=4, last=2).differing(resident)) == len(resident.tensors)
 
 
 # ---------------------------------------------------------------------------------------------- 8 bits
@@ -93,7 +109,7 @@ class Matrix(nn.Module):
         self.linear = nn.Linear(809, 811, dtype=torch.bfloat16)
 
 
-def matrix_course(placement: str, max_norm: float, folder: Path) -> list[torch.Tensor]:
+def matrix_trajectory(placement: str, max_norm: float, folder: Path) -> list[torch.Tensor]:
     """Take two steps of two micro-batches; return the states, the parameters and the norms."""
     model = Matrix()
     config = make_config(optim="adamw_8bit", offload=placement, output_dir=folder, learning_rate=1e-2)
@@ -112,7 +128,16 @@ def matrix_course(placement: str, max_norm: float, folder: Path) -> list[torch.T
     return [content(array) for array in states.values()] + [*model.parameters(), *norms]
 
 
-@pytest.mark.parametrize(("max_norm", "placements"), [(0.0, PLACEMENTS[::2]), (0.1, PLACEMENTS[1::2])], ids=str)
+@pytest.mark.parametrize(
+    ("max_norm", "placements"),
+    [
+        (0.0, PLACEMENTS[::2]),
+        (0.1, PLACEMENTS[1::2]),
+        pytest.param(0.0, PLACEMENTS[1::2], marks=pytest.mark.slow),
+        pytest.param(0.1, PLACEMENTS[::2], marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_placements_with_8_bit_states_equal_resident_ones(
     max_norm: float, placements: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,9 +146,9 @@ def test_placements_with_8_bit_states_equal_resident_ones(
     monkeypatch.setattr(adamw, "CPU_TILE", 1 << 16)
     monkeypatch.setattr(adamw_8bit, "TILE", 1 << 16)
     monkeypatch.setattr(adamw_8bit, "_compiled_update", lambda: adamw_8bit._update)  # compiling takes longer
-    resident = matrix_course("none", max_norm, tmp_path)
+    resident = matrix_trajectory("none", max_norm, tmp_path)
     for placement in placements:
-        moved = matrix_course(placement, max_norm, tmp_path)
+        moved = matrix_trajectory(placement, max_norm, tmp_path)
         assert all(torch.equal(one, other) for one, other in zip(moved, resident, strict=True)), placement
 
 
@@ -172,14 +197,14 @@ def _early_norm(patch: pytest.MonkeyPatch) -> None:
         (_early_norm, {"optimizer=host", "optimizer=disk", "gradients=host", "gradients=disk"}),
     ],
 )
-def test_mistakes_in_moving_change_the_course(
+def test_mistakes_in_moving_change_the_trajectory(
     break_it: Callable[[pytest.MonkeyPatch], None],
     is_noticed: set[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    resident = course(tmp_path, gradient_accumulation_steps=2, max_grad_norm=0.1)
+    resident = trajectory(tmp_path, gradient_accumulation_steps=2, max_grad_norm=0.1)
     break_it(monkeypatch)
     for placement in itertools.islice(PLACEMENTS, 4):
-        moved = course(tmp_path, gradient_accumulation_steps=2, max_grad_norm=0.1, offload=placement)
+        moved = trajectory(tmp_path, gradient_accumulation_steps=2, max_grad_norm=0.1, offload=placement)
         assert (moved != resident) is (placement in is_noticed), placement

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from courses import odd_model, steps
 from models import make_config, optimizer_of
+from trajectories import odd_model, steps
 from transformers import PreTrainedTokenizerBase
 
 from fullft.config.config import Config
@@ -15,14 +15,18 @@ from fullft.saving.checkpoint import restore, save_checkpoint, verify
 from fullft.storage.tiers import Storage
 
 EVERYWHERE = ["none", "optimizer=host", "optimizer=disk", "gradients=disk", "optimizer=disk,gradients=host"]
-
-
 MASTERS = ["split", "stochastic", "none"]
 
 
+# Each pair of placements with one kind of masters; the slow thirds are each pair with the two others.
 @pytest.mark.parametrize("masters", MASTERS)
+@pytest.mark.parametrize(
+    "third",
+    [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)],
+    ids="third {}".format,
+)
 def test_resumed_run_equals_the_uninterrupted_one_bitwise(
-    masters: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+    third: int, masters: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     def config_of(place: str, folder: str) -> Config:
         return make_config(
@@ -43,8 +47,8 @@ def test_resumed_run_equals_the_uninterrupted_one_bitwise(
         steps(model, optimizer, config, 1, 2)
         folder = save_checkpoint(config, Steps(config, 9), 2, model, tokenizer, optimizer, "rows")
         for other, continued in enumerate(EVERYWHERE):
-            if (number + other) % len(MASTERS) != MASTERS.index(masters):
-                continue  # each pair of placements with one kind of masters
+            if (number + other + third) % len(MASTERS) != MASTERS.index(masters):
+                continue
             config = config_of(continued, f"begun-{number}")
             storage = Storage(torch.device("cpu"), tmp_path)
             model = load_model(config, str(folder), storage)

@@ -1,6 +1,7 @@
 """Recomputing changes what is kept, and nothing else: losses and gradients stay the same to the bit."""
 
 import functools
+import itertools
 import operator
 from collections import Counter
 from contextlib import nullcontext
@@ -27,10 +28,18 @@ FAMILIES = ["gpt2", "llama", "mistral", "qwen2", "gemma2"]
 MODES = ["selective", "full", "every_1", "every_2", "every_3"]
 
 
-# Each mode with each family, and both with each precision.
+# Each mode with each family, and both with each precision. All other combinations are slow.
+PAIRWISE = {
+    (PRECISIONS[(f + m) % 3], family, mode) for f, family in enumerate(FAMILIES) for m, mode in enumerate(MODES)
+}
+
+
 @pytest.mark.parametrize(
     ("precision", "family", "mode"),
-    [(PRECISIONS[(f + m) % 3], family, mode) for f, family in enumerate(FAMILIES) for m, mode in enumerate(MODES)],
+    [
+        pytest.param(*case, marks=() if case in PAIRWISE else pytest.mark.slow)
+        for case in itertools.product(PRECISIONS, FAMILIES, MODES)
+    ],
 )
 def test_checkpointing_keeps_gradients_bitwise_with_dropout(precision: str, family: str, mode: str) -> None:
     gradients = []

@@ -157,7 +157,7 @@ def test_gpu_placements_train_as_the_resident_one(offload: str, tmp_path: Path) 
     shape = LlamaConfig(
         vocab_size=8192, hidden_size=1024, intermediate_size=2816, num_hidden_layers=6, num_attention_heads=8
     )
-    courses = []
+    trajectories = []
     for where in ("none", offload):
         config = options(where, gradient_accumulation_steps=3)
         torch.manual_seed(0)
@@ -173,7 +173,7 @@ def test_gpu_placements_train_as_the_resident_one(offload: str, tmp_path: Path) 
             optimizer.clip_gradients(1.0)
             optimizer.step()
             optimizer.zero_grad()
-        courses.append((losses, content(model)))
-    (resident, weights), (moved, streamed) = courses
+        trajectories.append((losses, content(model)))
+    (resident, weights), (moved, streamed) = trajectories
     assert moved == resident
     assert all(torch.equal(weights[name].flatten().cpu(), values.cpu()) for name, values in streamed.items())

@@ -1,4 +1,4 @@
-"""Short courses of training with a model of odd sizes, in any placement."""
+"""Short trajectories of training with a model of odd sizes, in any placement."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +43,7 @@ def odd_model(tied: bool = False, dtype: torch.dtype = torch.bfloat16) -> PreTra
 
 
 @dataclass
-class Course:
+class Trajectory:
     """What a run computed."""
 
     losses: list[float]
@@ -51,10 +51,10 @@ class Course:
     tensors: dict[str, torch.Tensor]
 
     def __eq__(self, other: object) -> bool:
-        assert isinstance(other, Course) and self.tensors.keys() == other.tensors.keys()
+        assert isinstance(other, Trajectory) and self.tensors.keys() == other.tensors.keys()
         return (self.losses, self.norms) == (other.losses, other.norms) and not self.differing(other)
 
-    def differing(self, other: "Course") -> list[str]:
+    def differing(self, other: "Trajectory") -> list[str]:
         return [name for name, tensor in self.tensors.items() if not torch.equal(tensor, other.tensors[name])]
 
 
@@ -62,7 +62,7 @@ def content(array: Array) -> torch.Tensor:
     return torch.cat([piece.flatten().clone() for piece in host_pieces(array)])
 
 
-def steps(model: PreTrainedModel, optimizer: AdamW, config: Config, first: int, last: int) -> Course:
+def steps(model: PreTrainedModel, optimizer: AdamW, config: Config, first: int, last: int) -> Trajectory:
     """Take steps as train.py does. The learning rate and the batches depend on the step alone."""
     losses, norms = [], []
     for step in range(first, last + 1):
@@ -80,10 +80,10 @@ def steps(model: PreTrainedModel, optimizer: AdamW, config: Config, first: int, 
     tensors = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters():
         tensors |= {f"{name}.{key}": content(array) for key, array in optimizer.states_of(parameter).items()}
-    return Course(losses, norms, tensors)
+    return Trajectory(losses, norms, tensors)
 
 
-def course(folder: Path, tied: bool = False, last: int = 3, **options: Any) -> Course:
+def trajectory(folder: Path, tied: bool = False, last: int = 3, **options: Any) -> Trajectory:
     config = make_config(**{"output_dir": folder, "gradient_accumulation_steps": 1, "weight_decay": 0.1, **options})
     model = odd_model(tied, torch.float32 if config.precision == "fp32" else torch.bfloat16)
     return steps(model, optimizer_of(model, config), config, 1, last)

@@ -57,8 +57,8 @@ def test_something_is_offloaded_below_the_resident_peaks() -> None:
     assert "disk" in chosen.offload and "host" not in chosen.offload
     assert plans.of(chosen, batch)["peak_bytes"] <= below
     nowhere = Device("mine", below, host_bytes=0, disk_bytes=0)
-    assert "nothing fits mine" in choose(config, plans, batch, nowhere, lambda: ASSUMED)[1]
+    assert "even that does not fit mine" in choose(config, plans, batch, nowhere, lambda: ASSUMED)[1]
     # What the user has set stays.
     asked = replace(config, offload="none")
     chosen, line = choose(asked, plans, batch, Device("mine", below), lambda: ASSUMED)
-    assert chosen == full and "nothing fits mine" in line
+    assert chosen == full and "even that does not fit mine" in line

@@ -1,8 +1,8 @@
 """Reused memory: large tensors on a CPU go where earlier ones of their size were.
 
 glibc returns large blocks to the system when they are freed, and the system clears every page again when it is next
-used. The logits, the head's gradient and autocast's copy of its matrix come in every micro-batch: without reuse they
-take two and a half times as many page faults, and some 5% of a step. Accelerators keep their memory by themselves.
+used. The logits, the head's gradient and autocast's copy of its matrix come in every micro-batch: with reuse a step has
+less than a third of the page faults, and takes some 4% less time. Accelerators keep their memory by themselves.
 """
 
 import functools

@@ -123,8 +123,7 @@ def main(config: Config) -> None:
                     log.checkpoint(saved)
                     stop.end_run_if_asked(step)
 
-        # --- Evaluate after training. The final model goes to the root of output_dir, and is reloaded to compare
-        # logits.
+        # --- Evaluate after training. The final model goes to the root of output_dir, and is reloaded for a check.
         samples.complete(model, autocast, after=True)
         optimizer.close()  # its states make room for the reloaded copy
         results = log.results(samples)

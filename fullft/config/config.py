@@ -130,7 +130,8 @@ def _decided(options: Options) -> dict[str, str]:
 def accumulation_of(options: Options) -> int:
     """Return the micro-batches of a step: as given, as the global batch needs them, or the default."""
     if options.global_batch_size is not None:
-        return options.global_batch_size // options.per_device_train_batch_size
+        # Rounded up: a batch that does not divide is refused elsewhere, and still counts as accumulating.
+        return -(-options.global_batch_size // options.per_device_train_batch_size)
     return options.gradient_accumulation_steps or DEFAULT_ACCUMULATION
 
 

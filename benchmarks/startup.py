@@ -49,8 +49,9 @@ from fullft.config.parse import parse_config
 from fullft.data import load as data_load
 from fullft.data import tokenise as data_tokenise
 from fullft.data.batches import Batches
-from fullft.data.formats import find_format
+from fullft.data.formats import Reader, find_format
 from fullft.data.sources import load_rows
+from fullft.data.template import ChatTemplate
 from fullft.model import load as model_load
 from fullft.model.source import load_tokenizer
 from fullft.run.evaluation import Samples
@@ -226,8 +227,8 @@ def tokenise(dataset: str, again: bool) -> Iterator[Finding]:
         load_rows(config),
         load_tokenizer(config, str(config.model)),
     )  # a tokenizer with an empty cache of words
-    render = find_format(rows.column_names, dataset).render
-    texts = [render(row, tokenizer).text for row in rows]
+    render, reader = find_format(rows.column_names, dataset).render, Reader(ChatTemplate(tokenizer))
+    texts = [rendered.text for row in rows.to_list() for rendered in render(row, reader)]
     began, num_tokens = time.perf_counter(), 0
     for first in range(0, len(texts), TEXTS_PER_CALL):
         num_tokens += sum(map(len, tokenizer(texts[first : first + TEXTS_PER_CALL]).input_ids))
@@ -334,8 +335,9 @@ def main() -> None:
         return
     atexit.register(shutil.rmtree, FOLDER)
     FOLDER.mkdir(parents=True, exist_ok=True)
-    rows = load_rows(options(build_smollm2(), dataset))
-    rows.select([number % len(rows) for number in range(NUM_ROWS)]).to_json(ROWS)  # repeated until there are many
+    rows = load_rows(options(build_smollm2(), dataset)).to_list()
+    lines = (json.dumps(rows[number % len(rows)]) for number in range(NUM_ROWS))  # repeated until there are many
+    Path(ROWS).write_text("\n".join(lines), encoding="utf-8")
     sections = [arguments.only] if arguments.only else list(SECTIONS)
     found: dict[str, list[Finding]] = {}
     measurements = [(name, number) for name in sections for number in range(len(SECTIONS[name]))]

@@ -78,7 +78,8 @@ def prepare(dataset: str, steps: int) -> Task:
     if len(tokenised) < count:
         sys.exit(f"--steps {len(tokenised) // ROWS_PER_STEP} is the most here: {dataset} has {len(tokenised)} rows")
     chosen = tokenised.select(sorted(_draw(tokenised["num_tokens"][:], count, steps)))
-    lines = "".join(json.dumps(row) + "\n" for row in load_rows(config).select(chosen["row"][:]))
+    rows = load_rows(config)
+    lines = "".join(json.dumps(rows[number]) + "\n" for number in chosen["row"][:])
     lengths, targets = chosen["num_tokens"][:], sum(chosen["num_target_tokens"][:])
     mean_context = sum(length**2 for length in lengths) / sum(lengths)
     folder = results / f"{count}-rows-{torch.get_num_threads()}-threads-{_fingerprint(lines)}"

@@ -15,13 +15,13 @@ from fullft.run.environment import prepare_hub
 
 
 def start() -> Config:
-    """Read the command line, and prepare the process. `--help` and `--plan` end here.
+    """Read the command line, and prepare the process. `--help`, `--plan` and `--preview` end here.
 
     Returns:
         Checked and resolved options.
 
     Raises:
-        SystemExit: a plan or the help was asked for, and has been shown.
+        SystemExit: a plan, a preview or the help was asked for, and has been shown.
         OptionsError: naming every mistake in the options.
     """
     report_uncaught_errors(debug=False)
@@ -34,6 +34,11 @@ def start() -> Config:
         from fullft.memory.screen import show_plan
 
         show_plan(config)
+        sys.exit()
+    if config.preview:
+        from fullft.data.preview import show_preview
+
+        show_preview(config)
         sys.exit()
     import fullft.memory.run  # noqa: F401 (which imports nearly all that train.py does)
 

@@ -126,9 +126,15 @@ PRIVATE = {
     ),
     "_fingerprint": Private(
         "datasets",
-        "fullft/data/tokenise.py",
+        "fullft/data/rows.py",
         "the key of cached rows",
         lambda: datasets.Dataset.from_dict({"a": [1]})._fingerprint,
+    ),
+    "_compile_jinja_template": Private(
+        "transformers",
+        "fullft/data/template.py",
+        "the environment that knows the tags of chat templates",
+        lambda: module("transformers.utils.chat_template_utils")._compile_jinja_template,
     ),
     "_format_action_invocation": Private(
         "argparse",
@@ -159,7 +165,7 @@ PUBLIC_LOOKING = {
     ),
 }
 ALL = PRIVATE | PUBLIC_LOOKING
-PUBLIC = {"_replace"}  # of named tuples: documented
+PUBLIC = {"_fields", "_replace"}  # of named tuples: documented
 
 
 def hub_argument(name: str) -> inspect.Parameter:

@@ -23,7 +23,8 @@ def find_problems(options: Options, given: Mapping[str, Any]) -> list[str]:
     Returns:
         One message per problem, each with its remedy; empty when the run can start.
     """
-    problems = [] if options.plan else _output_dir_problems(options)  # a plan writes nothing
+    # A plan and a preview write nothing.
+    problems = [] if options.plan or options.preview else _output_dir_problems(options)
     problems += _package_problems(options)
     problems += _offload_problems(options)
     if options.device_memory is not None:
@@ -31,6 +32,8 @@ def find_problems(options: Options, given: Mapping[str, Any]) -> list[str]:
             parse_size(options.device_memory)
         except ValueError as error:
             problems.append(f"device_memory: {error}")
+    if options.plan and options.preview:
+        problems.append("plan and preview are two questions: ask one at a time")
     if options.max_steps == 0:
         problems.append("max_steps 0 trains nothing: give a number above 0, or -1 to use num_train_epochs")
     if options.warmup_steps > 1 and options.warmup_steps != int(options.warmup_steps):
@@ -62,9 +65,9 @@ def find_idle_flags(options: Options, flags: Mapping[str, Any]) -> list[str]:
         for flag, strategy in (("eval_steps", "eval_strategy"), ("save_steps", "save_strategy"))
         if flag in flags and strategy not in flags and getattr(options, strategy) != "steps"
     ] + [
-        f"--{flag} does nothing without --plan: add it"
-        for flag in ("json", "gpus", "gpu_hour_price")
-        if flags.get(flag) and not options.plan
+        f"--{flag} does nothing without {' or '.join(f'--{question}' for question in questions)}: add it"
+        for flag, questions in (("json", ("plan", "preview")), ("gpus", ("plan",)), ("gpu_hour_price", ("plan",)))
+        if flags.get(flag) and not any(getattr(options, question) for question in questions)
     ]
 
 

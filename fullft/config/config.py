@@ -15,6 +15,7 @@ from fullft.config.recomputation import Recomputation
 from fullft.config.sizes import parse_size
 
 DEFAULT_ACCUMULATION = 16  # micro-batches per step
+DEFAULT_VAL_SIZE = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,7 @@ class Config(Options):
     gradient_accumulation_steps: int
     global_batch_size: int
     eval_steps: int
+    val_size: float
 
     @property
     def accumulates(self) -> bool:
@@ -59,6 +61,11 @@ class Config(Options):
     def compiles(self) -> bool:
         """Whether the decoder layers are compiled."""
         return self.compile == "true"
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether rows are held out, here or elsewhere."""
+        return self.val_size > 0 or self.eval_dataset is not None or self.eval_split is not None
 
     @property
     def has_8bit_moments(self) -> bool:
@@ -110,6 +117,7 @@ def resolve(options: Options) -> Config:
             "gradient_accumulation_steps": accumulation,
             "global_batch_size": accumulation * options.per_device_train_batch_size,
             "eval_steps": options.eval_steps or options.logging_steps,
+            "val_size": val_size_of(options),
         }
     )
 
@@ -135,6 +143,13 @@ def accumulation_of(options: Options) -> int:
     return options.gradient_accumulation_steps or DEFAULT_ACCUMULATION
 
 
+def val_size_of(options: Options) -> float:
+    """Return the share of rows that is held out: as given, or the default, unless held-out rows come from elsewhere."""
+    if options.val_size is not None:
+        return options.val_size
+    return DEFAULT_VAL_SIZE if options.eval_dataset is None and options.eval_split is None else 0.0
+
+
 def output_dir_of(options: Options) -> Path:
     """Return the folder that a run writes to: the one given, or one named after the model."""
     if options.output_dir is not None:
@@ -150,7 +165,7 @@ def to_words(config: Config) -> dict[str, Any]:
 
 
 # Meant for one run. In config.yaml they would make every later run overwrite or resume too.
-_ONE_SHOT = ("overwrite_output_dir", "resume_from_checkpoint", "allow_changes", "plan", "json", "debug")
+_ONE_SHOT = ("overwrite_output_dir", "resume_from_checkpoint", "allow_changes", "plan", "preview", "json", "debug")
 
 
 def to_yaml(config: Config) -> str:

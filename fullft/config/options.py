@@ -34,7 +34,7 @@ class Options:
     trust_remote_code: bool = option(False, "run model code that comes with the weights")
     dataset: str | None = option(
         None,
-        "hub id, or a .json .jsonl .csv .parquet .txt file, or a folder of them",
+        "hub id; a .json .jsonl .csv .tsv .parquet .txt file (.gz too) or a folder of them; a save_to_disk folder",
         metavar="ID|PATH",
         is_path=True,
         aliases=("dataset_name",),
@@ -47,6 +47,21 @@ class Options:
         metavar="SPLIT",
         called=("split", "max_train_samples", "max_samples"),
         shown=f"train; of the default dataset {DEFAULT_DATASET_SPLIT}",
+    )
+    eval_dataset: str | None = option(
+        None,
+        "held-out rows from here: as --dataset, or nothing for a split of --dataset's own",
+        metavar="ID|PATH",
+        is_path=True,
+        called=("validation_file", "eval_file", "test_file"),
+        shown="none",
+    )
+    eval_split: str | None = option(
+        None,
+        "the split that holds the held-out rows",
+        metavar="SPLIT",
+        called=("validation_split", "test_split"),
+        shown="none; the only one of --eval_dataset",
     )
     dataset_text_field: str = option("text", "the column of plain text", metavar="COLUMN")
     columns: dict[str, str] = option(
@@ -61,7 +76,25 @@ class Options:
     )
     packing: bool = option(False, "fill sequences with several documents, each isolated from the others")
     train_on_prompt: bool = option(False, "count prompt tokens in the loss too")
-    val_size: float = option(0.05, "rows held out for evaluation", unit="fraction of rows", at_least=0, below=1)
+    sanitize_special_tokens: bool = option(
+        False, "encode special tokens that stand in the rows' own text, such as <|im_end|>, as plain text"
+    )
+    val_size: float | None = option(
+        None,
+        "rows held out for evaluation",
+        unit="fraction of rows",
+        at_least=0,
+        below=1,
+        shown="0.05; with --eval_dataset or --eval_split 0",
+    )
+    preview: int = option(
+        0,
+        "show so many rows as they are trained on, with what is learned marked, and exit",
+        unit="rows",
+        at_least=0,
+        shown="none",
+        may_change=True,
+    )
 
     # --- run
     output_dir: Path | None = option(
@@ -211,7 +244,7 @@ class Options:
         may_change=True,
     )
     plan: bool = option(False, "print where every byte would go, and exit", called=("dry_run",), may_change=True)
-    json: bool = option(False, "print the plan as JSON", may_change=True)
+    json: bool = option(False, "print the plan, or the preview, as JSON", may_change=True)
     device_memory: str | None = option(
         None,
         "plan for a card of this size, as in 24GiB (2^30) or 24GB (10^9)",

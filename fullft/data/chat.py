@@ -1,103 +1,243 @@
-"""Conversations: the tokenizer's chat template writes the text, and the assistant's turns are what is learned."""
+"""Conversations: which stretches of a chat template's text are learned, the turns of the assistant.
 
-from typing import Any
+Where a template has `{% generation %}` marks, these say it. Elsewhere a turn begins where the template's generation
+prompt ends, and ends with its EOS, or with everything that the template writes for it. Some templates write a turn in
+another way once others follow:
 
-from transformers import PreTrainedTokenizerBase
+- A prompt or an end that only the last turn has (Phi-3, gpt-oss, DeepSeek-R1): the turn is located by its text.
+- Reasoning that earlier turns lose (Qwen3): the conversation becomes one row per turn, which then is the last.
+"""
 
-from fullft.data.rendered import Rendered, RowError
-from fullft.data.sources import without_nulls
-from fullft.errors import DataError
+import itertools
+import re
+from dataclasses import replace
 
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+from fullft.data.messages import Conversation, strings
+from fullft.data.rendered import Rendered, RowError, Span
+from fullft.data.template import Chat, ChatTemplate, Piece, Rendering
 
-
-def to_messages(turns: Any, role_key: str, content_key: str) -> list[dict[str, Any]]:
-    """Bring turns to `role` and `content`, and check each; the template reads what else they hold.
-
-    Args:
-        turns: a list of mappings.
-        role_key: the key of the role in them.
-        content_key: the key of the text in them.
-
-    Raises:
-        RowError: there are no turns, or one lacks its role or its text.
-    """
-    if not isinstance(turns, list) or not turns:
-        raise RowError("there are no messages")
-    messages = []
-    for number, turn in enumerate(turns, start=1):
-        others = without_nulls(turn) if isinstance(turn, dict) else {}
-        role, content = others.pop(role_key, None), others.pop(content_key, None)
-        if content is None and "tool_calls" in others:
-            content = ""  # a call has no text
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise RowError(f"message {number} needs {role_key!r} and {content_key!r} as text")
-        messages.append({**others, "role": _ROLES.get(role, role), "content": content})
-    return messages
+_SHOWN = 60  # characters of a missing text
 
 
-def render_chat(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, first_target: int = 0) -> Rendered:
-    """Render by the tokenizer's chat template; the turns of the assistant are the targets.
-
-    A turn begins where the template's generation prompt ends, and ends with its EOS, or, in templates that close turns
-    otherwise, with everything the template writes for it.
+def render_chat(conversation: Conversation, template: ChatTemplate, sanitizes: bool = False) -> list[Rendered]:
+    """Render by the chat template; the turns of the assistant are the targets.
 
     Args:
-        messages: from `to_messages`.
-        tokenizer: has the template.
-        first_target: the first message that may be learned.
+        conversation: from a row.
+        template: the tokenizer's.
+        sanitizes: whether the row's own text must be told apart from the template's.
+
+    Returns:
+        One row; or one for each turn that is learned, if the template writes earlier turns differently.
 
     Raises:
         DataError: the tokenizer has no chat template.
-        RowError: the template refuses the messages, or rewrites earlier turns, so that no turn has one place.
+        RowError: the template refuses the conversation or leaves some of it out.
     """
-    if tokenizer.chat_template is None:
-        raise DataError(
-            "the rows are conversations and the tokenizer has no chat template: train an instruct model, or put the "
-            "template that you want into chat_template.jinja in the model's folder"
-        )
-    text = _apply_template(messages, tokenizer)
-    targets = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant" or index < first_target:
-            continue
-        before = (
-            _apply_template(messages[:index], tokenizer, add_generation_prompt=True)
-            if index
-            else _before_first_turn(message, tokenizer)
-        )
-        through = _apply_template(messages[: index + 1], tokenizer)
-        if not text.startswith(before) or not text.startswith(through):
-            raise RowError(
-                f"the chat template writes message {index + 1} differently once others follow: split such rows so "
-                "that each ends with the answer to learn"
-            )
-        targets.append((len(before), _end_of_turn(text, len(before), len(through), tokenizer)))
-    eos = str(tokenizer.eos_token)
-    return Rendered(text, targets, has_special_tokens=True, ends_turn=text.rstrip().endswith(eos))
+    chat = template.open(conversation)
+    count = len(chat.messages)
+    whole = chat.rendering(count)
+    _refuse_missing([piece for piece in whole.missing if not piece.is_reasoning], conversation)
+    turns = [
+        number
+        for number, message in enumerate(conversation.messages)
+        if message.role == "assistant" and not message.is_kept_out and number >= conversation.first_target
+    ]
+    learned = [number for number in turns if not _is_silent(chat, whole, number)]
+    rows = _as_one_row(chat, whole, learned)
+    if rows is None:
+        rows = [_row_of_turn(chat, number) for number in learned]
+    learns_eos = len(rows) > 1 or count - 1 in learned
+    finished = [_finished(row, chat, rendering, sanitizes, learns_eos, len(rows) > 1) for row, rendering in rows]
+    num_kept_out = sum(message.role == "assistant" and message.is_kept_out for message in conversation.messages)
+    first = [replace(row, num_kept_out=num_kept_out, num_silent=len(turns) - len(learned)) for row in finished[:1]]
+    return first + finished[1:]
 
 
-def _before_first_turn(message: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+def _is_silent(chat: Chat, whole: Rendering, number: int) -> bool:
+    """Return whether the text holds nothing that a turn says, not even when the turn is the last."""
+    if chat.conversation.messages[number].calls or whole.span_of(number) is not None:
+        return False
+    return chat.rendering(number + 1).span_of(number) is None
+
+
+# ---------------------------------------------------------------------------------------------- one row, or several
+
+_Row = tuple[Rendered, Rendering]
+
+
+def _as_one_row(chat: Chat, whole: Rendering, learned: list[int]) -> list[_Row] | None:
+    """Return a conversation as one row; None if earlier turns would lose something."""
+    lost = {piece.message for piece in whole.missing}
+    if lost.intersection(learned):
+        return None
+    if chat.template.has_marks(bool(chat.conversation.tools)):
+        return [(_by_marks(whole, chat, learned), whole)]
+    targets = [_locate(chat, whole, number) for number in learned]
+    if None in targets:
+        return None
+    return [(Rendered(whole.text, [target for target in targets if target is not None]), whole)]
+
+
+def _row_of_turn(chat: Chat, number: int) -> _Row:
+    """Return the row that ends with a turn, and learns it alone."""
+    rendering = chat.rendering(number + 1)
+    # The reasoning of earlier turns is left out where the model will not see it either.
+    kept = [piece for piece in rendering.missing if not (piece.is_reasoning and piece.message < number)]
+    _refuse_missing(kept, chat.conversation)
+    if chat.template.has_marks(bool(chat.conversation.tools)):
+        return _by_marks(rendering, chat, [number]), rendering
+    target = _locate(chat, rendering, number)
+    if target is None:
+        raise RowError(
+            f"the chat template writes the messages before message {number + 1} differently when it asks for that "
+            "message: what is learned there cannot be told; use another chat_template.jinja"
+        )
+    return Rendered(rendering.text, [target]), rendering
+
+
+def _refuse_missing(pieces: list[Piece], conversation: Conversation) -> None:
+    if not pieces:
+        return
+    piece = pieces[0]
+    text = piece.text if len(piece.text) <= _SHOWN else f"{piece.text[:_SHOWN]} ..."
+    if piece.message < 0:
+        raise RowError(f"the chat template leaves out the tool {text!r}: use a template that writes tools")
+    role = conversation.messages[piece.message].fields["role"]
+    raise RowError(
+        f"the chat template leaves out {piece.what} of message {piece.message + 1}, of role {role!r} ({text!r}): use a "
+        "template that writes it, or take it out of the rows"
+    )
+
+
+def _finished(
+    row: Rendered, chat: Chat, rendering: Rendering, sanitizes: bool, learns_eos: bool, is_split: bool
+) -> Rendered:
+    """Say what tokenising must know besides the targets."""
+    eos, stripped = chat.template.eos, rendering.text.rstrip()
+    ends_turn = stripped.endswith(eos)
+    messages = enumerate(chat.conversation.messages)
+    kept_out = [rendering.span_of(number) for number, message in messages if message.is_kept_out]
+    own: tuple[Span, ...] = ()
+    if any(chat.template.special_tokens.search(text) for text in strings(chat.messages)):
+        own = tuple(span for _, span in rendering.spans)
+        if sanitizes and not own:
+            raise RowError("special tokens in the row's own text cannot be told from the chat template's")
+    end = max((end for _, end in row.targets), default=0)
+    return replace(
+        row,
+        has_special_tokens=True,
+        ends_turn=ends_turn,
+        learns_eos=learns_eos,
+        kept_out=tuple(span for span in kept_out if span is not None),
+        own=own,
+        is_split=is_split,
+        leaves_eos_out=row.are_marks and ends_turn and learns_eos and end <= len(stripped) - len(eos),
+    )
+
+
+# ---------------------------------------------------------------------------------------------- targets
+
+
+def _by_marks(rendering: Rendering, chat: Chat, learned: list[int]) -> Rendered:
+    """Take the template's marks, without those of turns that are not learned."""
+    spans = {number: rendering.span_of(number) for number in range(len(chat.messages))}
+    others = [
+        span
+        for number, span in spans.items()
+        if span is not None and number not in learned and chat.messages[number]["role"] == "assistant"
+    ]
+    mine = [span for number in learned if (span := spans[number]) is not None]
+    targets = [
+        mark
+        for mark in rendering.marks
+        if any(_overlap(mark, span) for span in mine) or not any(_overlap(mark, span) for span in others)
+    ]
+    if len(learned) < sum(message["role"] == "assistant" for message in chat.messages):
+        targets = [mark for mark in targets if any(_overlap(mark, span) for span in mine)]
+    return Rendered(rendering.text, targets, are_marks=True)
+
+
+def _overlap(one: Span, other: Span) -> bool:
+    return one[0] < other[1] and other[0] < one[1]
+
+
+def _locate(chat: Chat, rendering: Rendering, number: int) -> Span | None:
+    """Find a turn in a text; None if the text before it, or its own, is another one than when it was the last.
+
+    Args:
+        chat: the conversation.
+        rendering: of it, or of its beginning, through this turn at least.
+        number: of the turn.
+    """
+    text, span = rendering.text, rendering.span_of(number)
+    start = _start(chat, rendering, number)
+    if start is None:
+        return None
+    through = chat.text(number + 1)
+    if text.startswith(through):
+        return start, _end_of_turn(text, start, len(through), chat.template.eos)
+    alone = chat.rendering(number + 1)
+    alone_span = alone.span_of(number)
+    # Up to where the turn's own text ends, all must be the same; what closes it may differ.
+    if span is None or alone_span is None or text[: span[1]] != alone.text[: alone_span[1]]:
+        return None
+    closing, last_closing = text[span[1] :], alone.text[alone_span[1] :]
+    length = _common(closing, last_closing, chat.template.added_tokens)
+    if length == 0:  # another token closes it than the last turn
+        token = chat.template.added_tokens.match(closing)
+        length = token.end() if token is not None else 0
+    return start, _end_of_turn(text, start, span[1] + length, chat.template.eos)
+
+
+def _start(chat: Chat, rendering: Rendering, number: int) -> int | None:
+    """Return where a turn begins: behind what the generation prompt and the text have in common."""
+    text, span = rendering.text, rendering.span_of(number)
+    try:
+        before = chat.text(number, prompt=True) if number else _before_first_turn(chat)
+    except RowError:  # the template prompts behind a user's turn alone
+        return span[0] if span is not None else None
+    if text.startswith(before):
+        return len(before)
+    common = _common(text, before, chat.template.added_tokens)
+    earlier = [end for piece, (_, end) in rendering.spans if 0 <= piece.message < number]
+    if span is None or common < max((end for end in earlier if end <= span[0]), default=0):
+        return None
+    return min(common, span[0])
+
+
+def _before_first_turn(chat: Chat) -> str:
     """Return what a template writes before a conversation's first turn, where that is the assistant's.
 
     Templates refuse to prompt for a turn after none: the prompt is taken from behind the turn, and looked for in it.
     """
-    turn = _apply_template([message], tokenizer)
-    prompt = _apply_template([message], tokenizer, add_generation_prompt=True).removeprefix(turn)
+    turn = chat.text(1)
+    prompt = chat.text(1, prompt=True).removeprefix(turn)
     return turn[: turn.index(prompt) + len(prompt)] if prompt in turn else ""
 
 
-def _end_of_turn(text: str, start: int, end: int, tokenizer: PreTrainedTokenizerBase) -> int:
+def _end_of_turn(text: str, start: int, end: int, eos: str) -> int:
     """Leave out the white space that templates put after EOS: generation has stopped by then."""
     stripped = len(text[start:end].rstrip()) + start
-    return stripped if text[start:stripped].endswith(str(tokenizer.eos_token)) else end
+    return stripped if text[start:stripped].endswith(eos) else end
 
 
-def _apply_template(
-    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False
-) -> str:
-    try:
-        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except Exception as error:  # templates raise what they like, most often jinja2's TemplateError
-        raise RowError(f"the chat template refuses it: {error}") from error
-    return str(rendered)
+def _common(one: str, other: str, added_tokens: re.Pattern[str]) -> int:
+    """Return how many characters two texts have in common at their beginnings; an added token is one or none of it."""
+    length = 0
+    for mine, theirs in zip(_atoms(one, added_tokens), _atoms(other, added_tokens), strict=False):
+        if mine != theirs:
+            both = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(mine, theirs, strict=False))
+            is_token = added_tokens.fullmatch(mine) or added_tokens.fullmatch(theirs)
+            return length if is_token else length + sum(1 for _ in both)
+        length += len(mine)
+    return length
+
+
+def _atoms(text: str, added_tokens: re.Pattern[str]) -> list[str]:
+    """Split a text into added tokens and what is between."""
+    atoms, end = [], 0
+    for token in added_tokens.finditer(text):
+        atoms += [text[end : token.start()], token[0]]
+        end = token.end()
+    return [*atoms, text[end:]]

@@ -1,5 +1,6 @@
-"""What the user is told about the data: counts, and an example with its mask."""
+"""What the user is told about the data: counts, what was left out, and an example with its mask."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -9,22 +10,24 @@ from fullft.config.config import Config
 from fullft.config.options import DEMO_ROWS
 from fullft.data.formats import RowFormat
 from fullft.data.micro_batch import IGNORED
+from fullft.data.rows import Rows
+from fullft.data.template import ChatTemplate
 
 
 def describe_data(
-    rows: Dataset,
+    rows: Rows,
     tokenised: Dataset,
-    held_out: Dataset,
+    num_held_out: int,
     row_format: RowFormat,
     tokenizer: PreTrainedTokenizerBase,
     config: Config,
 ) -> str:
-    """Sum the data up in two lines, and show how the first row is learned.
+    """Sum the data up in two lines, say what of it is not trained on, and show how the first row is learned.
 
     Args:
         rows: as read.
         tokenised: what is left of them, pieces of long texts apart.
-        held_out: those that are not trained on.
+        num_held_out: rows that are not trained on.
         row_format: that was recognised.
         tokenizer: decodes the example.
         config: the options that are named.
@@ -38,14 +41,72 @@ def describe_data(
         f"Data: {name}, format {row_format.name} ({', '.join(row_format.columns)}); the loss counts {learned} and EOS",
         f"      {len(rows):,} rows, {tokens:,} tokens, {targets / tokens:.0%} trained; {dropped} dropped (nothing to "
         f"learn), {truncated} cut at {config.max_length}; longest {max(tokenised['num_tokens'][:])} tokens, "
-        f"mean {tokens / len(tokenised):.0f}; {len(held_out):,} held out",
-        f"Example, with what is learned in [brackets]: {_show_example(tokenised[0], tokenizer)}",
+        f"mean {tokens / len(tokenised):.0f}; {num_held_out:,} held out",
+        *(f"      {note}" for note in notes_on(rows, tokenised, row_format, tokenizer, config)),
+        f"Example, with what is learned in [brackets]: {show_row(tokenised[0], tokenizer, most=240)}",
     ]
     return "\n".join(lines)
 
 
-def _show_example(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Decode a row with its learned stretches in brackets, shortened in the middle of each stretch."""
+def notes_on(
+    rows: Rows, tokenised: Dataset, row_format: RowFormat, tokenizer: PreTrainedTokenizerBase, config: Config
+) -> list[str]:
+    """Say what happened to rows besides, each once: what was split, kept out or left out.
+
+    Args:
+        rows: as read.
+        tokenised: what is left of them.
+        row_format: that was recognised.
+        tokenizer: has the template.
+        config: the options that are named.
+    """
+    notes = []
+    numbers: list[int] = tokenised["row"][:]
+    split = [number for number, is_split in zip(numbers, tokenised["is_split"][:], strict=True) if is_split]
+    if split:
+        notes.append(
+            f"{len(set(split)):,} conversations became {len(split):,} rows, one per turn of the assistant: the chat "
+            "template writes earlier turns differently"
+        )
+    for column, what in (
+        ("num_kept_out", "turns kept out of the loss by the rows (weight, train, training, loss)"),
+        ("num_silent", "turns of the assistant say nothing, and are not learned"),
+    ):
+        if count := sum(tokenised[column][:]):
+            notes.append(f"{count:,} {what}")
+    special = [number for number, has in zip(numbers, tokenised["has_special"][:], strict=True) if has]
+    if special:
+        treated = (
+            "are encoded as plain text"
+            if config.sanitize_special_tokens
+            else "control the model there; --sanitize_special_tokens encodes them as plain text"
+        )
+        notes.append(
+            f"{len(set(special)):,} rows hold special tokens in their own text ({rows.place(special[0])}), which "
+            f"{treated}"
+        )
+    if any(tokenised["leaves_eos_out"][:]):
+        notes.append("the chat template's marks leave out the EOS behind a turn: the model does not learn to stop")
+    if unread := row_format.unread(rows.column_names, ChatTemplate(tokenizer)):
+        notes.append(f"columns that nothing reads: {_listed(unread)}")
+    if rows.left_out:
+        notes.append(f"files of the folder that are not read: {_listed(rows.left_out)}")
+    return notes
+
+
+def _listed(names: Sequence[str], most: int = 8) -> str:
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def show_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, most: int | None = None) -> str:
+    """Decode a row with its learned stretches in brackets.
+
+    Args:
+        row: tokenised.
+        tokenizer: decodes it.
+        most: characters of a stretch, which is shortened in its middle; None shows all, with line ends as they are.
+    """
     stretches: list[tuple[bool, list[int]]] = []
     for token, label in zip(row["input_ids"], row["labels"], strict=True):
         learned = label != IGNORED
@@ -54,7 +115,9 @@ def _show_example(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> st
         stretches[-1][1].append(token)
     shown = ""
     for learned, ids in stretches:
-        text = repr(tokenizer.decode(ids))[1:-1]
-        text = text if len(text) <= 240 else f"{text[:140]} ... {text[-80:]}"
+        text = tokenizer.decode(ids)
+        if most is not None:
+            text = repr(text)[1:-1]
+            text = text if len(text) <= most else f"{text[: most - 100]} ... {text[-80:]}"
         shown += f"[{text}]" if learned else text
     return shown

@@ -5,15 +5,16 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from fullft.config.config import Config
 from fullft.data.batches import Batches
 from fullft.data.describe import describe_data
-from fullft.data.formats import find_format
+from fullft.data.formats import RowFormat, find_format
 from fullft.data.micro_batch import MicroBatch
-from fullft.data.sources import load_rows
+from fullft.data.rows import Rows
+from fullft.data.sources import load_held_out_rows, load_rows
 from fullft.data.tokenise import tokenise
 from fullft.errors import DataError
 
@@ -61,23 +62,51 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
     Raises:
         DataError: the data cannot be read, fits no format, or leaves nothing to train on.
     """
-    rows = load_rows(config)
-    row_format = find_format(rows.column_names, config.dataset)
-    tokenised = tokenise(rows, row_format, tokenizer, config)
-    if len(tokenised) == 0:
-        raise DataError(
-            f"{config.dataset}: none of the {len(rows)} rows has a token to learn: responses are empty, or "
-            f"--max_length {config.max_length} cuts them off"
-        )
+    rows, row_format, tokenised = tokenise_rows(config, tokenizer)
     train_rows, held_out = _split(tokenised, len(rows), config)
+    largest_token_id, num_held_out = max(tokenised["largest_token_id"][:]), len(held_out)
+    given = load_held_out_rows(config)
+    if given is not None:
+        tokenised_given = _tokenise(given, tokenizer, config)[1]
+        held_out = concatenate_datasets([held_out, tokenised_given]) if len(held_out) else tokenised_given
+        largest_token_id = max(largest_token_id, *tokenised_given["largest_token_id"][:])
+        num_held_out += len(given)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return Data(
         train=Batches(train_rows, config, pad),
         evaluation=Batches(held_out, config, pad) if len(held_out) else None,
-        largest_token_id=max(tokenised["largest_token_id"][:]),
+        largest_token_id=largest_token_id,
         fingerprint=_fingerprint(tokenised),
-        description=describe_data(rows, tokenised, held_out, row_format, tokenizer, config),
+        description=describe_data(rows, tokenised, num_held_out, row_format, tokenizer, config),
     )
+
+
+def tokenise_rows(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[Rows, RowFormat, Dataset]:
+    """Load and tokenise the rows that training is to have, held-out ones included.
+
+    Args:
+        config: the options of the group "model and data" are read.
+        tokenizer: fast, with an EOS token.
+
+    Returns:
+        The rows as read, their format, and the tokenised rows, of which there is at least one.
+
+    Raises:
+        DataError: as from `load_data`.
+    """
+    rows = load_rows(config)
+    return rows, *_tokenise(rows, tokenizer, config)
+
+
+def _tokenise(rows: Rows, tokenizer: PreTrainedTokenizerBase, config: Config) -> tuple[RowFormat, Dataset]:
+    row_format = find_format(rows.column_names, rows.name)
+    tokenised = tokenise(rows, row_format, tokenizer, config)
+    if len(tokenised) == 0:
+        raise DataError(
+            f"{rows.name}: none of the {len(rows)} rows has a token to learn: responses are empty, or "
+            f"--max_length {config.max_length} cuts them off"
+        )
+    return row_format, tokenised
 
 
 def _split(tokenised: Dataset, num_rows: int, config: Config) -> tuple[Dataset, Dataset]:

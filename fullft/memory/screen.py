@@ -73,7 +73,7 @@ def largest_batch(config: Config, plans: Plans) -> Batch:
         OptionsError: sequences are longer than the model has positions.
     """
     check_positions(plans.model_config, config.max_length)
-    return Batch(config.per_device_train_batch_size, config.max_length, config.max_length if config.val_size else 0)
+    return Batch(config.per_device_train_batch_size, config.max_length, config.max_length if config.evaluates else 0)
 
 
 def plan_object(config: Config, planned: Mapping[str, Any], facts: Facts, device: Device) -> dict[str, Any]:

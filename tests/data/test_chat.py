@@ -6,7 +6,7 @@ import pytest
 from chats import ASSISTANT, USER, learned, render
 from transformers import PreTrainedTokenizerBase
 
-from fullft.data.formats import RowError
+from fullft.data.rendered import RowError
 from fullft.errors import DataError
 
 LLAMA_2 = (
@@ -99,9 +99,9 @@ def test_a_missing_chat_template_is_a_data_error(tokenizer: PreTrainedTokenizerB
     assert caught.value.exit_code == 3
 
 
-def test_a_template_that_rewrites_turns_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_template_that_loses_earlier_answers_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
     chat = with_template(tokenizer, REWRITES)
-    with pytest.raises(RowError, match="writes message 2 differently once others follow"):
+    with pytest.raises(RowError, match=r"leaves out the content of message 2, of role 'assistant' \('Hello'\)"):
         render("messages", {"messages": [USER, ASSISTANT, USER, ASSISTANT]}, chat)
     assert learned(render("messages", {"messages": [USER, ASSISTANT]}, chat)) == ["Hello\n"]  # nothing to rewrite
 
@@ -115,7 +115,8 @@ def test_a_template_that_refuses_the_messages_is_quoted(tokenizer: PreTrainedTok
 def test_keys_that_arrow_filled_with_null_change_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
     filled = [{**turn, "tool_calls": None, "name": None} for turn in (USER, ASSISTANT)]
     strict = with_template(
-        tokenizer, "{% for m in messages %}{{ raise_exception('a call') if m.tool_calls is defined }}{% endfor %}"
+        tokenizer,
+        "{% for m in messages %}{{ m.content }}{{ raise_exception('a call') if m.tool_calls is defined }}{% endfor %}",
     )
     render("messages", {"messages": filled}, strict)
     assert render("messages", {"messages": filled}, tokenizer) == render(

@@ -4,7 +4,8 @@ import pytest
 from chats import learned, render
 from transformers import PreTrainedTokenizerBase
 
-from fullft.data.formats import RowError, find_format
+from fullft.data.formats import find_format
+from fullft.data.rendered import RowError
 from fullft.errors import DataError
 
 # ---------------------------------------------------------------------------------------------- alpaca

@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset
 from models import make_config
 
-from fullft.data.sources import load_rows, locate
+from fullft.data.sources import load_rows
 from fullft.errors import DataError
 
 ROWS = [{"instruction": f"q{i}", "output": f"a{i}"} for i in range(6)]
@@ -38,7 +38,7 @@ def message(path: Path | str, **options: Any) -> str:
 def place(path: Path, index: int, **options: Any) -> str:
     """Locate a loaded row, as an error message would."""
     config = make_config(dataset=str(path), **options)
-    return locate(config, index, load_rows(config)[index])
+    return load_rows(config).place(index)
 
 
 # ---------------------------------------------------------------------------------------------- kinds of files
@@ -200,7 +200,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_an_unknown_ending_names_the_known_ones(tmp_path: Path) -> None:
     text = message(write(tmp_path / "a.xlsx", "x"))
-    assert ".xlsx is none of .json, .jsonl, .csv, .parquet, .txt" in text
+    assert ".xlsx is none of .json, .jsonl, .ndjson, .csv, .tsv, .txt, .parquet" in text
     assert "no ending" in message(write(tmp_path / "data", "x"))
 
 

@@ -1,0 +1,418 @@
+"""The tokenizer's chat template: the text that it writes of a conversation, and where in it each message went.
+
+To find that out, the conversation is rendered once more with a mark around each piece of its text. What has no mark in
+the result was left out by the template. Marks are characters for private use, which no tokenizer gives a meaning.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any
+
+import jinja2.meta
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
+
+from fullft.data.messages import REASONING, Conversation, joined
+from fullft.data.rendered import RowError, Span
+from fullft.errors import DataError
+
+_FIRST_MARK, _LAST_MARK = 0xF0000, 0x10FFFD
+_MOST_PIECES = (_LAST_MARK - _FIRST_MARK) // 2
+_MARKS = re.compile(f"[{chr(_FIRST_MARK)}-{chr(_LAST_MARK)}]")
+# What templates look for in a content, and split it at; marks stay inside of what is between.
+_TAG = re.compile(r"(</?[A-Za-z_][\w-]*>|\[/?[A-Z_]+\]|<\|[A-Z_]*(?:THINK|RESPONSE|ACTION)[A-Z_]*\|>)")
+_END_OF_REASONING = re.compile(r"</(?:think|thinking|thought|reasoning)>|\[/THINK\]|<\|END_THINKING\|>", re.IGNORECASE)
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of a conversation's text, which must be found in the rendered text.
+
+    Attributes:
+        message: its number; -1 for a tool's name.
+        what: for messages to the user.
+        text: without white space around it.
+        is_reasoning: whether it is an assistant's reasoning, which templates leave out of earlier turns.
+    """
+
+    message: int
+    what: str
+    text: str
+    is_reasoning: bool = False
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """What a template makes of a conversation.
+
+    Attributes:
+        text: all of it.
+        marks: the stretches between the template's `{% generation %}` marks.
+        spans: of each piece that was found, in the order of the text.
+        missing: the pieces that the template left out.
+    """
+
+    text: str
+    marks: list[Span]
+    spans: list[tuple[Piece, Span]]
+    missing: list[Piece]
+
+    def span_of(self, message: int) -> Span | None:
+        """Return where a message's text begins and ends; None if none of it was located."""
+        spans = [span for piece, span in self.spans if piece.message == message]
+        return (min(start for start, _ in spans), max(end for _, end in spans)) if spans else None
+
+
+class Chat:
+    """A conversation in the form in which the template takes it.
+
+    Args:
+        template: that renders it.
+        conversation: it.
+        messages: its messages' fields, as this template reads them.
+    """
+
+    def __init__(self, template: "ChatTemplate", conversation: Conversation, messages: list[dict[str, Any]]) -> None:
+        self.template, self.conversation, self.messages = template, conversation, messages
+        self._renderings: dict[int, Rendering] = {}
+
+    def text(self, count: int, prompt: bool = False) -> str:
+        """Render some of the messages.
+
+        Args:
+            count: the first ones.
+            prompt: add what asks the assistant for a turn.
+
+        Raises:
+            RowError: the template refuses them.
+        """
+        if not prompt and count in self._renderings:
+            return self._renderings[count].text
+        return self.template.write(self.messages[:count], self.conversation, prompt)[0]
+
+    def rendering(self, count: int) -> Rendering:
+        """Render some of the messages, and find their pieces in the text.
+
+        Args:
+            count: the first ones.
+
+        Raises:
+            RowError: the template refuses them.
+        """
+        if count not in self._renderings:
+            self._renderings[count] = self._locate(count)
+        return self._renderings[count]
+
+    def _locate(self, count: int) -> Rendering:
+        messages, conversation = self.messages[:count], self.conversation
+        text, marks = self.template.write(messages, conversation, prompt=False)
+        marker = _Marker()
+        marked_messages = [marker.message(message, number) for number, message in enumerate(messages)]
+        tools = [name for tool in conversation.tools or [] if (name := _name_of(tool))]
+        # The names of tools alone are looked for: templates may write their descriptions in a language of their own.
+        expected = [Piece(-1, "tool", name) for name in tools if name not in text]
+        found: dict[int, Span] | None = None
+        if len(marker.pieces) < _MOST_PIECES and not any(_MARKS.search(piece.text) for piece in marker.pieces):
+            try:
+                found = _find_marks(self.template.write(marked_messages, conversation, prompt=False)[0], text)
+            except RowError:
+                found = None
+        if found is None:  # the marks changed what the template wrote
+            found = {}
+            missing = [piece for piece in marker.pieces if not _holds(text, piece.text)]
+            spans = _search(text, marker.pieces)
+        else:
+            missing = [piece for number, piece in enumerate(marker.pieces) if number not in found]
+            spans = sorted(((marker.pieces[n], span) for n, span in found.items()), key=lambda each: each[1])
+        missing += [piece for piece in marker.unmarked if not _holds(text, piece.text)] + expected
+        return Rendering(text, marks, spans, missing)
+
+
+class ChatTemplate:
+    """A tokenizer's chat template.
+
+    Args:
+        tokenizer: has the template, or has none: then the first conversation is refused.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+    @cached_property
+    def eos(self) -> str:
+        """The token that ends a text."""
+        return str(self.tokenizer.eos_token)
+
+    @cached_property
+    def added_tokens(self) -> re.Pattern[str]:
+        """Matches the tokens that are one whatever stands around them, such as `<|im_end|>`."""
+        names = sorted((str(token) for token in self.tokenizer.get_added_vocab()), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, names)) or "(?!)")
+
+    @cached_property
+    def special_tokens(self) -> re.Pattern[str]:
+        """Matches the added tokens that control a model, rather than being words."""
+        tokens = self.tokenizer.added_tokens_decoder.values()
+        names = sorted((token.content for token in tokens if token.special), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, names)) or "(?!)")
+
+    def source(self, has_tools: bool) -> str:
+        """Return the template's text; some tokenizers have another one for tools.
+
+        Raises:
+            DataError: the tokenizer has no chat template.
+        """
+        if self.tokenizer.chat_template is None:
+            raise DataError(
+                "the rows are conversations and the tokenizer has no chat template: train an instruct model, or put "
+                "the template that you want into chat_template.jinja in the model's folder"
+            )
+        return str(self.tokenizer.get_chat_template(None, [{}] if has_tools else None))
+
+    def reads(self, has_tools: bool) -> frozenset[str]:
+        """Return the names of the variables that the template reads."""
+        return _variables(self.source(has_tools))
+
+    def has_marks(self, has_tools: bool) -> bool:
+        """Return whether the template marks what the assistant writes."""
+        return _GENERATION.search(self.source(has_tools)) is not None
+
+    def write(
+        self, messages: Sequence[dict[str, Any]], conversation: Conversation, prompt: bool
+    ) -> tuple[str, list[Span]]:
+        """Let the template write messages.
+
+        Args:
+            messages: as it takes them.
+            conversation: whose tools and variables it gets.
+            prompt: add what asks the assistant for a turn.
+
+        Returns:
+            The text, and the stretches that the template marks.
+
+        Raises:
+            RowError: the template refuses the messages.
+        """
+        source = self.source(bool(conversation.tools))
+        marks = self.has_marks(bool(conversation.tools))
+        variables = dict(conversation.variables or {})
+        try:
+            texts, spans = render_jinja_template(
+                conversations=[list(messages)],
+                tools=conversation.tools,
+                documents=variables.pop("documents", None),
+                chat_template=source,
+                return_assistant_tokens_mask=marks,
+                add_generation_prompt=prompt,
+                **{**self.tokenizer.special_tokens_map, **variables},
+            )
+        except Exception as error:  # templates raise what they like, most often jinja2's TemplateError
+            raise RowError(f"the chat template refuses it: {error}") from error
+        return str(texts[0]), [tuple(span) for span in spans[0]] if marks else []
+
+    def open(self, conversation: Conversation) -> Chat:
+        """Bring a conversation to the form in which the template writes all of it.
+
+        Templates differ in what they take beside a call for no content (null, empty text, no such key), and in whether
+        arguments are an object or its JSON.
+
+        Raises:
+            RowError: the template refuses every form.
+        """
+        chats: list[Chat] = []
+        refusals: list[RowError] = []
+        for messages in self._forms(conversation):
+            chat = Chat(self, conversation, messages)
+            try:
+                missing = chat.rendering(len(messages)).missing
+            except RowError as error:
+                refusals.append(error)
+                continue
+            if all(piece.is_reasoning for piece in missing):
+                return chat
+            chats.append(chat)
+        if not chats:
+            raise refusals[0]
+        return chats[0]
+
+    def _forms(self, conversation: Conversation) -> Iterator[list[dict[str, Any]]]:
+        fields = [self._with_content(message.fields, i + 1) for i, message in enumerate(conversation.messages)]
+        needs_content = any(message["content"] is None for message in fields)
+        has_calls = any(message.get("tool_calls") for message in fields)
+        for as_text in (False, True) if has_calls else (False,):
+            written = [_with_arguments_as_text(message) if as_text else message for message in fields]
+            for content in ("", _NO_KEY, None) if needs_content else ("",):
+                yield [_with_empty_content(message, content) for message in written]
+
+    def _with_content(self, fields: dict[str, Any], number: int) -> dict[str, Any]:
+        """Join a content's parts, unless the template takes parts."""
+        content = fields["content"]
+        if not isinstance(content, list) or self._takes_parts(fields["role"]):
+            return fields
+        text = joined(content)
+        if text is None:
+            kinds = ", ".join(sorted({str(part.get("type", "text")) for part in content}))
+            raise RowError(f"message {number} has parts of the types {kinds}, and the chat template takes text alone")
+        return fields | {"content": text}
+
+    def _takes_parts(self, role: str) -> bool:
+        known = self.__dict__.setdefault("_roles_with_parts", {})
+        if role not in known:
+            before = [] if role in ("user", "system") else [{"role": "user", "content": "Hi"}]
+            after = [{"role": "user", "content": "Hi"}] if role == "system" else []
+            texts: list[str | None] = []
+            for content in ("Well", [{"type": "text", "text": "Well"}]):
+                try:
+                    messages: list[dict[str, Any]] = [*before, {"role": role, "content": content}, *after]
+                    texts.append(self.write(messages, Conversation(()), prompt=False)[0])
+                except RowError:
+                    texts.append(None)
+            known[role] = texts[1] is not None and texts[0] == texts[1]
+        return bool(known[role])
+
+
+_NO_KEY = object()
+
+
+def _with_empty_content(message: dict[str, Any], content: Any) -> dict[str, Any]:
+    if message["content"] is not None:
+        return message
+    if content is _NO_KEY:
+        return {name: value for name, value in message.items() if name != "content"}
+    return message | {"content": content}
+
+
+def _with_arguments_as_text(message: dict[str, Any]) -> dict[str, Any]:
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = call["function"]
+        if "arguments" in function and not isinstance(function["arguments"], str):
+            function = function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+        calls.append(call | {"function": function})
+    return message | {"tool_calls": calls}
+
+
+@cache
+def _variables(source: str) -> frozenset[str]:
+    # transformers' environment knows the tags that it adds to jinja's.
+    return frozenset(jinja2.meta.find_undeclared_variables(_compile_jinja_template(source).environment.parse(source)))
+
+
+# ---------------------------------------------------------------------------------------------- marking
+
+
+class _Marker:
+    """Marks the pieces of messages, and collects them."""
+
+    def __init__(self) -> None:
+        self.pieces: list[Piece] = []
+        self.unmarked: list[Piece] = []  # what is no text, such as numbers and names of arguments
+
+    def message(self, fields: dict[str, Any], number: int) -> dict[str, Any]:
+        """Return a message whose content, reasoning and calls are marked."""
+        marked = dict(fields)
+        content = fields.get("content")
+        is_assistant = fields["role"] == "assistant"
+        if isinstance(content, str):
+            marked["content"] = self._content(content, number, is_assistant)
+        elif isinstance(content, list):
+            marked["content"] = [self._part(part, number, is_assistant) for part in content]
+        reasoning = next((name for name in REASONING if isinstance(fields.get(name), str)), None)
+        if reasoning is not None:
+            text = self._text(fields[reasoning], Piece(number, "the reasoning", "", is_reasoning=True))
+            marked |= {name: text for name in REASONING if fields.get(name) == fields[reasoning]}
+        if fields.get("tool_calls"):
+            marked["tool_calls"] = [self._call(call, number) for call in fields["tool_calls"]]
+        return marked
+
+    def _content(self, content: str, number: int, is_assistant: bool) -> str:
+        end = 0
+        if is_assistant:
+            end = max((match.start() for match in _END_OF_REASONING.finditer(content)), default=0)
+        reasoning = self._text(content[:end], Piece(number, "the reasoning", "", is_reasoning=True))
+        return reasoning + self._text(content[end:], Piece(number, "the content", ""))
+
+    def _part(self, part: dict[str, Any], number: int, is_assistant: bool) -> dict[str, Any]:
+        is_reasoning = is_assistant and part.get("type", "text") in ("thinking", "reasoning")
+        piece = Piece(number, "the reasoning" if is_reasoning else "the content", "", is_reasoning)
+        return {name: value if name == "type" else self._nested(value, piece) for name, value in part.items()}
+
+    def _call(self, call: dict[str, Any], number: int) -> dict[str, Any]:
+        function = call["function"]
+        piece = Piece(number, f"the call of {function['name']}", "")
+        marked = {"name": self._text(function["name"], piece)}
+        if "arguments" in function:
+            marked["arguments"] = self._nested(function["arguments"], piece)
+        return call | {"function": function | marked}
+
+    def _nested(self, value: Any, piece: Piece) -> Any:
+        if isinstance(value, str):
+            return self._text(value, piece)
+        if isinstance(value, dict):
+            self.unmarked += [Piece(piece.message, piece.what, name, piece.is_reasoning) for name in value]
+            return {name: self._nested(entry, piece) for name, entry in value.items()}
+        if isinstance(value, list):
+            return [self._nested(entry, piece) for entry in value]
+        self.unmarked.append(Piece(piece.message, piece.what, json.dumps(value), piece.is_reasoning))
+        return value
+
+    def _text(self, text: str, piece: Piece) -> str:
+        """Mark a text between its tags, inside of white space, which templates may strip."""
+        parts = []
+        for part in _TAG.split(text):
+            core = part.strip()
+            if not core or _TAG.fullmatch(part):
+                parts.append(part)
+                continue
+            mark = _FIRST_MARK + 2 * len(self.pieces)
+            self.pieces.append(Piece(piece.message, piece.what, core, piece.is_reasoning))
+            marks = (chr(mark), chr(mark + 1)) if len(self.pieces) <= _MOST_PIECES else ("", "")
+            start = part.index(core)
+            parts += [part[:start], marks[0], core, marks[1], part[start + len(core) :]]
+        return "".join(parts)
+
+
+def _find_marks(marked: str, text: str) -> dict[int, Span] | None:
+    """Return where pieces stand in a text, by their numbers; None if without its marks it would be another one."""
+    if _MARKS.sub("", marked) != text:
+        return None
+    places: dict[int, int] = {}
+    for count, mark in enumerate(_MARKS.finditer(marked)):
+        number = ord(mark[0]) - _FIRST_MARK
+        # A template may write a text twice: all that lies between its ends counts.
+        places[number] = mark.start() - count if number % 2 else places.get(number, mark.start() - count)
+    return {
+        number // 2: (start, places[number + 1])
+        for number, start in places.items()
+        if number % 2 == 0 and places.get(number + 1, -1) > start
+    }
+
+
+def _holds(text: str, piece: str) -> bool:
+    """Return whether a text holds a piece, as it is, as JSON or as Python writes it."""
+    words = {"null": ("null", "None"), "true": ("true", "True"), "false": ("false", "False")}
+    forms = words.get(piece, (piece, json.dumps(piece)[1:-1], json.dumps(piece, ensure_ascii=False)[1:-1]))
+    return any(form in text for form in forms)
+
+
+def _search(text: str, pieces: list[Piece]) -> list[tuple[Piece, Span]]:
+    """Find pieces by their text, each behind the last one."""
+    spans, position = [], 0
+    for piece in pieces:
+        start = text.find(piece.text, position)
+        if start >= 0:
+            position = start + len(piece.text)
+            spans.append((piece, (start, position)))
+    return spans
+
+
+def _name_of(tool: Any) -> str | None:
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else None

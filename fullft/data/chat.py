@@ -132,6 +132,7 @@ def _finished(
         kept_out=tuple(span for span in kept_out if span is not None),
         own=own,
         is_split=is_split,
+        unread_fields=chat.unread_fields(),
         leaves_eos_out=row.are_marks and ends_turn and learns_eos and end <= len(stripped) - len(eos),
     )
 
@@ -184,9 +185,9 @@ def _locate(chat: Chat, rendering: Rendering, number: int) -> Span | None:
         return None
     closing, last_closing = text[span[1] :], alone.text[alone_span[1] :]
     length = _common(closing, last_closing, chat.template.added_tokens)
-    if length == 0:  # another token closes it than the last turn
-        token = chat.template.added_tokens.match(closing)
-        length = token.end() if token is not None else 0
+    if chat.template.added_tokens.search(closing, 0, length) is None:  # another token closes it than the last turn
+        token = chat.template.added_tokens.match(closing, length)
+        length = token.end() if token is not None else length
     return start, _end_of_turn(text, start, span[1] + length, chat.template.eos)
 
 

@@ -65,15 +65,15 @@ def notes_on(
     split = [number for number, is_split in zip(numbers, tokenised["is_split"][:], strict=True) if is_split]
     if split:
         notes.append(
-            f"{len(set(split)):,} conversations became {len(split):,} rows, one per turn of the assistant: the chat "
-            "template writes earlier turns differently"
+            f"{_counted(len(set(split)), 'conversation')} became {len(split):,} rows, one per turn of the assistant: "
+            "the chat template writes earlier turns differently"
         )
-    for column, what in (
-        ("num_kept_out", "turns kept out of the loss by the rows (weight, train, training, loss)"),
-        ("num_silent", "turns of the assistant say nothing, and are not learned"),
-    ):
-        if count := sum(tokenised[column][:]):
-            notes.append(f"{count:,} {what}")
+    if count := sum(tokenised["num_kept_out"][:]):
+        notes.append(
+            f"{_counted(count, 'turn')} of the assistant kept out of the loss (weight, train, training or loss)"
+        )
+    if count := sum(tokenised["num_silent"][:]):
+        notes.append(f"{_counted(count, 'turn')} of the assistant without a word, not learned")
     special = [number for number, has in zip(numbers, tokenised["has_special"][:], strict=True) if has]
     if special:
         treated = (
@@ -82,16 +82,23 @@ def notes_on(
             else "control the model there; --sanitize_special_tokens encodes them as plain text"
         )
         notes.append(
-            f"{len(set(special)):,} rows hold special tokens in their own text ({rows.place(special[0])}), which "
-            f"{treated}"
+            f"{_counted(len(set(special)), 'row')} with special tokens in the text itself ({rows.place(special[0])}), "
+            f"which {treated}"
         )
     if any(tokenised["leaves_eos_out"][:]):
         notes.append("the chat template's marks leave out the EOS behind a turn: the model does not learn to stop")
+    fields = sorted({name for names in set(tokenised["unread_fields"][:]) for name in names.split()})
+    if fields:
+        notes.append(f"fields of messages that the chat template does not read: {_listed(fields)}")
     if unread := row_format.unread(rows.column_names, ChatTemplate(tokenizer)):
         notes.append(f"columns that nothing reads: {_listed(unread)}")
     if rows.left_out:
         notes.append(f"files of the folder that are not read: {_listed(rows.left_out)}")
     return notes
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
 def _listed(names: Sequence[str], most: int = 8) -> str:

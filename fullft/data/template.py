@@ -25,6 +25,7 @@ _MARKS = re.compile(f"[{chr(_FIRST_MARK)}-{chr(_LAST_MARK)}]")
 # What templates look for in a content, and split it at; marks stay inside of what is between.
 _TAG = re.compile(r"(</?[A-Za-z_][\w-]*>|\[/?[A-Z_]+\]|<\|[A-Z_]*(?:THINK|RESPONSE|ACTION)[A-Z_]*\|>)")
 _END_OF_REASONING = re.compile(r"</(?:think|thinking|thought|reasoning)>|\[/THINK\]|<\|END_THINKING\|>", re.IGNORECASE)
+_WRITTEN = {"role", "content", "tool_calls", *REASONING}
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -106,6 +107,12 @@ class Chat:
         if count not in self._renderings:
             self._renderings[count] = self._locate(count)
         return self._renderings[count]
+
+    def unread_fields(self) -> tuple[str, ...]:
+        """Return the messages' fields, besides what must be found in the text, that the template does not name."""
+        source = self.template.source(bool(self.conversation.tools))
+        names = dict.fromkeys(name for message in self.messages for name in message if name not in _WRITTEN)
+        return tuple(name for name in names if not _is_named(source, name))
 
     def _locate(self, count: int) -> Rendering:
         messages, conversation = self.messages[:count], self.conversation
@@ -296,6 +303,11 @@ def _with_arguments_as_text(message: dict[str, Any]) -> dict[str, Any]:
             function = function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}
         calls.append(call | {"function": function})
     return message | {"tool_calls": calls}
+
+
+@cache
+def _is_named(source: str, name: str) -> bool:
+    return re.search(rf"\b{re.escape(name)}\b", source) is not None
 
 
 @cache

@@ -39,6 +39,7 @@ _TOKENISED = Features(
         "num_kept_out": Value("int32"),
         "num_silent": Value("int32"),
         "has_special": Value("bool"),
+        "unread_fields": Value("string"),
         "leaves_eos_out": Value("bool"),
     }
 )
@@ -100,11 +101,18 @@ def _tokenise_batch(
     pieces, length, is_text = [], config.max_length, row_format.name == "text"
     for index, text, tokens in _encode(rendered, reader):
         ids, labels = _with_labels(text, tokens, tokenizer.eos_token_id, config.train_on_prompt)
-        told = (text.is_split, text.num_kept_out, text.num_silent, _has_special_inside(text, reader.template))
+        told = (
+            text.is_split,
+            text.num_kept_out,
+            text.num_silent,
+            _has_special_inside(text, reader.template),
+            " ".join(text.unread_fields),
+            text.leaves_eos_out,
+        )
         for start in range(0, len(ids) if is_text else 1, length):
             piece = slice(start, start + length)
             is_cut = len(ids) > length and not is_text
-            pieces.append(_Piece(index, is_cut, ids[piece], labels[piece], *told, text.leaves_eos_out))
+            pieces.append(_Piece(index, is_cut, ids[piece], labels[piece], *told))
     return _as_table(pieces)
 
 
@@ -129,6 +137,7 @@ class _Piece(NamedTuple):
     num_kept_out: int
     num_silent: int
     has_special: bool
+    unread_fields: str
     leaves_eos_out: bool
 
 

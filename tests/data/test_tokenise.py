@@ -135,6 +135,28 @@ def test_an_eos_in_the_rows_is_not_doubled(tmp_path: Path, tokenizer: PreTrained
     assert pairs(load(tmp_path, completions(("the prompt ", "the response<|endoftext|>")), tokenizer)) == plain
 
 
+@pytest.mark.parametrize("added", ["<|im_start|> $A", "$A <|endoftext|>", "<|im_start|> $A <|endoftext|>"])
+@pytest.mark.parametrize("front", ["", "<|im_start|>"])
+@pytest.mark.parametrize("back", ["", "<|endoftext|>"])
+def test_special_tokens_at_the_edges_stand_once(
+    back: str, front: str, added: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    bos = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    changed = adding(tokenizer, added)
+    has_bos = bool(front) or "im_start" in added
+    middle = tokenizer("one two").input_ids
+    expected = [*[bos] * has_bos, *middle, EOS]
+    assert pairs(load(tmp_path, [{"text": f"{front}one two{back}"}], changed)) == [(expected, without_first(expected))]
+    data = load(tmp_path, completions((f"{front}one", f" two{back}")), changed)
+    count = len(tokenizer("one").input_ids) + has_bos
+    assert pairs(data) == [(expected, [IGNORED] * count + expected[count:])]
+    assert "special tokens" not in data.description  # at the edges they were meant
+    # Within the text they stay.
+    inside = load(tmp_path, [{"text": "one<|im_start|> two"}], changed)
+    assert pairs(inside)[0][0].count(bos) == 1 + ("im_start" in added)
+    assert "1 row with special tokens in the text itself" in inside.description
+
+
 def test_chatml_turns_are_learned_and_eos_is_added(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     turns = [("system", "S"), ("user", "Hi"), ("assistant", "Hello"), ("user", "And?"), ("assistant", "Bye")]
     rows = [{"messages": [{"role": role, "content": content} for role, content in turns]}]

@@ -123,13 +123,14 @@ def main(config: Config) -> None:
                     log.checkpoint(saved)
                     stop.end_run_if_asked(step)
 
-        # --- Evaluate after training. The final model goes to the root of output_dir, and is reloaded for a check.
-        samples.complete(model, autocast, after=True)
+        # --- The final model goes to the root of output_dir before anything else can fail. It is reloaded for a check.
         optimizer.close()  # its states make room for the reloaded copy
-        results = log.results(samples)
+        results = log.results()
         export_model(config, model, tokenizer, results)
         print(check_export(config, model, data.train.rows[0]["input_ids"]))
         print(record_memory(plan, worst_step, device))
+        samples.complete(model, autocast, after=True)
+        log.samples(results, samples)
         print(f"{samples.describe()}\n{describe_results(results)}")
 
 

@@ -177,12 +177,8 @@ class Log:
         self.say(f"Saved {folder}")
         self._elapsed()
 
-    def results(self, samples: Samples) -> dict[str, Any]:
-        """Sum the run up, and write it to `train_results.json`.
-
-        Args:
-            samples: prompts and what the model made of them.
-        """
+    def results(self) -> dict[str, Any]:
+        """Sum the run up, and write it to `train_results.json`."""
         losses = [record for record in self.records if "loss" in record]
         evaluations = [record for record in self.records if "eval_loss" in record]
         before = next((record["eval_loss"] for record in evaluations if record["step"] == 0), None)
@@ -199,10 +195,14 @@ class Log:
             "tokens_per_second": self.num_tokens / self.seconds if self.seconds else None,
             "peak_memory_bytes": peak_bytes(self.device),
             "resumed_at_step": self.first_step - 1 or None,
-            "samples": [asdict(sample) for sample in samples.samples],
         }
         write_text(self.folder / "train_results.json", json.dumps(results, indent=1))
         return results
+
+    def samples(self, results: dict[str, Any], samples: Samples) -> None:
+        """Write the results once more, with prompts and what the model made of them."""
+        completed = {"samples": [asdict(sample) for sample in samples.samples]}
+        write_text(self.folder / "train_results.json", json.dumps(results | completed, indent=1))
 
     def _record(self, record: dict[str, Any]) -> None:
         self.records.append(record)

@@ -34,7 +34,7 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
     """
     problems: list[str] = []
     flags = read_flags(Options, sys.argv[1:] if argv is None else argv, problems)
-    file = read_yaml(Options, str(flags.pop("config")), problems) if "config" in flags else {}
+    file = read_yaml(Options, os.path.expanduser(flags.pop("config")), problems) if "config" in flags else {}
     given = _beaten_by(flags, file) | flags
     # Without a model everything that is not given comes from the demo.
     base = {} if given.get("model") is not None else read_yaml(Options, str(DEMO_FOLDER / "demo.yaml"), problems)
@@ -202,8 +202,15 @@ def _convert(option: "Field[Any]", raw: Any) -> Any:
         return _convert_number(raw, kind, meta)
     text = _convert_text(raw, meta)
     if meta["is_path"] and text is not None:
-        text = os.path.expanduser(text)
+        text = _expand_home(text)
     return Path(text) if kind is Path and text is not None else text
+
+
+def _expand_home(path: str) -> str:
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):  # else a folder of that name would appear in the current one
+        raise ValueError(f"{expanded.split('/')[0]} is no user's home folder; if it is a name, write ./{path}")
+    return expanded
 
 
 def _convert_bool(raw: Any) -> bool:

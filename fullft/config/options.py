@@ -201,7 +201,7 @@ class Options:
         "compile the decoder layers; auto: if sequences are packed and the run is long enough to gain",
         choices=("auto", "true", "false"),
         called=("torch_compile",),
-        spellings={"yes": "true", "on": "true", "1": "true", "no": "false", "off": "false", "0": "false"},
+        spellings={"1": "true", "0": "false"},
         bare="true",
     )
     fit: str = option(
@@ -266,7 +266,7 @@ class Options:
         "none",
         "also log to a tracker",
         choices=("none", "tensorboard", "wandb", "tensorboard,wandb"),
-        spellings={"wandb,tensorboard": "tensorboard,wandb", "all": "tensorboard,wandb"},
+        spellings={"wandb,tensorboard": "tensorboard,wandb", "all": "tensorboard,wandb", "false": "none"},
         may_change=True,
     )
     memory_snapshot: bool = option(

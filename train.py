@@ -82,7 +82,7 @@ def main(config: Config) -> None:
         # --- Evaluate before training; a resumed run already has.
         samples = Samples(data, tokenizer, model)
         torch.manual_seed(config.seed)  # dropout draws from here on
-        last_step = restore(checkpoint, config, model, optimizer, data.fingerprint)
+        last_step = restore(checkpoint, config, steps, model, optimizer, data.fingerprint)
         log = Log(config, steps, model, data.train.mean_length, first_step=last_step + 1)
         # --overwrite_output_dir only sets an earlier run aside: a run that fails before it has saved puts it back.
         with prepare_output_dir(config, steps, model), log, StopRequest() as stop:

@@ -251,6 +251,7 @@ def _changed_options(config: Config, saved: dict[str, Any]) -> list[str]:
 def restore(
     checkpoint: Checkpoint | None,
     config: Config,
+    steps: Steps,
     model: PreTrainedModel,
     optimizer: AdamW,
     data_fingerprint: str,
@@ -263,6 +264,7 @@ def restore(
     Args:
         checkpoint: None starts afresh.
         config: `output_dir`, the number formats, the batch size and `allow_changes` are read.
+        steps: of the whole run.
         model: on its device.
         optimizer: filled in place, every state in the dtype that it was saved in.
         data_fingerprint: of the rows as they are now.
@@ -272,12 +274,13 @@ def restore(
 
     Raises:
         CheckpointError: the data or the optimizer is not the one that the checkpoint was made with.
-        OptionsError: what was left at auto has been chosen otherwise.
+        OptionsError: what was left at auto has been chosen otherwise, or the run would end before the checkpoint.
     """
     if checkpoint is None:
         return 0
     _require_same_options(config, checkpoint)
     state = checkpoint.state
+    _require_steps_enough(steps, checkpoint)
     if state["data"]["fingerprint"] != data_fingerprint and not config.allow_changes:
         raise CheckpointError(
             f"the data has changed since {checkpoint.folder} was saved: restore it, or pass --allow_changes"
@@ -312,6 +315,16 @@ def restore(
             torch.get_device_module(model.device).set_rng_state(random_state)
     _leave_later_checkpoints(config.output_dir, state["step"])
     return int(state["step"])
+
+
+def _require_steps_enough(steps: Steps, checkpoint: Checkpoint) -> None:
+    done = checkpoint.state["step"]
+    if done > steps.total:
+        length = "max_steps" if steps.config.max_steps > 0 else "num_train_epochs"
+        raise OptionsError(
+            f"{checkpoint.folder} has done {done} steps, and this run is to end after {steps.total}: raise --{length}, "
+            "or resume an earlier checkpoint"
+        )
 
 
 def _leave_later_checkpoints(output_dir: Path, step: int) -> None:

@@ -262,6 +262,11 @@ class Options:
     save_total_limit: int | None = option(
         None, "keep only the newest ones", unit="checkpoints", at_least=1, shown="all", may_change=True
     )
+    load_best_model_at_end: bool = option(
+        False,
+        "export the checkpoint with the lowest held-out loss, not the last weights; it is never deleted",
+        may_change=True,
+    )
     report_to: str = option(
         "none",
         "also log to a tracker",

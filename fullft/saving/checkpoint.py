@@ -63,6 +63,7 @@ def save_checkpoint(
     tokenizer: PreTrainedTokenizerBase,
     optimizer: AdamW,
     data_fingerprint: str,
+    best: dict[str, Any] | None = None,
 ) -> Path:
     """Save everything that the next step depends on, then delete checkpoints beyond `save_total_limit`.
 
@@ -74,6 +75,7 @@ def save_checkpoint(
         tokenizer: saved next to it, so that the folder is a usable model.
         optimizer: its states go into `optimizer.safetensors`.
         data_fingerprint: of the tokenised rows.
+        best: the best checkpoint with this one, which is kept; see `best.py`.
 
     Returns:
         The checkpoint's folder.
@@ -96,6 +98,7 @@ def save_checkpoint(
         "rng": _random_states(model.device),
         "optimizer": _step_counts(optimizer, model),
         "options": to_words(config),
+        "best": best,
     }
     with staged_folder(folder) as staging:
         hashes = save_weights(model, staging)
@@ -108,11 +111,25 @@ def save_checkpoint(
         sync_folder(staging)
         install_checkpoint(staging, folder)
     discard_earlier_run(folder.parent)
-    if config.save_total_limit is not None:
-        kept = [old for old in own_checkpoints(folder.parent) if step_of(old) <= step]
-        for old in kept[config.save_total_limit :]:
-            delete_checkpoint(old)
+    for old in _surplus(config, step, best):
+        delete_checkpoint(old)
     return folder
+
+
+def _surplus(config: Config, step: int, best: dict[str, Any] | None) -> list[Path]:
+    """List the checkpoints beyond `save_total_limit`, as Hugging Face's Trainer does: the best one is not among them.
+
+    Nor is the newest one, so that the run can be resumed: with a limit of 1 there may be two.
+    """
+    limit, newest_first = config.save_total_limit, own_checkpoints(config.output_dir)
+    if limit is None:
+        return []
+    others = [old for old in newest_first if step_of(old) <= step]
+    kept = config.output_dir / best["checkpoint"] if best is not None else None
+    if kept in others:
+        limit = max(limit - 1, int(others[0] != kept))
+        others.remove(kept)
+    return others[limit:]
 
 
 def _sha256(file: Path) -> str:

@@ -34,6 +34,7 @@ from fullft.optim.schedule import build_schedule
 from fullft.run.evaluation import Samples, evaluate
 from fullft.run.log import Log, describe_results
 from fullft.run.signals import StopRequest
+from fullft.saving.best import BestCheckpoint
 from fullft.saving.checkpoint import open_checkpoint, restore, save_checkpoint
 from fullft.saving.export import check_export, export_model
 from fullft.saving.output_dir import prepare_output_dir
@@ -56,6 +57,7 @@ def main(config: Config) -> None:
     device = pick_device()
     source, model_config = find_model(config), find_config(config)
     checkpoint = open_checkpoint(config)
+    best = BestCheckpoint(config, checkpoint)  # for --load_best_model_at_end
     tokenizer = load_tokenizer(config, source)
     data = load_data(config, tokenizer)
     print(data.description)
@@ -82,7 +84,7 @@ def main(config: Config) -> None:
         # --- Evaluate before training; a resumed run already has.
         samples = Samples(data, tokenizer, model)
         torch.manual_seed(config.seed)  # dropout draws from here on
-        last_step = restore(checkpoint, config, model, optimizer, data.fingerprint)
+        last_step = restore(checkpoint, config, steps, model, optimizer, data.fingerprint)
         log = Log(config, steps, model, data.train.mean_length, first_step=last_step + 1)
         # --overwrite_output_dir only sets an earlier run aside: a run that fails before it has saved puts it back.
         with prepare_output_dir(config, steps, model), log, StopRequest() as stop:
@@ -119,17 +121,20 @@ def main(config: Config) -> None:
                 if steps.evaluation_due(step):
                     log.evaluation(step, evaluate(model, loss_sum, data.evaluation, autocast))
                 if steps.checkpoint_due(step) or stop.received:
-                    saved = save_checkpoint(config, steps, step, model, tokenizer, optimizer, data.fingerprint)
+                    noted = best.including(step, log.eval_losses)
+                    saved = save_checkpoint(config, steps, step, model, tokenizer, optimizer, data.fingerprint, noted)
                     log.checkpoint(saved)
                     stop.end_run_if_asked(step)
 
-        # --- Evaluate after training. The final model goes to the root of output_dir, and is reloaded for a check.
-        samples.complete(model, autocast, after=True)
+        # --- The final model goes to the root of output_dir before anything else can fail. It is reloaded for a check.
         optimizer.close()  # its states make room for the reloaded copy
-        results = log.results(samples)
+        exported = best.load(model, steps.total, log.eval_losses)  # without --load_best_model_at_end the last weights
+        results = log.results(exported)
         export_model(config, model, tokenizer, results)
         print(check_export(config, model, data.train.rows[0]["input_ids"]))
         print(record_memory(plan, worst_step, device))
+        samples.complete(model, autocast, after=True)
+        log.samples(results, samples)
         print(f"{samples.describe()}\n{describe_results(results)}")
 
 

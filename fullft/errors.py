@@ -4,6 +4,7 @@ Imports nothing heavy, since it must be in place before torch is.
 """
 
 import errno
+import os
 import re
 import signal
 import sys
@@ -12,6 +13,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 
 
 class FullftError(Exception):
@@ -143,6 +145,8 @@ def as_user_error(error: BaseException) -> FullftError:
     if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(f"{type(error).__name__} {text}"):
         advice = f"{_fragmentation_advice(str(error))}{_advice.get()()}"
         return MemoryExhaustedError(f"out of memory: {text or type(error).__name__}\n{advice}")
+    if (cache := _cache_of(error)) is not None:
+        return _cache_error(text, *cache)
     # Libraries written in Rust (safetensors, tokenizers) report a full disk in the text of a class of their own.
     if (isinstance(error, OSError) and error.errno in _DISK_ERRNOS) or "(os error " in text:
         return DiskError(
@@ -152,11 +156,45 @@ def as_user_error(error: BaseException) -> FullftError:
     return FullftError(f"unexpected {type(error).__name__}: {text}\n--debug shows the traceback")
 
 
+# Where Hugging Face's libraries keep what they have downloaded or prepared, by what moves it; HF_HOME moves all.
+_CACHES = ("HF_DATASETS_CACHE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_MODULES_CACHE", "HF_HOME")
 _FULL_ERRNOS = {getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG".split() if hasattr(errno, name)}
+# A file that is missing from a cache is another matter.
+_CACHE_ERRNOS = (_DISK_ERRNOS | {errno.EEXIST}) - {errno.ENOENT}
+
+
+def _caches() -> dict[str, Path]:
+    """Return the folders of the caches, by the variable that moves each."""
+    # Source: huggingface_hub, constants.py.
+    home = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache"), "huggingface")
+    named = {"HF_HOME": home} | {name: os.environ[name] for name in _CACHES if os.environ.get(name)}
+    return {name: Path(os.path.expanduser(named[name])) for name in _CACHES if name in named}
+
+
+def _cache_of(error: BaseException) -> tuple[str, Path] | None:
+    """Return the cache that an error is about, and the variable that moves it; None if it is about none."""
+    if not isinstance(error, OSError) or error.errno not in _CACHE_ERRNOS or not isinstance(error.filename, str):
+        return None
+    file = Path(error.filename).absolute()
+    for name, folder in _caches().items():
+        if file.is_relative_to(folder.absolute()) or Path(os.path.realpath(file)).is_relative_to(
+            os.path.realpath(folder)
+        ):
+            return name, folder
+    return None
+
+
+def _cache_error(text: str, name: str, folder: Path) -> DiskError:
+    return DiskError(
+        f"cannot write the cache of Hugging Face's libraries, {folder}: {text}\n"
+        f"free some space there, or move it: {name}=<a folder that can be written>"
+    )
 
 
 def exhaustion(error: BaseException) -> FullftError | None:
-    """Recognise memory or disk running out, in an error or in its cause; for code that blames other things.
+    """Recognise memory running out, or a cache that cannot be written, in an error or in its causes.
+
+    For code that blames other things, and that writes nothing but caches: a full disk is then theirs.
 
     Args:
         error: any exception.
@@ -164,9 +202,12 @@ def exhaustion(error: BaseException) -> FullftError | None:
     cause: BaseException | None = error
     while cause is not None:
         found = as_user_error(cause)
-        is_full = isinstance(cause, OSError) and cause.errno in _FULL_ERRNOS or "(os error 28)" in str(cause)
-        if isinstance(found, MemoryExhaustedError) or is_full:
+        if isinstance(found, MemoryExhaustedError) or _cache_of(cause) is not None:
             return found
+        if isinstance(cause, OSError) and cause.errno in _FULL_ERRNOS or "(os error 28)" in str(cause):
+            # Most writes do not say where.
+            is_elsewhere = isinstance(cause, OSError) and cause.filename is not None
+            return found if is_elsewhere else _cache_error(str(cause), *next(iter(_caches().items())))
         cause = cause.__cause__ or cause.__context__
     return None
 

@@ -1,4 +1,4 @@
-"""What must happen before torch is imported: options, the libraries' environment, error messages, `--plan`.
+"""What must happen before torch is imported: printing, options, the libraries' environment, errors, `--plan`.
 
 Importing torch and transformers takes about 5 s. `--help` and mistakes in options are answered before that, and the
 libraries read the environment while they are imported.
@@ -12,6 +12,7 @@ from fullft.config.parse import parse_config
 from fullft.cpu.kernel_caches import limit_kernel_caches
 from fullft.errors import report_uncaught_errors
 from fullft.run.environment import prepare_hub
+from fullft.run.printing import keep_printing
 
 
 def start() -> Config:
@@ -24,6 +25,7 @@ def start() -> Config:
         SystemExit: a plan, a preview or the help was asked for, and has been shown.
         OptionsError: naming every mistake in the options.
     """
+    keep_printing()
     report_uncaught_errors(debug=False)
     config = parse_config()
     report_uncaught_errors(debug=config.debug)

@@ -27,6 +27,7 @@ def find_problems(options: Options, given: Mapping[str, Any]) -> list[str]:
     problems = [] if options.plan or options.preview else _output_dir_problems(options)
     problems += _package_problems(options)
     problems += _offload_problems(options)
+    problems += _best_problems(options)
     if options.device_memory is not None:
         try:
             parse_size(options.device_memory)
@@ -94,6 +95,31 @@ def _offload_problems(options: Options) -> Iterator[str]:
         yield (
             f"offload: parameters={placement.parameters} drops each layer's weights after use, so that backward must "
             "recompute it: add --activation_checkpointing full"
+        )
+
+
+def _best_problems(options: Options) -> Iterator[str]:
+    """Every checkpoint needs a held-out loss, or the best one may not be among them."""
+    if not options.load_best_model_at_end:
+        return
+    if options.val_size == 0:
+        yield "load_best_model_at_end needs held-out rows to tell which is best: add --val_size 0.05"
+    evaluates, saves, every = options.eval_strategy, options.save_strategy, options.eval_steps or options.logging_steps
+    if "no" in (evaluates, saves):
+        yield (
+            f"load_best_model_at_end needs checkpoints and evaluations; save_strategy is {saves}, eval_strategy "
+            f"{evaluates}: add --save_strategy epoch --eval_strategy epoch"
+        )
+    elif saves != evaluates:
+        remedy = f"steps --eval_steps {options.save_steps}" if saves == "steps" else saves
+        yield (
+            f"load_best_model_at_end evaluates whenever it saves; save_strategy is {saves}, eval_strategy {evaluates}: "
+            f"add --eval_strategy {remedy}"
+        )
+    elif saves == "steps" and options.save_steps % every:
+        yield (
+            f"load_best_model_at_end evaluates whenever it saves; save_steps {options.save_steps} is not a multiple of "
+            f"eval_steps {every}: add --eval_steps {options.save_steps}"
         )
 
 

@@ -234,7 +234,7 @@ class Options:
         "compile the decoder layers; auto: if sequences are packed and the run is long enough to gain",
         choices=("auto", "true", "false"),
         called=("torch_compile",),
-        spellings={"yes": "true", "on": "true", "1": "true", "no": "false", "off": "false", "0": "false"},
+        spellings={"1": "true", "0": "false"},
         bare="true",
     )
     fit: str = option(
@@ -295,11 +295,16 @@ class Options:
     save_total_limit: int | None = option(
         None, "keep only the newest ones", unit="checkpoints", at_least=1, shown="all", may_change=True
     )
+    load_best_model_at_end: bool = option(
+        False,
+        "export the checkpoint with the lowest held-out loss, not the last weights; it is never deleted",
+        may_change=True,
+    )
     report_to: str = option(
         "none",
         "also log to a tracker",
         choices=("none", "tensorboard", "wandb", "tensorboard,wandb"),
-        spellings={"wandb,tensorboard": "tensorboard,wandb", "all": "tensorboard,wandb"},
+        spellings={"wandb,tensorboard": "tensorboard,wandb", "all": "tensorboard,wandb", "false": "none"},
         may_change=True,
     )
     memory_snapshot: bool = option(

@@ -34,7 +34,7 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
     """
     problems: list[str] = []
     flags = read_flags(Options, sys.argv[1:] if argv is None else argv, problems)
-    file = read_yaml(Options, str(flags.pop("config")), problems) if "config" in flags else {}
+    file = read_yaml(Options, os.path.expanduser(flags.pop("config")), problems) if "config" in flags else {}
     given = _beaten_by(flags, file) | flags
     # Without a model everything that is not given comes from the demo.
     base = {} if given.get("model") is not None else read_yaml(Options, str(DEMO_FOLDER / "demo.yaml"), problems)
@@ -65,6 +65,7 @@ def _beaten_by(flags: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, A
 # ---------------------------------------------------------------------------------------------- reading
 
 _BARE = object()  # stands for the value of a flag that has none
+_YES, _NO = ("true", "yes", "on"), ("false", "no", "off")
 
 
 def read_flags(options: type, argv: Sequence[str], problems: list[str]) -> dict[str, Any]:
@@ -139,8 +140,8 @@ def _yaml_items(path: str, problems: list[str]) -> Iterator[tuple[str, Any]]:
     import yaml  # only here: most runs need no YAML
 
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        content, root = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
+        text, loader = Path(path).read_text(encoding="utf-8-sig"), _loader_of_words()
+        content, root = yaml.load(text, loader), yaml.compose(text, loader)
     except UnicodeDecodeError as error:
         problems.append(f"--config {path} is not UTF-8 text (byte {error.start})")
     except OSError as error:
@@ -154,8 +155,28 @@ def _yaml_items(path: str, problems: list[str]) -> Iterator[tuple[str, Any]]:
             keys = [str(key.value) for key, _ in root.value]
             yield from ((str(key), raw) for key, raw in content.items())
             yield from ((key, None) for number, key in enumerate(keys) if key in keys[:number])
+            for key, value in root.value:
+                within = [entry.value for entry, _ in value.value] if isinstance(value, yaml.MappingNode) else []
+                twice = dict.fromkeys(entry for number, entry in enumerate(within) if entry in within[:number])
+                problems += [f"{path}: {key.value}: {entry} stands there twice: keep one of the two" for entry in twice]
         elif content is not None:
             problems.append(f"--config {path} must hold `option: value` lines")
+
+
+def _loader_of_words() -> Any:
+    """Make a loader that leaves values as they are written, but for null; each option knows what its words mean.
+
+    YAML 1.1 has values of its own for some of them: `off` is false, 010 is 8, 12:30 is 750, 1.10 is 1.1.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers = {
+            first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
+            for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+    return Loader
 
 
 def _suggest(word: str, options: type, prefix: str) -> str:
@@ -202,15 +223,22 @@ def _convert(option: "Field[Any]", raw: Any) -> Any:
         return _convert_number(raw, kind, meta)
     text = _convert_text(raw, meta)
     if meta["is_path"] and text is not None:
-        text = os.path.expanduser(text)
+        text = _expand_home(text)
     return Path(text) if kind is Path and text is not None else text
+
+
+def _expand_home(path: str) -> str:
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):  # else a folder of that name would appear in the current one
+        raise ValueError(f"{expanded.split('/')[0]} is no user's home folder; if it is a name, write ./{path}")
+    return expanded
 
 
 def _convert_bool(raw: Any) -> bool:
     word = str(raw).lower()
-    if word in ("true", "yes", "on", "1"):
+    if word in (*_YES, "1"):
         return True
-    if word in ("false", "no", "off", "0"):
+    if word in (*_NO, "0"):
         return False
     raise ValueError(f"{str(raw)!r} is neither true nor false")
 
@@ -218,8 +246,6 @@ def _convert_bool(raw: Any) -> bool:
 def _convert_number(raw: Any, kind: Any, meta: Mapping[str, Any]) -> int | float:
     unit = f" ({meta['unit']})" if meta["unit"] else ""
     try:
-        if isinstance(raw, bool):
-            raise ValueError
         value = _number(str(raw))
         if not math.isfinite(value) or (kind is int and value != int(value)):
             raise ValueError
@@ -244,23 +270,21 @@ def _number(word: str) -> int | float:
 
 def _convert_text(raw: Any, meta: Mapping[str, Any]) -> str | None:
     choices, spellings = meta["choices"], meta["spellings"] or {}
-    if isinstance(raw, bool):
-        # YAML reads `no` as false, and `gradient_checkpointing: true` is what Hugging Face's users write.
-        raw = "no" if not raw and "no" in choices else str(raw).lower()
-        if not choices and raw not in spellings:
-            raise ValueError(f"{raw} is not text: write it in quotes")
     written = str(raw).strip()
     word = written.lower().replace("-", "_")
-    if word in spellings:
-        value: str | None = spellings[word]
-        return value
-    if not choices:
-        return written
-    for choice in choices:
-        pattern = re.escape(choice.replace("-", "_")).replace("<n>", "([1-9][0-9]*)")
-        if match := re.fullmatch(pattern, word):
-            return str(choice.replace("<n>", match[1])) if match.groups() else str(choice)
-    raise ValueError(f"{written!r} is not one of {', '.join(choices)}")
+    # An option that knows one word for yes or no, in any of these ways, knows the others too.
+    synonyms = next((words for words in (_YES, _NO) if word in words), ())
+    for each in (word, *synonyms):
+        if each in spellings:
+            value: str | None = spellings[each]
+            return value
+        for choice in choices:
+            pattern = re.escape(choice.replace("-", "_")).replace("<n>", "([1-9][0-9]*)")
+            if match := re.fullmatch(pattern, each):
+                return str(choice.replace("<n>", match[1])) if match.groups() else str(choice)
+    if choices:
+        raise ValueError(f"{written!r} is not one of {', '.join(choices)}")
+    return written
 
 
 def _convert_pairs(raw: Any, meta: Mapping[str, Any]) -> dict[str, str]:

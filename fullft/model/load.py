@@ -165,6 +165,31 @@ def _keep(parameter: nn.Parameter, values: torch.Tensor, tier: str, storage: Sto
     storage.remainders[parameter] = remainders
 
 
+def reload_weights(config: Config, model: PreTrainedModel, folder: Path) -> None:
+    """Put weights that `save_weights` wrote into the model that they were saved from, wherever its weights live.
+
+    Args:
+        config: `trust_remote_code` is read.
+        model: changed in place.
+        folder: of its checkpoint.
+    """
+    targets, stored = saved_tensors(model), _tensors(str(folder))
+    memory = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    # What is saved is the model's own memory, unless transformers has converted it.
+    if all(lives_elsewhere(target) or target.untyped_storage().data_ptr() in memory for target in targets.values()):
+        with torch.no_grad():
+            for name, target in targets.items():
+                if lives_elsewhere(target):
+                    fill(home_of(target), stored[name].read())
+                else:
+                    target.copy_(stored[name].read())
+        return
+    weights = dict(_from_pretrained(config, str(folder), model.dtype).named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights.pop(name))
+
+
 # ---------------------------------------------------------------------------------------------- files
 
 _WIDER = ("F32", "F16")  # than bf16, in range or in precision

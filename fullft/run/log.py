@@ -23,6 +23,7 @@ from fullft.hardware import peak_bytes, peak_flops
 from fullft.model.parts import count_parameters, flops_per_token
 from fullft.run.evaluation import Samples
 from fullft.run.trackers import open_trackers
+from fullft.saving.best import Exported
 from fullft.saving.files import write_text
 
 _NON_FINITE_REMEDY = (
@@ -51,6 +52,7 @@ class Log:
         self.flops_per_token = flops_per_token(model, mean_length)
         self.peak_flops = peak_flops(model.device) if config.numerics.computation is Format.BF16 else None
         self.records: list[dict[str, Any]] = []
+        self.eval_losses: dict[int, float] = {}  # by step
         self.loss = self.grad_norm = math.nan
         self.seconds = self._interval_seconds = 0.0
         self.num_tokens = self._interval_tokens = 0
@@ -60,6 +62,7 @@ class Log:
         write_text(self.folder / "config.yaml", to_yaml(self.config))
         self._trackers = open_trackers(self.config)
         self.records = [r for r in _read_log(self.folder / "log.jsonl") if r["step"] < self.first_step]
+        self.eval_losses = {record["step"]: record["eval_loss"] for record in self.records if "eval_loss" in record}
         lines = "".join(json.dumps(record) + "\n" for record in self.records)
         write_text(self.folder / "log.jsonl", lines)
         self._bar = tqdm(
@@ -167,6 +170,7 @@ class Log:
             eval_loss = loss.item()
             if not math.isfinite(eval_loss):
                 raise NonFiniteError(f"step {step}: the held-out loss is {eval_loss}; {_NON_FINITE_REMEDY}")
+            self.eval_losses[step] = eval_loss
             perplexity = math.exp(min(eval_loss, 700.0))  # exp(710) is no float
             self._record({"step": step, "eval_loss": eval_loss, "eval_perplexity": perplexity})
             self.say(f"Step {step}: held-out loss {eval_loss:.4f}, perplexity {perplexity:,.2f}")
@@ -177,32 +181,35 @@ class Log:
         self.say(f"Saved {folder}")
         self._elapsed()
 
-    def results(self, samples: Samples) -> dict[str, Any]:
+    def results(self, exported: Exported) -> dict[str, Any]:
         """Sum the run up, and write it to `train_results.json`.
 
         Args:
-            samples: prompts and what the model made of them.
+            exported: which weights the final model has.
         """
         losses = [record for record in self.records if "loss" in record]
-        evaluations = [record for record in self.records if "eval_loss" in record]
-        before = next((record["eval_loss"] for record in evaluations if record["step"] == 0), None)
         results = {
             "steps": self.steps.total,
             "epochs": self.steps.epoch(self.steps.total),
             "num_parameters": self.num_parameters,
             "first_loss": losses[0]["loss"] if losses else None,
             "last_loss": losses[-1]["loss"] if losses else None,
-            "eval_loss_before": before,
-            "eval_loss_after": evaluations[-1]["eval_loss"] if evaluations else None,
+            "exported_step": exported.step,
+            "eval_loss_before": self.eval_losses.get(0),
+            "eval_loss_after": exported.eval_loss,
             "train_seconds": self.seconds,
             "train_tokens": self.num_tokens,
             "tokens_per_second": self.num_tokens / self.seconds if self.seconds else None,
             "peak_memory_bytes": peak_bytes(self.device),
             "resumed_at_step": self.first_step - 1 or None,
-            "samples": [asdict(sample) for sample in samples.samples],
         }
         write_text(self.folder / "train_results.json", json.dumps(results, indent=1))
         return results
+
+    def samples(self, results: dict[str, Any], samples: Samples) -> None:
+        """Write the results once more, with prompts and what the model made of them."""
+        completed = {"samples": [asdict(sample) for sample in samples.samples]}
+        write_text(self.folder / "train_results.json", json.dumps(results | completed, indent=1))
 
     def _record(self, record: dict[str, Any]) -> None:
         self.records.append(record)
@@ -223,6 +230,8 @@ def describe_results(results: dict[str, Any]) -> str:
     held_out = ""
     if after is not None:
         held_out = f"; held-out loss {'?' if before is None else f'{before:.4f}'} -> {after:.4f}"
+    if results["exported_step"] != results["steps"]:
+        held_out += f" (exported: step {results['exported_step']})"
     loss = "" if results["first_loss"] is None else f"loss {results['first_loss']:.4f} -> {results['last_loss']:.4f}"
     minutes, seconds = divmod(round(results["train_seconds"]), 60)
     time_taken = f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

@@ -1,15 +1,18 @@
-"""Signals: a first SIGINT or SIGTERM lets the step finish and a checkpoint be saved; a second one ends at once.
+"""Signals: a first SIGINT, SIGTERM or SIGHUP lets the step finish and a checkpoint be saved.
 
-The former handlers are restored after the loop.
+A second SIGINT or SIGTERM ends at once. A signal that is ignored, as SIGHUP is under nohup, stays so. The former
+handlers are restored after the loop.
 """
 
 import os
 import signal
 import types
+from contextlib import suppress
 
 from fullft.errors import StoppedBySignal
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_HANGUP = getattr(signal, "SIGHUP", None)  # the terminal has been closed, or the connection lost; Windows has none
+_SIGNALS = [number for number in (signal.SIGINT, signal.SIGTERM, _HANGUP) if number is not None]
 
 
 class StopRequest:
@@ -19,7 +22,8 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         """Install the handlers."""
-        self._former = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._former = {number: signal.signal(number, self._receive) for number in heard}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -29,11 +33,14 @@ class StopRequest:
 
     def _receive(self, number: int, _: types.FrameType | None) -> None:
         if self.received is not None:
+            if number == _HANGUP:
+                return  # a closing terminal sends several: the kernel one, the shell another
             raise StoppedBySignal("stopped at once; the checkpoints saved so far are intact", number)
         self.received = number
         # Past Python's buffers: one of them may be what the signal interrupted.
         name = signal.Signals(number).name
-        os.write(2, f"\n{name}: finishing the step and saving a checkpoint; a second one ends at once\n".encode())
+        with suppress(OSError):  # the terminal may be gone
+            os.write(2, f"\n{name}: finishing the step and saving a checkpoint; a second one ends at once\n".encode())
 
     def end_run_if_asked(self, step: int) -> None:
         """End the run if a signal has asked for it.

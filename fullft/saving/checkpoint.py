@@ -63,6 +63,7 @@ def save_checkpoint(
     tokenizer: PreTrainedTokenizerBase,
     optimizer: AdamW,
     data_fingerprint: str,
+    best: dict[str, Any] | None = None,
 ) -> Path:
     """Save everything that the next step depends on, then delete checkpoints beyond `save_total_limit`.
 
@@ -74,6 +75,7 @@ def save_checkpoint(
         tokenizer: saved next to it, so that the folder is a usable model.
         optimizer: its states go into `optimizer.safetensors`.
         data_fingerprint: of the tokenised rows.
+        best: the best checkpoint with this one, which is kept; see `best.py`.
 
     Returns:
         The checkpoint's folder.
@@ -96,6 +98,7 @@ def save_checkpoint(
         "rng": _random_states(model.device),
         "optimizer": _step_counts(optimizer, model),
         "options": to_words(config),
+        "best": best,
     }
     with staged_folder(folder) as staging:
         hashes = save_weights(model, staging)
@@ -108,11 +111,25 @@ def save_checkpoint(
         sync_folder(staging)
         install_checkpoint(staging, folder)
     discard_earlier_run(folder.parent)
-    if config.save_total_limit is not None:
-        kept = [old for old in own_checkpoints(folder.parent) if step_of(old) <= step]
-        for old in kept[config.save_total_limit :]:
-            delete_checkpoint(old)
+    for old in _surplus(config, step, best):
+        delete_checkpoint(old)
     return folder
+
+
+def _surplus(config: Config, step: int, best: dict[str, Any] | None) -> list[Path]:
+    """List the checkpoints beyond `save_total_limit`, as Hugging Face's Trainer does: the best one is not among them.
+
+    Nor is the newest one, so that the run can be resumed: with a limit of 1 there may be two.
+    """
+    limit, newest_first = config.save_total_limit, own_checkpoints(config.output_dir)
+    if limit is None:
+        return []
+    others = [old for old in newest_first if step_of(old) <= step]
+    kept = config.output_dir / best["checkpoint"] if best is not None else None
+    if kept in others:
+        limit = max(limit - 1, int(others[0] != kept))
+        others.remove(kept)
+    return others[limit:]
 
 
 def _sha256(file: Path) -> str:
@@ -251,6 +268,7 @@ def _changed_options(config: Config, saved: dict[str, Any]) -> list[str]:
 def restore(
     checkpoint: Checkpoint | None,
     config: Config,
+    steps: Steps,
     model: PreTrainedModel,
     optimizer: AdamW,
     data_fingerprint: str,
@@ -263,6 +281,7 @@ def restore(
     Args:
         checkpoint: None starts afresh.
         config: `output_dir`, the number formats, the batch size and `allow_changes` are read.
+        steps: of the whole run.
         model: on its device.
         optimizer: filled in place, every state in the dtype that it was saved in.
         data_fingerprint: of the rows as they are now.
@@ -272,12 +291,13 @@ def restore(
 
     Raises:
         CheckpointError: the data or the optimizer is not the one that the checkpoint was made with.
-        OptionsError: what was left at auto has been chosen otherwise.
+        OptionsError: what was left at auto has been chosen otherwise, or the run would end before the checkpoint.
     """
     if checkpoint is None:
         return 0
     _require_same_options(config, checkpoint)
     state = checkpoint.state
+    _require_steps_enough(steps, checkpoint)
     if state["data"]["fingerprint"] != data_fingerprint and not config.allow_changes:
         raise CheckpointError(
             f"the data has changed since {checkpoint.folder} was saved: restore it, or pass --allow_changes"
@@ -312,6 +332,16 @@ def restore(
             torch.get_device_module(model.device).set_rng_state(random_state)
     _leave_later_checkpoints(config.output_dir, state["step"])
     return int(state["step"])
+
+
+def _require_steps_enough(steps: Steps, checkpoint: Checkpoint) -> None:
+    done = checkpoint.state["step"]
+    if done > steps.total:
+        length = "max_steps" if steps.config.max_steps > 0 else "num_train_epochs"
+        raise OptionsError(
+            f"{checkpoint.folder} has done {done} steps, and this run is to end after {steps.total}: raise --{length}, "
+            "or resume an earlier checkpoint"
+        )
 
 
 def _leave_later_checkpoints(output_dir: Path, step: int) -> None:

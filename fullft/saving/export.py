@@ -67,6 +67,9 @@ def _card(config: Config, results: dict[str, Any]) -> str:
     evaluation = "no rows were held out"
     if after is not None:
         evaluation = f"held-out loss {after:.4f}" + (f" (before: {before:.4f})" if before is not None else "")
+    exported = results.get("exported_step", results["steps"])
+    if exported != results["steps"]:
+        evaluation += f", the lowest of its checkpoints: these are the weights of step {exported}"
     # A base_model of the front matter must be a hub id; a folder's name would be a dead link.
     is_hub_id = config.model is not None and not Path(config.model).exists()
     front = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [full-fine-tuning, fullft]"]

@@ -253,7 +253,8 @@ def _require_space(config: Config, steps: Steps, model: nn.Module) -> None:
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     checkpoint = weights + estimate_state_bytes(model, config.numerics)
     saved = steps.num_checkpoints
-    kept = saved if config.save_total_limit is None else min(saved, config.save_total_limit)
+    limit = saved if config.save_total_limit is None else config.save_total_limit
+    kept = min(saved, max(limit, 2) if config.load_best_model_at_end else limit)  # the newest and the best one
     # At one moment there is one more: the next checkpoint, written before an old one goes, or the final model.
     needed = kept * checkpoint + (checkpoint if saved > kept else weights)
     free = shutil.disk_usage(output_dir).free

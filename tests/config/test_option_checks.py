@@ -85,3 +85,47 @@ def test_output_dir_must_not_overwrite_what_is_read() -> None:
     parse_config(["--model", "out/checkpoint-5", "--output_dir", "new"])
     parse_config(["--model", "out", "--output_dir", "out/tuned"])
     parse_config(["--dataset", "rows", "--output_dir", "rows-out"])
+
+
+# ---------------------------------------------------------------------------------------------- the best checkpoint
+
+BEST = "--model x --load_best_model_at_end"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "",
+        "--save_strategy steps --eval_strategy steps --save_steps 30 --eval_steps 10",
+        "--save_strategy steps --eval_strategy steps --save_steps 30 --logging_steps 15",
+        "--load_best_model_at_end false --eval_strategy no",
+    ],
+)
+def test_the_best_checkpoint_can_be_told(words: str) -> None:
+    parse_config([*BEST.split(), *words.split()])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--val_size 0", "needs held-out rows to tell which is best: add --val_size 0.05"),
+        ("--save_strategy no", "save_strategy is no, eval_strategy epoch: add --save_strategy epoch"),
+        ("--eval_strategy no", "save_strategy is epoch, eval_strategy no: add --save_strategy epoch"),
+        ("--eval_strategy steps", "save_strategy is epoch, eval_strategy steps: add --eval_strategy epoch"),
+        (
+            "--save_strategy steps --save_steps 30",
+            "save_strategy is steps, eval_strategy epoch: add --eval_strategy steps --eval_steps 30",
+        ),
+        (
+            "--save_strategy steps --eval_strategy steps --save_steps 30 --eval_steps 20",
+            "save_steps 30 is not a multiple of eval_steps 20: add --eval_steps 30",
+        ),
+        (
+            "--save_strategy steps --eval_strategy steps --save_steps 30 --logging_steps 7",
+            "save_steps 30 is not a multiple of eval_steps 7: add --eval_steps 30",
+        ),
+    ],
+)
+def test_the_best_checkpoint_cannot_be_told(words: str, message: str) -> None:
+    (line,) = problems_of(*BEST.split(), *words.split())
+    assert line.startswith("load_best_model_at_end ") and message in line

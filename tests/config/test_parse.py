@@ -1,10 +1,13 @@
 """Command lines: what words mean, and what is said about wrong ones."""
 
 import sys
+from pathlib import Path
 
 import pytest
 from command_lines import problems_of, write_yaml
 
+from fullft.config.declare import by_name
+from fullft.config.options import Options
 from fullft.config.parse import parse_config
 
 # ---------------------------------------------------------------------------------------------- flags
@@ -137,6 +140,54 @@ def test_all_problems_come_in_one_message() -> None:
 def test_an_empty_value_is_never_the_current_folder() -> None:
     for flag in ("--model", "--output_dir", "--dataset", "--resume_from_checkpoint"):
         assert problems_of(flag, "") == [f"{flag}: needs a value"]
+
+
+# ---------------------------------------------------------------------------------------------- paths
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+PATHS = ["model", "model_name_or_path", "dataset", "dataset_name", "output_dir", "resume_from_checkpoint"]
+
+
+@pytest.mark.parametrize("option", PATHS)
+def test_a_tilde_is_the_home_folder(option: str, home: Path) -> None:
+    name = {"model_name_or_path": "model", "dataset_name": "dataset"}.get(option, option)
+    for words in (
+        [f"--{option}=~/x"],
+        [f"--{option}", "~/x"],
+        ["--config", write_yaml(f"{option}: ~/x")],
+        ["--config", write_yaml(f"{option}: '~/x'")],
+    ):
+        assert str(getattr(parse_config(words), name)) == str(home / "x"), words
+    # Elsewhere in a path it is a character like any other.
+    assert str(getattr(parse_config([f"--{option}=a/~/x"]), name)) == "a/~/x"
+
+
+@pytest.mark.parametrize("words", [["--config=~/run.yaml"], ["--config", "~/run.yaml"]])
+def test_a_tilde_leads_to_the_config(words: list[str], home: Path) -> None:
+    (home / "run.yaml").write_text("seed: 77")
+    assert parse_config(words).seed == 77
+
+
+def test_every_option_that_may_be_a_path_is_tried() -> None:
+    names = {name for name, option in by_name(Options).items() if option.metadata["is_path"]}
+    assert names == set(PATHS) & set(by_name(Options))
+    shown = {option.metadata["metavar"] for name, option in by_name(Options).items() if name not in names}
+    assert not any(word in metavar for metavar in shown for word in ("PATH", "FOLDER", "FILE"))
+
+
+def test_a_home_that_nobody_has_is_refused() -> None:
+    (line,) = problems_of("--output_dir", "~nobody_has_this_name/x")
+    assert line == (
+        "--output_dir: ~nobody_has_this_name is no user's home folder; if it is a name, write ./~nobody_has_this_name/x"
+    )
+    assert str(parse_config(["--output_dir", "./~x"]).output_dir) == "~x"
 
 
 # ---------------------------------------------------------------------------------------------- help

@@ -7,8 +7,9 @@ import pytest
 from command_lines import problems_of, write_yaml
 
 from fullft.config.config import to_yaml
+from fullft.config.declare import by_name, kind_of
 from fullft.config.options import Options
-from fullft.config.parse import parse_config
+from fullft.config.parse import parse_config, read_flags, read_yaml
 
 # ---------------------------------------------------------------------------------------------- YAML
 
@@ -36,6 +37,33 @@ from fullft.config.parse import parse_config
         ("offload: {optimizer: host}", "offload", "optimizer=host"),
         ("# nothing but a comment", "optim", "adamw"),
         ("\ufeffseed: 3", "seed", 3),
+        # Words that YAML 1.1 reads as something else.
+        ("fit: off", "fit", "off"),
+        ("fit: no", "fit", "off"),
+        ("compile: off", "compile", "false"),
+        ("compile: on", "compile", "true"),
+        ("compile: 1", "compile", "true"),
+        ("save_strategy: off", "save_strategy", "no"),
+        ("eval_strategy: false", "eval_strategy", "no"),
+        ("gradient_checkpointing: off", "activation_checkpointing", "none"),
+        ("offload: no", "offload", "none"),
+        ("report_to: off", "report_to", "none"),
+        ("master_weights: none", "master_weights", "none"),
+        ("resume_from_checkpoint: yes", "resume_from_checkpoint", "newest"),
+        ("resume_from_checkpoint: off", "resume_from_checkpoint", None),
+        ("dataset_text_field: yes", "dataset_text_field", "yes"),
+        ("columns: {output: on, prompt: 1.10}", "columns", {"output": "on", "prompt": "1.10"}),
+        ("model: 1.10", "model", "1.10"),
+        ("model: 007", "model", "007"),
+        ("output_dir: 2024-1-1", "output_dir", Path("2024-1-1")),
+        ("output_dir: 12:30", "output_dir", Path("12:30")),
+        ("output_dir: no", "output_dir", Path("no")),
+        ("model: 'null'", "model", "null"),
+        ("seed: null", "seed", 42),
+        ("max_steps: 010", "max_steps", 10),
+        ("max_steps: 1_000", "max_steps", 1000),
+        ("learning_rate: 1e-5", "learning_rate", 1e-5),
+        ("packing: off", "packing", False),
     ],
 )
 def test_a_yaml_line_is_read_as_its_value(text: str, name: str, value: object) -> None:
@@ -50,13 +78,16 @@ def test_a_yaml_line_is_read_as_its_value(text: str, name: str, value: object) -
         ("1: 2", "run.yaml: unknown option 1; --help lists them all"),
         ("model: [a]", "run.yaml: model: takes one value, not a list"),
         ("optim: {name: adamw}", "run.yaml: optim: takes one value, not a mapping"),
-        ("seed: true", "run.yaml: seed: 'True' is not a whole number"),
-        ("seed: .nan", "run.yaml: seed: 'nan' is not a whole number"),
-        ("output_dir: no", "run.yaml: output_dir: false is not text: write it in quotes"),
-        ("save_strategy: yes", "run.yaml: save_strategy: 'true' is not one of no, epoch, steps"),
+        ("seed: true", "run.yaml: seed: 'true' is not a whole number"),
+        ("seed: .nan", "run.yaml: seed: '.nan' is not a whole number"),
+        ("seed: 10:00", "run.yaml: seed: '10:00' is not a whole number"),
+        ("learning_rate: yes", "run.yaml: learning_rate: 'yes' is not a number"),
+        ("save_strategy: yes", "run.yaml: save_strategy: 'yes' is not one of no, epoch, steps"),
+        ("fit: on", "run.yaml: fit: 'on' is not one of auto, off"),
+        ("columns: {output: a, output: b}", "run.yaml: columns: output stands there twice: keep one of the two"),
         ("packing: 3", "run.yaml: packing: '3' is neither true nor false"),
         ("columns: {output: ~}", "run.yaml: columns: 'output' needs a value"),
-        ("columns: 3", "run.yaml: columns: 3 is no pair"),
+        ("columns: 3", "run.yaml: columns: '3' is not one of instruction, input"),
         ("seed: 1\nseed: 2", "run.yaml: seed sets seed a second time"),
         ("model: a\nmodel_name_or_path: b", "run.yaml: model_name_or_path sets model a second time, after model"),
         ("- a\n- b", "--config run.yaml must hold `option: value` lines"),
@@ -84,6 +115,27 @@ def test_a_flag_beats_the_file() -> None:
     assert (config.learning_rate, config.packing, config.columns) == (2.0, False, {"prompt": "q"})
     # With a model in the file, the demo's defaults are out.
     assert config.precision == Options().precision != parse_config([]).precision
+
+
+def test_a_word_means_the_same_in_file_and_flag() -> None:
+    """Every choice of every option, and every way to write yes and no."""
+    ways = ("true", "yes", "on", "false", "no", "off", "True", "No", "OFF")
+    tried = 0
+    for name, option in by_name(Options).items():
+        choices = [str(choice).replace("<n>", "3") for choice in option.metadata["choices"]]
+        if kind_of(option) is dict:
+            continue
+        for word in (*choices, *ways):
+            outcomes = []
+            for read in (["--config", write_yaml(f"{name}: {word}")], [f"--{name}={word}"]):
+                problems: list[str] = []
+                flags = read_flags(Options, read, problems)
+                values = read_yaml(Options, flags["config"], problems) if "config" in flags else flags
+                outcomes.append((values, [problem.split(": ", 1 + ("config" in flags))[-1] for problem in problems]))
+            assert outcomes[0] == outcomes[1], (name, word)
+            assert word not in choices or outcomes[0][0] == {name: word}, (name, word)
+            tried += 1
+    assert tried > 300
 
 
 def test_a_conflict_within_the_file_is_refused() -> None:

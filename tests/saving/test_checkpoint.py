@@ -11,7 +11,7 @@ from small_runs import OUT, contents, steps_saved, train_small
 
 import fullft.saving.checkpoint
 from fullft.config.config import to_words
-from fullft.errors import CheckpointError
+from fullft.errors import CheckpointError, OptionsError
 from fullft.saving.checkpoint import _changed_options, list_checkpoints, verify
 
 # ---------------------------------------------------------------------------------------------- which checkpoints
@@ -74,6 +74,27 @@ def test_another_precision_is_refused_if_states_change(before: str, after: str) 
     assert {name: data for name, data in contents(OUT).items() if name.startswith("checkpoint")} == {
         name: data for name, data in kept.items() if name.startswith("checkpoint")
     }
+
+
+@pytest.mark.parametrize(
+    ("shorter", "message"),
+    [
+        ({"max_steps": 1}, "checkpoint-2 has done 2 steps, and this run is to end after 1: raise --max_steps"),
+        ({"max_steps": -1, "num_train_epochs": 1e-4}, "is to end after 1: raise --num_train_epochs"),
+    ],
+)
+def test_a_run_shorter_than_its_checkpoint_is_refused(
+    earlier: dict[str, bytes], shorter: dict[str, float], message: str
+) -> None:
+    with pytest.raises(OptionsError, match=message):
+        train_small(**shorter, resume_from_checkpoint="newest", allow_changes=True)
+    assert contents(OUT) == earlier
+    # As long as it is enough, and so is an earlier checkpoint.
+    train_small(resume_from_checkpoint="newest")
+    assert json.loads((OUT / "train_results.json").read_text())["steps"] == 2
+    train_small(**shorter, resume_from_checkpoint=OUT / "checkpoint-1", allow_changes=True)
+    assert json.loads((OUT / "train_results.json").read_text())["steps"] == 1
+    assert contents(OUT)["model.safetensors"] == earlier["checkpoint-1/model.safetensors"]
 
 
 def test_another_batch_size_is_reported_to_repeat_rows(

@@ -2,11 +2,13 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from small_runs import OUT, contents, train_small
 
 import fullft.saving.export
+from fullft.run.evaluation import Samples
 
 
 def test_the_export_replaces_its_own_names_only(earlier: dict[str, bytes]) -> None:
@@ -44,3 +46,17 @@ def test_the_model_is_not_reloaded_without_memory(
     monkeypatch.setattr(fullft.saving.export, "available_host_bytes", lambda: len(earlier["model.safetensors"]))
     train_small(resume_from_checkpoint="newest", save_steps=1)
     assert "not reloaded for a check" in capsys.readouterr().out
+
+
+def test_samples_that_fail_cost_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    complete = Samples.complete
+
+    def fail(samples: Samples, *args: Any, after: bool) -> None:
+        if after:
+            raise RuntimeError("no kernel")
+        complete(samples, *args, after=after)
+
+    monkeypatch.setattr(Samples, "complete", fail)
+    with pytest.raises(RuntimeError, match="no kernel"):
+        train_small()
+    assert {"model.safetensors", "config.json", "train_results.json"} <= set(os.listdir(OUT))

@@ -3,11 +3,13 @@
 import os
 import shutil
 from collections import namedtuple
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from models import bf16_model, make_config
 from small_runs import EXPLODES, OUT, SMALL, contents, steps_saved, train_small, words_of
 
 import fullft.run.log
@@ -117,3 +119,17 @@ def test_space_of_the_earlier_run_counts_once_replaced(
         with pytest.raises(DiskError, match=message):
             train_small(overwrite_output_dir=True, max_steps=1)
         assert contents(OUT) == earlier
+
+
+def test_space_is_asked_for_the_best_checkpoint_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a limit of 1 there are the newest, the best, and for a moment the next one: three, rather than two."""
+    model = bf16_model("llama")
+    weights = 2 * sum(parameter.numel() for parameter in model.parameters())
+    checkpoint = weights + 5 * weights  # two fp32 moments and 16 bits of the master, per bf16 weight
+    usage = namedtuple("usage", "free")
+    there = SimpleNamespace(**vars(shutil) | {"disk_usage": lambda _: usage(int(2.5 * checkpoint))})
+    monkeypatch.setattr(fullft.saving.output_dir, "shutil", there)
+    for is_kept in (False, True):
+        config = make_config(output_dir=OUT, max_steps=9, save_total_limit=1, load_best_model_at_end=is_kept)
+        with pytest.raises(DiskError, match="2 checkpoints need") if is_kept else nullcontext():
+            prepare_output_dir(config, Steps(config, steps_per_epoch=3), model)

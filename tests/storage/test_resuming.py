@@ -53,7 +53,7 @@ def test_resumed_run_equals_the_uninterrupted_one_bitwise(
             storage = Storage(torch.device("cpu"), tmp_path)
             model = load_model(config, str(folder), storage)
             optimizer = optimizer_of(model, config)
-            assert restore(verify(folder), config, model, optimizer, "rows") == 2
+            assert restore(verify(folder), config, Steps(config, 9), model, optimizer, "rows") == 2
             resumed = steps(model, optimizer, config, 3, 4)
             assert (resumed.losses, resumed.norms) == (whole.losses[4:], whole.norms[2:])
             assert resumed.differing(whole) == [], (begun, continued)
@@ -69,6 +69,6 @@ def test_resuming_without_the_step_count_changes_the_run(tmp_path: Path, tokeniz
     whole = steps(model, optimizer, config, 3, 4)
     model = load_model(config, str(folder), Storage(torch.device("cpu"), tmp_path))
     optimizer = optimizer_of(model, config)
-    restore(verify(folder), config, model, optimizer, "rows")
+    restore(verify(folder), config, Steps(config, 9), model, optimizer, "rows")
     optimizer.num_steps = 0
     assert steps(model, optimizer, config, 3, 4) != whole

@@ -145,7 +145,7 @@ def test_run_continues_in_any_other_placement(begun: str, tmp_path: Path, tokeni
         config = config_of(continued)
         model = load_model(config, str(folder), Storage(torch.device("cpu"), tmp_path))
         optimizer = prepared(model, config, tmp_path)
-        assert restore(verify(folder), config, model, optimizer, "rows") == 2
+        assert restore(verify(folder), config, Steps(config, 9), model, optimizer, "rows") == 2
         assert same(train(model, optimizer, config, 3, 4), whole), (begun, continued)
 
 

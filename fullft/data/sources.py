@@ -17,7 +17,7 @@ from fullft.config.options import COLUMNS as OUR_COLUMNS
 from fullft.data.files import records
 from fullft.data.folders import DataFiles, find_files
 from fullft.data.rows import COLUMNS, FILE, LINE, TEXT, Rows, rename
-from fullft.errors import DataError, DiskError, exhaustion
+from fullft.errors import DataError, exhaustion
 
 # Part of the cache's key: raise it whenever the same file is read as other rows.
 _READING_VERSION = 1
@@ -158,23 +158,11 @@ def _read_text(paths: list[Path]) -> Dataset:
                     _write_rows(path, writer)
             partial.replace(target)
         except OSError as error:
-            raise cache_error(error) from error
+            raise exhaustion(error) or error from error
         finally:
             if folder.is_dir():
                 partial.unlink(missing_ok=True)
     return Dataset(datasets.table.MemoryMappedTable.from_file(str(target)), fingerprint=key)
-
-
-def cache_error(error: OSError) -> DiskError:
-    """Blame the cache, rather than the data, for rows that cannot be kept.
-
-    Args:
-        error: of writing there.
-    """
-    return DiskError(
-        f"cannot keep the rows in the cache {datasets.config.HF_DATASETS_CACHE}: {error}\nset HF_HOME to a folder "
-        "with room that can be written"
-    )
 
 
 def _write_rows(path: Path, writer: pyarrow.ipc.RecordBatchStreamWriter) -> None:
@@ -213,7 +201,7 @@ def _load_from_hub(name: str, split: str) -> Dataset:
     try:
         return datasets.load_dataset(name, split=split)
     except ValueError as error:  # an unknown split or configuration: the library names the known ones
-        raise DataError(f"data set {name}: {' '.join(str(error).split())[:300]}") from error
+        raise exhaustion(error) or DataError(f"data set {name}: {' '.join(str(error).split())[:300]}") from error
     except Exception as error:
         raise exhaustion(error) or _not_found(name) from error
 

@@ -224,8 +224,8 @@ class ChatTemplate:
     def open(self, conversation: Conversation) -> Chat:
         """Bring a conversation to the form in which the template writes all of it.
 
-        Templates differ in what they take beside a call for no content (null, empty text, no such key), and in whether
-        arguments are an object or its JSON.
+        Templates differ in what they take beside a call for no content (null, empty text, no such key), in whether
+        arguments are an object or its JSON, and in whether a content is text or parts.
 
         Raises:
             RowError: the template refuses every form.
@@ -254,6 +254,8 @@ class ChatTemplate:
             written = [_with_arguments_as_text(message) if as_text else message for message in fields]
             for content in ("", _NO_KEY, None) if needs_content else ("",):
                 yield [_with_empty_content(message, content) for message in written]
+        if all(isinstance(message["content"], str) for message in fields):  # templates of models that see images
+            yield [message | {"content": [{"type": "text", "text": message["content"]}]} for message in fields]
 
     def _with_content(self, fields: dict[str, Any], number: int) -> dict[str, Any]:
         """Join a content's parts, unless the template takes parts."""

@@ -16,9 +16,8 @@ from fullft.data.formats import Reader, RowFormat
 from fullft.data.micro_batch import IGNORED
 from fullft.data.rendered import Rendered, RowError, Span
 from fullft.data.rows import Rows
-from fullft.data.sources import cache_error
 from fullft.data.template import ChatTemplate
-from fullft.errors import DataError
+from fullft.errors import DataError, FullftError, exhaustion
 
 # Part of the cache's key: raise it whenever this file turns the same rows into other tokens.
 _TOKENISING_VERSION = 3
@@ -77,8 +76,10 @@ def tokenise(rows: Rows, row_format: RowFormat, tokenizer: PreTrainedTokenizerBa
             new_fingerprint=key,
             desc="Tokenising",
         )
-    except OSError as error:
-        raise cache_error(error) from error
+    except FullftError:
+        raise
+    except Exception as error:
+        raise exhaustion(error) or error
 
 
 def _tokenise_batch(

@@ -10,6 +10,11 @@ from pathlib import Path
 
 import yaml
 from fork_server import ROOT
+from models import make_config
+from transformers import PreTrainedTokenizerBase
+
+from fullft.data.describe import show_row
+from fullft.data.load import tokenise_rows
 
 DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -200,3 +205,18 @@ def test_layout_page_names_every_module() -> None:
 
 def test_unnamed_modules_are_found() -> None:
     assert unnamed(["loss.py", "head.py", "data/"], "`my_loss.py`, `head.py`, docs/data/") == ["loss.py", "data/"]
+
+
+def previews(page: str) -> list[tuple[str, str]]:
+    """Return the rows of a page, and what it says becomes of each."""
+    return re.findall(r"<!-- preview -->\n```json\n(.*?)\n```\n\n```text\n(.*?)\n```", page, re.DOTALL)
+
+
+def test_rows_shown_become_what_the_page_says(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    page = (DOCS / "guides" / "data.md").read_text(encoding="utf-8")
+    shown = previews(page)
+    assert len(shown) == page.count("<!-- preview -->") == 6
+    for row, text in shown:
+        (tmp_path / "row.jsonl").write_text(row)
+        _, _, tokenised = tokenise_rows(make_config(dataset=str(tmp_path / "row.jsonl")), tokenizer)
+        assert [show_row(each, tokenizer) for each in tokenised] == [text]

@@ -79,7 +79,7 @@ def tokenise(rows: Rows, row_format: RowFormat, tokenizer: PreTrainedTokenizerBa
     except FullftError:
         raise
     except Exception as error:
-        raise exhaustion(error) or error
+        raise exhaustion(error) or error from error
 
 
 def _tokenise_batch(

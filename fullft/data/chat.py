@@ -13,8 +13,9 @@ import re
 from dataclasses import replace
 
 from fullft.data.messages import Conversation, strings
+from fullft.data.pieces import Piece
 from fullft.data.rendered import Rendered, RowError, Span
-from fullft.data.template import Chat, ChatTemplate, Piece, Rendering
+from fullft.data.template import Chat, ChatTemplate, Rendering
 
 _SHOWN = 60  # characters of a missing text
 

@@ -1,8 +1,4 @@
-"""The tokenizer's chat template: the text that it writes of a conversation, and where in it each message went.
-
-To find that out, the conversation is rendered once more with a mark around each piece of its text. What has no mark in
-the result was left out by the template. Marks are characters for private use, which no tokenizer gives a meaning.
-"""
+"""The tokenizer's chat template: the text that it writes of a conversation, and where in it each message went."""
 
 import json
 import re
@@ -16,34 +12,12 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from fullft.data.messages import REASONING, Conversation, joined
+from fullft.data.pieces import Marker, Piece, find_marks, holds, search
 from fullft.data.rendered import RowError, Span
 from fullft.errors import DataError
 
-_FIRST_MARK, _LAST_MARK = 0xF0000, 0x10FFFD
-_MOST_PIECES = (_LAST_MARK - _FIRST_MARK) // 2
-_MARKS = re.compile(f"[{chr(_FIRST_MARK)}-{chr(_LAST_MARK)}]")
-# What templates look for in a content, and split it at; marks stay inside of what is between.
-_TAG = re.compile(r"(</?[A-Za-z_][\w-]*>|\[/?[A-Z_]+\]|<\|[A-Z_]*(?:THINK|RESPONSE|ACTION)[A-Z_]*\|>)")
-_END_OF_REASONING = re.compile(r"</(?:think|thinking|thought|reasoning)>|\[/THINK\]|<\|END_THINKING\|>", re.IGNORECASE)
 _WRITTEN = {"role", "content", "tool_calls", *REASONING}
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A piece of a conversation's text, which must be found in the rendered text.
-
-    Attributes:
-        message: its number; -1 for a tool's name.
-        what: for messages to the user.
-        text: without white space around it.
-        is_reasoning: whether it is an assistant's reasoning, which templates leave out of earlier turns.
-    """
-
-    message: int
-    what: str
-    text: str
-    is_reasoning: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,25 +91,25 @@ class Chat:
     def _locate(self, count: int) -> Rendering:
         messages, conversation = self.messages[:count], self.conversation
         text, marks = self.template.write(messages, conversation, prompt=False)
-        marker = _Marker()
+        marker = Marker()
         marked_messages = [marker.message(message, number) for number, message in enumerate(messages)]
         tools = [name for tool in conversation.tools or [] if (name := _name_of(tool))]
         # The names of tools alone are looked for: templates may write their descriptions in a language of their own.
         expected = [Piece(-1, "tool", name) for name in tools if name not in text]
         found: dict[int, Span] | None = None
-        if len(marker.pieces) < _MOST_PIECES and not any(_MARKS.search(piece.text) for piece in marker.pieces):
+        if marker.can_be_found:
             try:
-                found = _find_marks(self.template.write(marked_messages, conversation, prompt=False)[0], text)
+                found = find_marks(self.template.write(marked_messages, conversation, prompt=False)[0], text)
             except RowError:
                 found = None
         if found is None:  # the marks changed what the template wrote
             found = {}
-            missing = [piece for piece in marker.pieces if not _holds(text, piece.text)]
-            spans = _search(text, marker.pieces)
+            missing = [piece for piece in marker.pieces if not holds(text, piece.text)]
+            spans = search(text, marker.pieces)
         else:
             missing = [piece for number, piece in enumerate(marker.pieces) if number not in found]
             spans = sorted(((marker.pieces[n], span) for n, span in found.items()), key=lambda each: each[1])
-        missing += [piece for piece in marker.unmarked if not _holds(text, piece.text)] + expected
+        missing += [piece for piece in marker.unmarked if not holds(text, piece.text)] + expected
         return Rendering(text, marks, spans, missing)
 
 
@@ -316,114 +290,6 @@ def _is_named(source: str, name: str) -> bool:
 def _variables(source: str) -> frozenset[str]:
     # transformers' environment knows the tags that it adds to jinja's.
     return frozenset(jinja2.meta.find_undeclared_variables(_compile_jinja_template(source).environment.parse(source)))
-
-
-# ---------------------------------------------------------------------------------------------- marking
-
-
-class _Marker:
-    """Marks the pieces of messages, and collects them."""
-
-    def __init__(self) -> None:
-        self.pieces: list[Piece] = []
-        self.unmarked: list[Piece] = []  # what is no text, such as numbers and names of arguments
-
-    def message(self, fields: dict[str, Any], number: int) -> dict[str, Any]:
-        """Return a message whose content, reasoning and calls are marked."""
-        marked = dict(fields)
-        content = fields.get("content")
-        is_assistant = fields["role"] == "assistant"
-        if isinstance(content, str):
-            marked["content"] = self._content(content, number, is_assistant)
-        elif isinstance(content, list):
-            marked["content"] = [self._part(part, number, is_assistant) for part in content]
-        reasoning = next((name for name in REASONING if isinstance(fields.get(name), str)), None)
-        if reasoning is not None:
-            text = self._text(fields[reasoning], Piece(number, "the reasoning", "", is_reasoning=True))
-            marked |= {name: text for name in REASONING if fields.get(name) == fields[reasoning]}
-        if fields.get("tool_calls"):
-            marked["tool_calls"] = [self._call(call, number) for call in fields["tool_calls"]]
-        return marked
-
-    def _content(self, content: str, number: int, is_assistant: bool) -> str:
-        end = 0
-        if is_assistant:
-            end = max((match.start() for match in _END_OF_REASONING.finditer(content)), default=0)
-        reasoning = self._text(content[:end], Piece(number, "the reasoning", "", is_reasoning=True))
-        return reasoning + self._text(content[end:], Piece(number, "the content", ""))
-
-    def _part(self, part: dict[str, Any], number: int, is_assistant: bool) -> dict[str, Any]:
-        is_reasoning = is_assistant and part.get("type", "text") in ("thinking", "reasoning")
-        piece = Piece(number, "the reasoning" if is_reasoning else "the content", "", is_reasoning)
-        return {name: value if name == "type" else self._nested(value, piece) for name, value in part.items()}
-
-    def _call(self, call: dict[str, Any], number: int) -> dict[str, Any]:
-        function = call["function"]
-        piece = Piece(number, f"the call of {function['name']}", "")
-        marked = {"name": self._text(function["name"], piece)}
-        if "arguments" in function:
-            marked["arguments"] = self._nested(function["arguments"], piece)
-        return call | {"function": function | marked}
-
-    def _nested(self, value: Any, piece: Piece) -> Any:
-        if isinstance(value, str):
-            return self._text(value, piece)
-        if isinstance(value, dict):
-            self.unmarked += [Piece(piece.message, piece.what, name, piece.is_reasoning) for name in value]
-            return {name: self._nested(entry, piece) for name, entry in value.items()}
-        if isinstance(value, list):
-            return [self._nested(entry, piece) for entry in value]
-        self.unmarked.append(Piece(piece.message, piece.what, json.dumps(value), piece.is_reasoning))
-        return value
-
-    def _text(self, text: str, piece: Piece) -> str:
-        """Mark a text between its tags, inside of white space, which templates may strip."""
-        parts = []
-        for part in _TAG.split(text):
-            core = part.strip()
-            if not core or _TAG.fullmatch(part):
-                parts.append(part)
-                continue
-            mark = _FIRST_MARK + 2 * len(self.pieces)
-            self.pieces.append(Piece(piece.message, piece.what, core, piece.is_reasoning))
-            marks = (chr(mark), chr(mark + 1)) if len(self.pieces) <= _MOST_PIECES else ("", "")
-            start = part.index(core)
-            parts += [part[:start], marks[0], core, marks[1], part[start + len(core) :]]
-        return "".join(parts)
-
-
-def _find_marks(marked: str, text: str) -> dict[int, Span] | None:
-    """Return where pieces stand in a text, by their numbers; None if without its marks it would be another one."""
-    if _MARKS.sub("", marked) != text:
-        return None
-    places: dict[int, int] = {}
-    for count, mark in enumerate(_MARKS.finditer(marked)):
-        number = ord(mark[0]) - _FIRST_MARK
-        # A template may write a text twice: all that lies between its ends counts.
-        places[number] = mark.start() - count if number % 2 else places.get(number, mark.start() - count)
-    return {
-        number // 2: (start, places[number + 1])
-        for number, start in places.items()
-        if number % 2 == 0 and places.get(number + 1, -1) > start
-    }
-
-
-def _holds(text: str, piece: str) -> bool:
-    """Return whether a text holds a piece, as it is, as JSON or as Python writes it."""
-    words = {"null": ("null", "None"), "true": ("true", "True"), "false": ("false", "False")}
-    forms = words.get(piece, (piece, json.dumps(piece)[1:-1], json.dumps(piece, ensure_ascii=False)[1:-1]))
-    return any(form in text for form in forms)
-
-
-def _search(text: str, pieces: list[Piece]) -> list[tuple[Piece, Span]]:
-    """Find pieces by their text, each behind the last one."""
-    spans, position = [], 0
-    for piece in pieces:
-        start = text.find(piece.text, position)
-        if start >= 0:
-            position = start + len(piece.text)
-            spans.append((piece, (start, position)))
-    return spans
 
 
 def _name_of(tool: Any) -> str | None:

@@ -57,7 +57,7 @@ def test_the_hub_is_asked_once_and_briefly(
     )
     go_offline_if_unreachable("a/b", None)
     assert asked == ([] if kind == "malformed" else [seconds])  # a malformed address cannot be asked
-    assert seconds in waited and len(waited) <= 2  # a thread's start waits, too
+    assert waited.count(seconds) == 1  # a thread's start waits, too, and other threads do
     # A refusal is an answer: the hub is there, and its client shall say what it refuses.
     assert os.environ.get("HF_HUB_OFFLINE") == (None if kind == "refuses" else "1")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)

@@ -33,14 +33,12 @@ def describe_data(
         config: the options that are named.
     """
     tokens, targets = sum(tokenised["num_tokens"][:]), sum(tokenised["num_target_tokens"][:])
-    dropped = len(rows) - len(set(tokenised["row"][:]))
-    truncated = sum(tokenised["truncated"][:])
     name = "the built-in demo" if config.dataset == DEMO_ROWS else config.dataset
     learned = "every token" if config.train_on_prompt or row_format.name == "text" else "the response"
     lines = [
         f"Data: {name}, format {row_format.name} ({', '.join(row_format.columns)}); the loss counts {learned} and EOS",
-        f"      {len(rows):,} rows, {tokens:,} tokens, {targets / tokens:.0%} trained; {dropped} dropped (nothing to "
-        f"learn), {truncated} cut at {config.max_length}; longest {max(tokenised['num_tokens'][:])} tokens, "
+        f"      {len(rows):,} rows, {tokens:,} tokens, {targets / tokens:.0%} trained; "
+        f"{count_changes(rows, tokenised, config)}; longest {max(tokenised['num_tokens'][:])} tokens, "
         f"mean {tokens / len(tokenised):.0f}; {num_held_out:,} held out",
         *(f"      {note}" for note in notes_on(rows, tokenised, row_format, tokenizer, config)),
         f"Example, with what is learned in [brackets]: {show_row(tokenised[0], tokenizer, most=240)}",
@@ -48,10 +46,32 @@ def describe_data(
     return "\n".join(lines)
 
 
+def count_changes(rows: Rows, tokenised: Dataset, config: Config) -> str:
+    """Count the rows that are not trained on as they stand in the data.
+
+    Args:
+        rows: as read.
+        tokenised: what is left of them.
+        config: `max_length` is named.
+    """
+    counts = [f"{len(rows) - len(set(tokenised['row'][:]))} dropped (nothing to learn)"]
+    if split := _rows_where(tokenised, "is_split"):
+        counts.append(f"{len(set(split)):,} split per turn into {len(split):,}")
+    if num_kept_out := sum(tokenised["num_kept_out"][:]):
+        counts.append(f"{_counted(num_kept_out, 'turn')} masked by weight")
+    if num_silent := sum(tokenised["num_silent"][:]):
+        counts.append(f"{_counted(num_silent, 'turn')} masked, without a word")
+    return ", ".join([*counts, f"{sum(tokenised['truncated'][:])} cut at {config.max_length}"])
+
+
+def _rows_where(tokenised: Dataset, column: str) -> list[int]:
+    return [row for row, is_so in zip(tokenised["row"][:], tokenised[column][:], strict=True) if is_so]
+
+
 def notes_on(
     rows: Rows, tokenised: Dataset, row_format: RowFormat, tokenizer: PreTrainedTokenizerBase, config: Config
 ) -> list[str]:
-    """Say what happened to rows besides, each once: what was split, kept out or left out.
+    """Say, each once, what a user might not expect: why rows were split, and what is not read.
 
     Args:
         rows: as read.
@@ -61,21 +81,9 @@ def notes_on(
         config: the options that are named.
     """
     notes = []
-    numbers: list[int] = tokenised["row"][:]
-    split = [number for number, is_split in zip(numbers, tokenised["is_split"][:], strict=True) if is_split]
-    if split:
-        notes.append(
-            f"{_counted(len(set(split)), 'conversation')} became {len(split):,} rows, one per turn of the assistant: "
-            "the chat template writes earlier turns differently"
-        )
-    if count := sum(tokenised["num_kept_out"][:]):
-        notes.append(
-            f"{_counted(count, 'turn')} of the assistant kept out of the loss (weight, train, training or loss)"
-        )
-    if count := sum(tokenised["num_silent"][:]):
-        notes.append(f"{_counted(count, 'turn')} of the assistant without a word, not learned")
-    special = [number for number, has in zip(numbers, tokenised["has_special"][:], strict=True) if has]
-    if special:
+    if any(tokenised["is_split"][:]):
+        notes.append("split per turn: the chat template writes earlier turns differently once others follow")
+    if special := _rows_where(tokenised, "has_special"):
         treated = (
             "are encoded as plain text"
             if config.sanitize_special_tokens

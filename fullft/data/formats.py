@@ -36,7 +36,7 @@ class RowFormat:
         columns: give it away; all of them are there.
         render: makes one or several texts of a row.
         optional: columns that it reads too.
-        is_chat: whether a chat template writes the text, and may read more columns.
+        is_chat: whether a chat template may write the text, and read more columns.
     """
 
     name: str
@@ -53,7 +53,7 @@ class RowFormat:
             template: the tokenizer's.
         """
         read = {*self.columns, *self.optional}
-        if self.is_chat:
+        if self.is_chat and template.tokenizer.chat_template is not None:
             read |= {*_FOR_CHAT, *template.reads(has_tools=False), *template.reads(has_tools=True)}
         return [name for name in columns if name not in read]
 
@@ -197,8 +197,8 @@ def _render_turns(column: str) -> Callable[[Row, Reader], list[Rendered]]:
 FORMATS = (
     RowFormat("messages", ("messages",), _render_turns("messages"), is_chat=True),
     RowFormat("conversations", ("conversations",), _render_turns("conversations"), is_chat=True),
-    RowFormat("alpaca", ("instruction", "output"), _render_alpaca, optional=("input", "system", "history", "tools")),
-    RowFormat("prompt/completion", ("prompt", "completion"), _render_prompt_completion, optional=("system", "tools")),
+    RowFormat("alpaca", ("instruction", "output"), _render_alpaca, ("input", *_WITH_MEANING)),
+    RowFormat("prompt/completion", ("prompt", "completion"), _render_prompt_completion, _WITH_MEANING, is_chat=True),
     RowFormat("text", ("text",), _render_text),
 )
 

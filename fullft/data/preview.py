@@ -3,7 +3,7 @@
 import json
 
 from fullft.config.config import Config
-from fullft.data.describe import notes_on, show_row
+from fullft.data.describe import count_changes, notes_on, show_row
 from fullft.data.load import tokenise_rows
 from fullft.model.source import find_model, load_tokenizer
 
@@ -31,6 +31,7 @@ def show_preview(config: Config) -> None:
             print(json.dumps(told))
         return
     print(f"{len(chosen)} of {len(tokenised):,} rows as they are trained on; [what is learned] stands in brackets")
+    print(f"of {len(rows):,} rows read: {count_changes(rows, tokenised, config)}")
     for note in notes_on(rows, tokenised, row_format, tokenizer, config):
         print(note)
     for row in chosen:

@@ -17,10 +17,10 @@ def prepare_hub(config: Config) -> None:
     """Go offline unless a run needs the hub and reaches it; a plan needs it only for a config that is not bundled.
 
     Args:
-        config: `model`, `dataset` and `plan` are read.
+        config: `model`, `dataset`, `eval_dataset` and `plan` are read.
     """
     if not config.plan:
-        go_offline_if_unreachable(config.model, config.dataset)
+        go_offline_if_unreachable(config.model, config.dataset, config.eval_dataset)
     elif config.model is None or bundled_config(config.model) is None:
         go_offline_if_unreachable(config.model)
 

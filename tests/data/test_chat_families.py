@@ -52,7 +52,7 @@ def test_a_conversation_is_learned_where_its_template_is_marked(
         expected = [by_transformers(messages[:end], family, chat, last_turn_alone=True) for end in ends]
     data = load(tmp_path, [{"messages": messages}], chat)
     assert pairs(data) == expected
-    said = "1 conversation became 2 rows" in data.description
+    said = "1 split per turn into 2" in data.description
     assert said == (family.rewrites and count > 2)
     chat.chat_template = family.marked()
     assert pairs(load(tmp_path, [{"messages": messages}], chat)) == [by_transformers(messages, family, chat)]

@@ -195,7 +195,7 @@ def test_a_flag_keeps_a_turn_out_of_the_loss(
     messages = [USER, ASSISTANT | flag, USER, {"role": "assistant", "content": "Bye"}]
     data = load(tmp_path, [{"messages": messages}], tokenizer)
     assert texts(data, tokenizer) == [["Bye<|im_end|>\n<|endoftext|>"]]
-    assert "1 turn of the assistant kept out of the loss" in data.description
+    assert "1 turn masked by weight" in data.description
     # The last turn: neither it nor the EOS behind it.
     last = load(
         tmp_path, [{"messages": [USER, ASSISTANT, USER, {"role": "assistant", "content": "Bye"} | flag]}], tokenizer
@@ -247,7 +247,7 @@ def test_a_turn_without_a_word_is_not_learned(
     assert texts(data, chat) == [["Hello<|eos|>"]] and "1 dropped" in data.description
     data = load(tmp_path, [{"messages": [USER, silent, USER, ASSISTANT]}], chat)
     assert texts(data, chat) == [["Hello<|eos|>"]]
-    assert "1 turn of the assistant without a word, not learned" in data.description
+    assert "1 turn masked, without a word" in data.description
 
 
 # ---------------------------------------------------------------------------------------------- parts, JSON text

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from models import make_config
 
 import fullft.run.environment
-from fullft.run.environment import go_offline_if_unreachable
+from fullft.run.environment import go_offline_if_unreachable, prepare_hub
 
 
 class _Refusing(http.server.BaseHTTPRequestHandler):
@@ -78,3 +79,14 @@ def test_the_hub_is_not_asked_about_local_paths(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # the user's own word counts
     go_offline_if_unreachable("a/b")
     assert asked == [True] and os.environ["HF_HUB_OFFLINE"] == "0"
+
+
+def test_held_out_rows_from_the_hub_count_as_a_need_for_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(fullft.run.environment, "_answers", lambda: asked.append(True) or True)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    (tmp_path / "rows.jsonl").write_text("{}")
+    prepare_hub(make_config(model=str(tmp_path), dataset=str(tmp_path / "rows.jsonl"), eval_dataset="a/b"))
+    assert asked and "HF_HUB_OFFLINE" not in os.environ
+    prepare_hub(make_config(model=str(tmp_path), dataset=str(tmp_path / "rows.jsonl")))
+    assert len(asked) == 1 and os.environ["HF_HUB_OFFLINE"] == "1"

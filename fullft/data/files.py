@@ -32,7 +32,7 @@ _COMPRESSED: dict[str, Callable[[Path], Any]] = {".gz": gzip.GzipFile, ".bz2": b
 _JSON, _CSV, _TEXT = (".json", ".jsonl", ".ndjson"), (".csv", ".tsv"), (".txt",)
 ENDINGS = (*_JSON, *_CSV, *_TEXT)
 # What opening a file in a spreadsheet may put first: it names the delimiter, and is no header.
-_SEPARATOR_LINE = re.compile(r"sep=(.)\s*$")
+_SEPARATOR_LINE = re.compile(r"sep=(.)\s*$", re.IGNORECASE)
 _BETWEEN = re.compile(r"[ \t\n\r]*")  # JSON's white space
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # half of a pair, escaped
 

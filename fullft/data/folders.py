@@ -23,7 +23,7 @@ _SPLIT_WORDS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 # data/<any split>-00000-of-00003.parquet, as data sets are uploaded.
-_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}.*\.[^.]+")
+_SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}.*\.[^.]+")
 # Files that describe a data set, which `load_dataset` does not read either.
 _NO_DATA = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 # What a card may say of a config: what is followed, and what changes no rows.

@@ -199,7 +199,7 @@ def _splits(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
         if shard is not None and file.parent == folder / "data":
             shards.setdefault(shard[1], []).append(file)
     if shards:
-        return shards
+        return {split: shards[split] for split in (*_SPLIT_WORDS, *shards) if split in shards}
     for by_folder in (True, False):
         found = {
             split: [file for file in files if _names(file.relative_to(folder), words, by_folder)]

@@ -66,9 +66,10 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
     rows, row_format, tokenised = tokenise_rows(config, tokenizer)
     train_rows, held_out = _split(tokenised, len(rows), config)
     largest_token_id, num_held_out = max(tokenised["largest_token_id"][:]), len(held_out)
-    given, fingerprint = load_held_out_rows(config), _fingerprint(tokenised)
+    given, fingerprint, elsewhere = load_held_out_rows(config), _fingerprint(tokenised), None
     if given is not None:
-        tokenised_given = _tokenise(given, tokenizer, config)[1]
+        elsewhere = (given, *_tokenise(given, tokenizer, config))
+        tokenised_given = elsewhere[-1]
         held_out = concatenate_datasets([held_out, tokenised_given]) if len(held_out) else tokenised_given
         largest_token_id = max(largest_token_id, *tokenised_given["largest_token_id"][:])
         num_held_out += len(given)
@@ -79,7 +80,7 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
         evaluation=Batches(held_out, config, pad) if len(held_out) else None,
         largest_token_id=largest_token_id,
         fingerprint=fingerprint,
-        description=describe_data(rows, tokenised, num_held_out, row_format, tokenizer, config),
+        description=describe_data(rows, row_format, tokenised, num_held_out, elsewhere, tokenizer, config),
     )
 
 

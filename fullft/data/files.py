@@ -133,7 +133,7 @@ def _json_record(file: Path, number: int, text: str, must_be_object: bool) -> Re
     """Read one value, of a text without blanks at its end."""
     value, end = _decode(file, number, text, _skip(text, 0))
     if end < len(text):
-        raise _not_json(file, number, text, end, "Extra data")
+        raise _not_json(file, number, text, _skip(text, end), "Extra data")
     return _record(file, number, text, value, must_be_object)
 
 

@@ -242,9 +242,11 @@ def test_a_broken_row_is_named_at_its_line(line: str, what: str, tmp_path: Path)
         ('[\n{"a": 1}\n]\nx', "line 4: not valid JSON (Extra data, column 1)"),
         ('[\n{"a": 1}\n', "line 3: not valid JSON (Expecting ',' delimiter, column 1)"),
         ('[{"a": 1},\n\n  5]', "line 3: not a JSON object"),
+        ('\n{\n"a": 1\n}\n\n {"a": 2}\n', "line 6: not valid JSON (Extra data, column 2)"),
+        ('\n{\n"a": 1,\n}\n', "line 4: not valid JSON (Expecting property name enclosed in double quotes, column 1)"),
     ],
 )
-def test_a_broken_array_names_its_line(text: str, where: str, tmp_path: Path) -> None:
+def test_a_broken_document_names_its_line(text: str, where: str, tmp_path: Path) -> None:
     assert message(write(tmp_path / "a.json", text)) == where
 
 

@@ -184,8 +184,8 @@ def cache_error(error: OSError) -> DiskError:
         error: of writing there.
     """
     return DiskError(
-        f"cannot keep the rows in the cache {datasets.config.HF_DATASETS_CACHE}: {error}\nset HF_HOME to a folder "
-        "with room that can be written"
+        f"cannot keep the rows in the cache {datasets.config.HF_DATASETS_CACHE}: {error}\n"
+        "set HF_DATASETS_CACHE to a folder with room that can be written"
     )
 
 

@@ -294,7 +294,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
     path = write(tmp_path / "a.jsonl", "\n".join(LINES))
     no_folder = write(tmp_path / "cache", "a file")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", no_folder)
-    with pytest.raises(DiskError, match="set HF_HOME to a folder") as caught:
+    with pytest.raises(DiskError, match="set HF_DATASETS_CACHE to a folder") as caught:
         load(path)
     assert caught.value.exit_code == 6
     assert f"cannot keep the rows in the cache {no_folder}: " in str(caught.value)

@@ -159,10 +159,14 @@ def _source_problems(options: Options, output_dir: Path) -> list[str]:
             return [
                 f"the model {model} is a checkpoint in output_dir, which may be deleted: choose another --output_dir"
             ]
-    if options.dataset is not None and os.path.isdir(options.dataset):
-        dataset = Path(options.dataset).resolve()
-        if dataset == output_dir or dataset in output_dir.parents:
-            return [f"output_dir {output_dir} lies in the dataset's folder: its files would be read as rows next time"]
+    for option in ("dataset", "eval_dataset"):
+        name = getattr(options, option)
+        if name is not None and os.path.isdir(name):
+            folder = Path(name).resolve()
+            if folder == output_dir or folder in output_dir.parents:
+                return [
+                    f"output_dir {output_dir} lies in the folder of {option}: its files would be read as rows next time"
+                ]
     return []
 
 

@@ -16,9 +16,10 @@ from fullft.data.template import ChatTemplate
 
 def describe_data(
     rows: Rows,
+    row_format: RowFormat,
     tokenised: Dataset,
     num_held_out: int,
-    row_format: RowFormat,
+    elsewhere: tuple[Rows, RowFormat, Dataset] | None,
     tokenizer: PreTrainedTokenizerBase,
     config: Config,
 ) -> str:
@@ -26,21 +27,29 @@ def describe_data(
 
     Args:
         rows: as read.
+        row_format: that was recognised.
         tokenised: what is left of them, pieces of long texts apart.
         num_held_out: rows that are not trained on.
-        row_format: that was recognised.
+        elsewhere: those of them that have a source of their own, in the same three forms.
         tokenizer: decodes the example.
         config: the options that are named.
     """
     tokens, targets = sum(tokenised["num_tokens"][:]), sum(tokenised["num_target_tokens"][:])
     name = "the built-in demo" if config.dataset == DEMO_ROWS else config.dataset
     learned = "every token" if config.train_on_prompt or row_format.name == "text" else "the response"
+    notes = notes_on(rows, tokenised, row_format, tokenizer, config)
+    if elsewhere is not None:
+        given, its_format, its_tokenised = elsewhere
+        changes = count_changes(given, its_tokenised, config)
+        notes.append(f"held out: {given.name}, split {given.split}, {len(given):,} rows; {changes}")
+        its_notes = notes_on(given, its_tokenised, its_format, tokenizer, config)
+        notes += [f"held out: {note}" for note in its_notes if note not in notes]
     lines = [
         f"Data: {name}, format {row_format.name} ({', '.join(row_format.columns)}); the loss counts {learned} and EOS",
         f"      {len(rows):,} rows, {tokens:,} tokens, {targets / tokens:.0%} trained; "
         f"{count_changes(rows, tokenised, config)}; longest {max(tokenised['num_tokens'][:])} tokens, "
         f"mean {tokens / len(tokenised):.0f}; {num_held_out:,} held out",
-        *(f"      {note}" for note in notes_on(rows, tokenised, row_format, tokenizer, config)),
+        *(f"      {note}" for note in notes),
         f"Example, with what is learned in [brackets]: {show_row(tokenised[0], tokenizer, most=240)}",
     ]
     return "\n".join(lines)

@@ -7,6 +7,8 @@ with the keys of all others, shift ragged CSV rows and name no line.
 import bz2
 import csv
 import gzip
+import io
+import itertools
 import json
 import lzma
 import re
@@ -30,8 +32,9 @@ _COMPRESSED: dict[str, Callable[[Path], Any]] = {".gz": gzip.GzipFile, ".bz2": b
 _JSON, _CSV, _TEXT = (".json", ".jsonl", ".ndjson"), (".csv", ".tsv"), (".txt",)
 ENDINGS = (*_JSON, *_CSV, *_TEXT)
 # What opening a file in a spreadsheet may put first: it names the delimiter, and is no header.
-_SEPARATOR_LINE = re.compile(r"sep=(.)\s*$")
+_SEPARATOR_LINE = re.compile(r"sep=(.)\s*$", re.IGNORECASE)
 _BETWEEN = re.compile(r"[ \t\n\r]*")  # JSON's white space
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # half of a pair, escaped
 
 
 def ending_of(file: Path) -> str:
@@ -72,16 +75,20 @@ def open_bytes(file: Path) -> IO[bytes]:
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
     """Read lines that are not blank, with their numbers."""
-    with open_bytes(file) as lines:
+    with _open_text(file) as lines:
         for number, line in enumerate(lines, start=1):
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            if text.strip():
-                yield number, text.rstrip()
+            if text := line.rstrip():
+                yield number, text
+
+
+def _open_text(file: Path) -> IO[str]:
+    """Open a file of lines; each keeps its end, which is LF, CRLF, or a lone CR as old Macs wrote it."""
+    return io.TextIOWrapper(open_bytes(file), encoding="utf-8-sig", newline="")
 
 
 def _first_undecodable_line(file: Path) -> int:
     with open_bytes(file) as lines:
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(lines.read().splitlines(), start=1):
             try:
                 line.decode("utf-8")
             except UnicodeDecodeError:
@@ -117,20 +124,33 @@ def _has_json_lines(file: Path) -> bool:
         return False
     try:
         json.loads(first)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return ending_of(file) != ".json"
     return True
 
 
 def _json_record(file: Path, number: int, text: str, must_be_object: bool) -> Record:
-    try:
-        value = json.loads(text, object_pairs_hook=_object)
-    except json.JSONDecodeError as error:
-        line = number + error.lineno - 1
-        raise DataError(f"{file}, line {line}: not valid JSON ({error.msg}, column {error.colno})") from error
-    except _TwiceGiven as error:
-        raise DataError(f"{file}, line {number}: the key {error} is given twice") from error
+    """Read one value, of a text without blanks at its end."""
+    value, end = _decode(file, number, text, _skip(text, 0))
+    if end < len(text):
+        raise _not_json(file, number, text, _skip(text, end), "Extra data")
     return _record(file, number, text, value, must_be_object)
+
+
+def _decode(file: Path, number: int, text: str, position: int) -> tuple[Any, int]:
+    """Decode the JSON value at a position of a text that begins in a line; return it, and where it ends."""
+    try:
+        return _DECODER.raw_decode(text, position)
+    except json.JSONDecodeError as error:
+        raise _not_json(file, number, text, error.pos, error.msg) from error
+    except (ValueError, RecursionError) as error:  # a key twice, a number of 5000 digits, 1000 brackets
+        line = number + text.count("\n", 0, position)
+        raise DataError(f"{file}, line {line}: {error}") from error
+
+
+def _not_json(file: Path, number: int, text: str, position: int, what: str) -> DataError:
+    line, column = number + text.count("\n", 0, position), position - text.rfind("\n", 0, position)
+    return DataError(f"{file}, line {line}: not valid JSON ({what}, column {column})")
 
 
 def _record(file: Path, number: int, text: str, value: Any, must_be_object: bool) -> Record:
@@ -140,7 +160,7 @@ def _record(file: Path, number: int, text: str, value: Any, must_be_object: bool
         columns = ("text",)  # a list of texts
     else:
         raise DataError(f"{file}, line {number}: not a JSON object")
-    if "\\u" in text:  # only an escape can hold half a character
+    if _SURROGATE.search(text):
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
@@ -148,55 +168,36 @@ def _record(file: Path, number: int, text: str, value: Any, must_be_object: bool
     return Record(number, text, columns)
 
 
-class _TwiceGiven(ValueError):
-    """An object has a key twice; JSON does not say which value counts."""
-
-
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
-    if len(value) < len(pairs):
+    if len(value) < len(pairs):  # JSON does not say which of the two values holds
         names = [name for name, _ in pairs]
-        raise _TwiceGiven(repr(next(name for name in names if names.count(name) > 1)))
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} is given twice")
     return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _entries(file: Path, text: str, position: int) -> Iterator[Record]:
     """Read the entries of a JSON array, from behind its bracket, with the line that each begins in."""
-    decoder = json.JSONDecoder(object_pairs_hook=_object)
-    line = 1 + text.count("\n", 0, position)
-
-    def refuse(what: str) -> DataError:
-        column = position - text.rfind("\n", 0, position)
-        return DataError(f"{file}, line {line}: not valid JSON ({what}, column {column})")
-
-    is_first = True
-    while True:
-        begin = _skip(text, position)
-        line, position = line + text.count("\n", position, begin), begin
-        if text.startswith("]", position) and is_first:
-            break
-        try:
-            value, end = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{file}, line {error.lineno}: not valid JSON ({error.msg}, column {error.colno})"
-            ) from error
-        except _TwiceGiven as error:
-            raise DataError(f"{file}, line {line}: the key {error} is given twice") from error
+    line, counted = 1, 0
+    position = _skip(text, position)
+    is_last = text.startswith("]", position)
+    while not is_last:
+        line, counted = line + text.count("\n", counted, position), position
+        value, end = _decode(file, 1, text, position)
         yield _record(file, line, text[position:end], value, must_be_object=False)
-        line, position, is_first = line + text.count("\n", position, end), end, False
-        begin = _skip(text, position)
-        line, position = line + text.count("\n", position, begin), begin
-        if text.startswith("]", position):
-            break
-        if not text.startswith(",", position):
-            raise refuse("Expecting ',' delimiter")
-        position += 1
-    position += 1
-    rest = _skip(text, position)
+        position = _skip(text, end)
+        is_last = text.startswith("]", position)
+        if not is_last and not text.startswith(",", position):
+            raise _not_json(file, 1, text, position, "Expecting ',' delimiter")
+        if not is_last:
+            position = _skip(text, position + 1)
+    rest = _skip(text, position + 1)
     if rest < len(text):
-        line, position = line + text.count("\n", position, rest), rest
-        raise refuse("Extra data")
+        raise _not_json(file, 1, text, rest, "Extra data")
 
 
 def _skip(text: str, position: int) -> int:
@@ -209,41 +210,33 @@ def _skip(text: str, position: int) -> int:
 def _csv_records(file: Path) -> Iterator[Record]:
     """Read cells as text: "007", "NA" and dates are none of a spreadsheet's types."""
     csv.field_size_limit(2**31 - 1)
-    lines = _text_lines(file)
-    first = next(lines, "")
-    separator_line = _SEPARATOR_LINE.match(first)
-    delimiter = separator_line[1] if separator_line else _delimiter(first, file)
-    rest = lines if separator_line else _chain(first, lines)
-    # Strict: an open quote would otherwise swallow all that follows.
-    reader = csv.reader(rest, delimiter=delimiter, strict=True)
-    skipped = 1 if separator_line else 0
-    header: list[str] | None = None
-    begins = 1 + skipped
-    try:
-        for cells in reader:
-            number, begins = begins, reader.line_num + 1 + skipped
-            if not any(cells):
-                if header is None or len(cells) < len(header):
+    with _open_text(file) as lines:
+        skipped, first = 0, ""
+        for first in lines:
+            if first.strip():
+                break
+            skipped += 1
+        separator_line = _SEPARATOR_LINE.match(first)
+        skipped += separator_line is not None
+        rest = lines if separator_line else itertools.chain([first], lines)
+        delimiter = separator_line[1] if separator_line else _delimiter(first, file)
+        # Strict: an open quote would otherwise swallow all that follows.
+        reader = csv.reader(rest, delimiter=delimiter, strict=True)
+        header: list[str] | None = None
+        begins = 1 + skipped
+        try:
+            for cells in reader:
+                number, begins = begins, reader.line_num + 1 + skipped
+                if not cells or (not "".join(cells).strip() and (header is None or len(cells) < len(header))):
                     continue  # a blank line
-            if header is None:
-                header = _header(file, number, cells)
-                continue
-            cells = _fitted(file, number, cells, header)
-            row = {name: cell for name, cell in zip(header, cells, strict=True) if name}
-            yield Record(number, json.dumps(row, ensure_ascii=False), tuple(row))
-    except csv.Error as error:
-        raise DataError(f"{file}, line {begins}: not valid CSV ({error})") from error
-
-
-def _text_lines(file: Path) -> Iterator[str]:
-    with open_bytes(file) as lines:
-        for number, line in enumerate(lines):
-            yield line.decode("utf-8" if number else "utf-8-sig")
-
-
-def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield from rest
+                if header is None:
+                    header = _header(file, number, cells)
+                    continue
+                cells = _fitted(file, number, cells, header)
+                row = {name: cell for name, cell in zip(header, cells, strict=True) if name}
+                yield Record(number, json.dumps(row, ensure_ascii=False), tuple(row))
+        except csv.Error as error:
+            raise DataError(f"{file}, line {begins}: not valid CSV ({error})") from error
 
 
 def _delimiter(header: str, file: Path) -> str:

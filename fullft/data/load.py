@@ -1,6 +1,7 @@
 """The data of a run: rows are read, tokenised, split and batched."""
 
 import hashlib
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -65,19 +66,21 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
     rows, row_format, tokenised = tokenise_rows(config, tokenizer)
     train_rows, held_out = _split(tokenised, len(rows), config)
     largest_token_id, num_held_out = max(tokenised["largest_token_id"][:]), len(held_out)
-    given = load_held_out_rows(config)
+    given, fingerprint, elsewhere = load_held_out_rows(config), _fingerprint(tokenised), None
     if given is not None:
-        tokenised_given = _tokenise(given, tokenizer, config)[1]
+        elsewhere = (given, *_tokenise(given, tokenizer, config))
+        tokenised_given = elsewhere[-1]
         held_out = concatenate_datasets([held_out, tokenised_given]) if len(held_out) else tokenised_given
         largest_token_id = max(largest_token_id, *tokenised_given["largest_token_id"][:])
         num_held_out += len(given)
+        fingerprint = _fingerprint(tokenised, tokenised_given)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return Data(
         train=Batches(train_rows, config, pad),
         evaluation=Batches(held_out, config, pad) if len(held_out) else None,
         largest_token_id=largest_token_id,
-        fingerprint=_fingerprint(tokenised),
-        description=describe_data(rows, tokenised, num_held_out, row_format, tokenizer, config),
+        fingerprint=fingerprint,
+        description=describe_data(rows, row_format, tokenised, num_held_out, elsewhere, tokenizer, config),
     )
 
 
@@ -123,10 +126,10 @@ def _split(tokenised: Dataset, num_rows: int, config: Config) -> tuple[Dataset, 
     return tokenised.select(np.flatnonzero(~held_out)), tokenised.select(np.flatnonzero(held_out))
 
 
-def _fingerprint(tokenised: Dataset) -> str:
-    """Hash what is trained on: the same rows in another file, or read again, are the same rows."""
+def _fingerprint(*tokenised: Dataset) -> str:
+    """Hash the rows, held-out ones included: the same rows in another file, or read again, are the same rows."""
     digest = hashlib.sha256()
-    for batch in tokenised.with_format("arrow").iter(batch_size=1000):
+    for batch in itertools.chain(*(rows.with_format("arrow").iter(batch_size=1000) for rows in tokenised)):
         for name in ("row", "num_tokens"):
             digest.update(batch[name].to_numpy().tobytes())
         for name in ("input_ids", "labels"):

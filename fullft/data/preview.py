@@ -5,7 +5,7 @@ import json
 from fullft.config.config import Config
 from fullft.data.describe import count_changes, notes_on, show_row
 from fullft.data.load import tokenise_rows
-from fullft.model.source import find_model, load_tokenizer
+from fullft.model.source import DEMO_MODEL, find_config, load_tokenizer
 
 
 def show_preview(config: Config) -> None:
@@ -17,7 +17,8 @@ def show_preview(config: Config) -> None:
     Raises:
         FullftError: the tokenizer or the data cannot be loaded.
     """
-    tokenizer = load_tokenizer(config, find_model(config))
+    find_config(config)  # names what is wrong with the model; its weights need not be there
+    tokenizer = load_tokenizer(config, config.model or str(DEMO_MODEL))
     rows, row_format, tokenised = tokenise_rows(config, tokenizer)
     chosen = tokenised.select(range(min(config.preview, len(tokenised))))
     if config.json:

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import os
+from functools import lru_cache
 from pathlib import Path
 
 import datasets
@@ -25,6 +26,7 @@ _SCHEMA = pyarrow.schema(
     {FILE: pyarrow.string(), LINE: pyarrow.int64(), COLUMNS: pyarrow.string(), TEXT: pyarrow.large_string()}
 )
 _ROWS_PER_WRITE = 10_000
+_POINTER = b"version https://git-lfs.github.com/spec/"  # how a file begins that a clone without Git LFS has
 
 
 def load_rows(config: Config) -> Rows:
@@ -115,7 +117,10 @@ def _select(name: str, split: str, tables: dict[str, Dataset], lengths: dict[str
         tables[each.splitname].select(range(each.from_, each.to) if each.from_ < each.to else [])
         for each in instructions
     ]
-    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+    try:
+        return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+    except ValueError as error:
+        raise DataError(f"{name}: the splits of {split} have columns of other types: train on one of them") from error
 
 
 def _reject_wrapped_rows(rows: Rows) -> None:
@@ -134,6 +139,8 @@ def _read(files: DataFiles, split: str) -> Dataset:
     for path in paths:
         if path.stat().st_size == 0:
             raise DataError(f"data file {path} is empty")
+        if _is_pointer(path):
+            raise DataError(f"data file {path} stands for one that Git LFS has not fetched: run `git lfs pull` there")
     if files.kind != "parquet":
         return _read_text(paths)
     try:
@@ -141,6 +148,11 @@ def _read(files: DataFiles, split: str) -> Dataset:
     except Exception as error:
         text = " ".join(str(error.__cause__ or error).split())
         raise exhaustion(error) or DataError(f"cannot read {', '.join(map(str, paths))}: {text[:300]}") from error
+
+
+def _is_pointer(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_POINTER)) == _POINTER
 
 
 def _read_text(paths: list[Path]) -> Dataset:
@@ -174,9 +186,14 @@ def _write_rows(path: Path, writer: pyarrow.ipc.RecordBatchStreamWriter) -> None
             raise DataError(f"cannot read {path}: {error.strerror or error}") from error
         if not some:
             return
-        lines, texts, columns = zip(*((each.line, each.text, json.dumps(each.columns)) for each in some), strict=True)
+        lines, texts, columns = zip(*((each.line, each.text, _as_json(each.columns)) for each in some), strict=True)
         values = ([str(path)] * len(some), lines, columns, texts)
         writer.write_batch(pyarrow.record_batch(list(map(pyarrow.array, values, _SCHEMA.types)), schema=_SCHEMA))
+
+
+@lru_cache
+def _as_json(columns: tuple[str, ...]) -> str:
+    return json.dumps(columns)
 
 
 def _columns_of(table: Dataset) -> list[str]:

@@ -81,6 +81,7 @@ def test_output_dir_must_not_overwrite_what_is_read() -> None:
     assert "may be deleted" in problems_of("--model", str(model), "--output_dir", "out", overwrite)[0]
     assert "read as rows" in problems_of("--dataset", "rows", "--output_dir", "rows/out")[0]
     assert "read as rows" in problems_of("--dataset", ".")[0]  # ./full-ft-demo lies in it
+    assert "folder of eval_dataset" in problems_of("--eval_dataset", "rows", "--output_dir", "rows/out")[0]
     # Next to them, or deeper in a folder that the run leaves alone, nothing is in danger.
     parse_config(["--model", "out/checkpoint-5", "--output_dir", "new"])
     parse_config(["--model", "out", "--output_dir", "out/tuned"])

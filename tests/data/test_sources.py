@@ -1,17 +1,20 @@
 """Rows: every kind of file gives its rows as they stand there, and what cannot be read is named with its line."""
 
 import csv
+import gzip
 import json
 import socket
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from models import make_config
 
-from fullft.data.sources import load_rows
-from fullft.errors import DataError
+from fullft.config.parse import parse_config
+from fullft.data.sources import load_held_out_rows, load_rows
+from fullft.errors import DataError, DiskError
 
 ROWS = [{"instruction": f"q{i}", "output": f"a{i}"} for i in range(6)]
 LINES = [json.dumps(row) for row in ROWS]
@@ -270,6 +273,224 @@ def test_rows_inside_an_object_are_refused(tmp_path: Path) -> None:
 def test_nothing_but_our_message_is_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     message(write(tmp_path / "a.jsonl", "{"))
     assert caplog.records == []
+
+
+def test_a_damaged_packed_file_is_named(tmp_path: Path) -> None:
+    packed = gzip.compress("\n".join(LINES * 100).encode())
+    for content in (packed[:-20], packed[:50] + b"xxxx" + packed[54:], b"no gzip", packed[:5]):
+        path = write(tmp_path / "a.jsonl.gz", content)
+        assert str(path) in message(path)
+        assert message(path).startswith((f"data file {path} is damaged", f"cannot read {path}"))
+    assert load(write(tmp_path / "good.jsonl.gz", packed)) == ROWS * 100
+
+
+def test_a_pointer_of_git_lfs_is_told(tmp_path: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+    for name in ("a.jsonl", "a.parquet"):
+        assert "`git lfs pull`" in message(write(tmp_path / name, pointer))
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.jsonl", "\n".join(LINES))
+    no_folder = write(tmp_path / "cache", "a file")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", no_folder)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(no_folder))
+    with pytest.raises(DiskError, match="move it: HF_DATASETS_CACHE=<a folder that can be written>") as caught:
+        load(path)
+    assert caught.value.exit_code == 6
+    assert f"cannot write the cache of Hugging Face's libraries, {no_folder}: " in str(caught.value)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "other")
+    assert load(path) == ROWS
+    assert (tmp_path / "other").is_dir()
+
+
+def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", "\n".join(LINES))
+    first = load_rows(make_config(dataset=str(path)))
+    assert load_rows(make_config(dataset=str(path))).key == first.key
+    write(path, "\n".join(LINES[::-1]))
+    assert load(path) == ROWS[::-1]
+    assert load_rows(make_config(dataset=str(path))).key != first.key
+
+
+# ---------------------------------------------------------------------------------------------- names of files
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".csv", ".parquet"])
+@pytest.mark.parametrize("name", ["set[1]", "*", "set?", "{a,set1}", "my set", "é😀"])
+def test_the_file_that_is_named_is_read(name: str, ending: str, tmp_path: Path) -> None:
+    def make(path: Path, row: dict[str, str]) -> None:
+        path.parent.mkdir(exist_ok=True)
+        if ending == ".parquet":
+            Dataset.from_list([row]).to_parquet(path)
+        else:
+            write(path, json.dumps(row) if ending == ".jsonl" else f"instruction,output\n{','.join(row.values())}\n")
+
+    for other in ("set1", "a", "setx"):
+        make(tmp_path / f"{other}{ending}", ROWS[0])
+        make(tmp_path / other / f"rows{ending}", ROWS[0])
+    make(tmp_path / f"{name}{ending}", ROWS[1])
+    make(tmp_path / name / f"{name}{ending}", ROWS[2])
+    assert load(tmp_path / f"{name}{ending}") == [ROWS[1]]
+    assert load(tmp_path / name) == [ROWS[2]]
+    assert load(tmp_path / f"set1{ending}") == [ROWS[0]]
+
+
+def test_home_links_and_relative_paths_are_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "a.jsonl", LINES[0])
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "link.jsonl").symlink_to(tmp_path / "a.jsonl")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path / "sub")
+    for name in ("~/a.jsonl", "../a.jsonl", "./link.jsonl", "link.jsonl", "~/sub", "."):
+        config = parse_config(["--model=gpt2", f"--dataset={name}", f"--eval_dataset={name}", "--preview=1"])
+        assert load_rows(config).to_list() == ROWS[:1], name
+        held_out = load_held_out_rows(config)
+        assert held_out is not None and held_out.to_list() == ROWS[:1], name
+
+
+# ---------------------------------------------------------------------------------------------- splits of folders
+
+
+@pytest.fixture(params=["names", "folders", "shards", "parquet", "packed", "card", "saved"])
+def three_splits(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A data set of 3 training, 2 validation and 1 test rows."""
+    splits = {"train": range(3), "validation": range(3, 5), "test": range(5, 6)}
+    folder = tmp_path / "set"
+    if request.param == "saved":
+        saved = {split: Dataset.from_list([ROWS[i] for i in numbers]) for split, numbers in splits.items()}
+        DatasetDict(saved).save_to_disk(str(folder))
+        return folder
+    name = {
+        "names": "{}.jsonl",
+        "folders": "{}/rows.jsonl",
+        "shards": "data/{}-00000-of-00001.jsonl",
+        "parquet": "data/{}-00000-of-00001.parquet",
+        "packed": "{}.ndjson.gz",
+        "card": "rows/{}-of-all.jsonl",
+    }[request.param]
+    for split, numbers in splits.items():
+        path = folder / name.format(f"part_{split[1]}" if request.param == "card" else split)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = "\n".join(LINES[i] for i in numbers).encode()
+        if request.param == "parquet":
+            Dataset.from_list([ROWS[i] for i in numbers]).to_parquet(path)
+        else:
+            write(path, gzip.compress(content) if request.param == "packed" else content)
+    if request.param == "card":
+        files = "".join(f"  - {{split: {split}, path: rows/part_{split[1]}*}}\n" for split in splits)
+        write(folder / "README.md", f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}---\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("split", "numbers"),
+    [
+        (None, (0, 1, 2)),
+        ("train", (0, 1, 2)),
+        ("test", (5,)),
+        ("validation", (3, 4)),
+        ("train+validation[:1]", (0, 1, 2, 3)),
+        ("test+train[-1:]", (5, 2)),
+        ("validation[50%:]", (4,)),
+    ],
+)
+def test_only_rows_of_the_split_are_loaded(split: str | None, numbers: Any, three_splits: Path) -> None:
+    options = {} if split is None else {"dataset_split": split}
+    assert load(three_splits, **options) == [ROWS[i] for i in numbers]
+
+
+def held_out(path: Path, **options: Any) -> list[dict[str, Any]] | None:
+    rows = load_held_out_rows(make_config(dataset=str(path), **options))
+    return None if rows is None else rows.to_list()
+
+
+def test_held_out_rows_come_from_a_split(three_splits: Path) -> None:
+    assert held_out(three_splits) is None
+    assert held_out(three_splits, eval_split="validation") == ROWS[3:5]
+    assert held_out(three_splits, eval_split="validation[:1]+test") == [ROWS[3], ROWS[5]]
+    with pytest.raises(DataError, match='"dev"'):
+        held_out(three_splits, eval_split="dev")
+
+
+def test_held_out_rows_come_from_elsewhere(three_splits: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "other.jsonl", LINES[0])
+    assert held_out(path, eval_dataset=str(three_splits), eval_split="test") == ROWS[5:]
+    with pytest.raises(DataError, match="has the splits train, validation, test: name one with --eval_split") as caught:
+        held_out(path, eval_dataset=str(three_splits))
+    assert caught.value.exit_code == 3
+    # A file, and a folder with one split, whatever it is called.
+    assert held_out(three_splits, eval_dataset=str(path)) == ROWS[:1]
+    (tmp_path / "one").mkdir()
+    write(tmp_path / "one" / "test.jsonl", LINES[2])
+    assert held_out(path, eval_dataset=str(tmp_path / "one")) == ROWS[2:3]
+
+
+def test_held_out_columns_are_renamed_too(tmp_path: Path) -> None:
+    train, test = (write(tmp_path / name, '{"q": "1", "a": "2"}') for name in ("train.jsonl", "test.jsonl"))
+    wanted = {"instruction": "q", "output": "a"}
+    assert held_out(train, eval_dataset=str(test), columns=wanted) == [{"instruction": "1", "output": "2"}]
+
+
+def test_a_folder_of_packed_and_plain_files_is_read(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", LINES[0])
+    write(tmp_path / "b.jsonl.gz", gzip.compress(LINES[1].encode()))
+    write(tmp_path / "c.ndjson", LINES[2])
+    write(tmp_path / "d.xlsx", "no data")
+    rows = load_rows(make_config(dataset=str(tmp_path)))
+    assert rows.to_list() == ROWS[:3]
+    assert [rows.place(i) for i in range(3)] == [
+        f"{tmp_path / name}, line 1" for name in ("a.jsonl", "b.jsonl.gz", "c.ndjson")
+    ]
+    assert rows.left_out == (str(tmp_path / "d.xlsx"),)
+
+
+def test_a_saved_data_set_is_loaded(tmp_path: Path) -> None:
+    rows = [{**row, "messages": [{"role": "user", "content": "x", "name": None}]} for row in ROWS]
+    Dataset.from_list(rows).save_to_disk(str(tmp_path / "set"))
+    loaded = load_rows(make_config(dataset=str(tmp_path / "set"), dataset_split="train[1:]"))
+    assert loaded[0] == {**ROWS[1], "messages": [{"role": "user", "content": "x"}]}
+    assert loaded.place(0) == f"{tmp_path / 'set'}, split train[1:], row 1"
+    assert '"test"' in message(tmp_path / "set", dataset_split="test")
+    (tmp_path / "set" / "state.json").write_text("{")
+    assert message(tmp_path / "set").startswith(f"cannot read the saved data set {tmp_path / 'set'}: ")
+
+
+def test_splits_of_different_columns_are_not_joined(tmp_path: Path) -> None:
+    Dataset.from_list([{"text": "x"}]).to_parquet(tmp_path / "train.parquet")
+    Dataset.from_list([{"text": 5}]).to_parquet(tmp_path / "test.parquet")
+    assert "have columns of other types" in message(tmp_path, dataset_split="train+test")
+    assert load(tmp_path, dataset_split="train") == [{"text": "x"}]
+
+
+def test_hub_ids_go_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(name: str, split: str) -> Dataset:
+        asked.append((name, split))
+        return Dataset.from_list([{"q": name, "a": split}])
+
+    splits = {"user/one": ["test"], "user/three": ["train", "validation", "test"]}
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", splits.__getitem__)
+    wanted = {"instruction": "q", "output": "a"}
+
+    def taken(**options: Any) -> Any:
+        rows = load_held_out_rows(make_config(dataset="user/three", columns=wanted, **options))
+        return None if rows is None else (rows[0], rows.place(0))
+
+    def expected(name: str, split: str) -> Any:
+        return {"instruction": name, "output": split}, f"{name}, split {split}, row 1"
+
+    assert taken() is None
+    assert taken(eval_split="validation") == expected("user/three", "validation")
+    assert taken(eval_dataset="user/one") == expected("user/one", "test")
+    assert taken(eval_dataset="user/one", eval_split="test[:5]") == expected("user/one", "test[:5]")
+    with pytest.raises(DataError, match="user/three has the splits train, validation, test: name one with"):
+        taken(eval_dataset="user/three")
+    with pytest.raises(DataError, match="data set user/gone was found neither"):
+        taken(eval_dataset="user/gone")
+    assert asked == [("user/three", "validation"), ("user/one", "test"), ("user/one", "test[:5]")]
 
 
 # ---------------------------------------------------------------------------------------------- locating

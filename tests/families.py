@@ -42,6 +42,10 @@ def of_experts(family: str, **more: object) -> PreTrainedConfig:
     return AutoConfig.for_model(family, **{**SHAPE, **EXPERTS, **latent, **more})
 
 
+def dense_before_experts(layers: int) -> PreTrainedConfig:
+    return of_experts("deepseek_v3", num_hidden_layers=layers, first_k_dense_replace=3)
+
+
 def qwen2_moe(window: int) -> PreTrainedConfig:
     experts = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 2}
     experts |= {"num_experts_per_tok": 2, "use_sliding_window": True, "max_window_layers": 4}

@@ -5,26 +5,42 @@ so a plan's time is its number of operators: what repeats without adding bytes i
 says through `standing_for_all` how many of its rounds stand for all. Tests compare these stand-ins with the whole.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TypeVar, overload
+from typing import Any, TypeVar, overload
 
+import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 Part = TypeVar("Part")
 _is_tracing = ContextVar("is_tracing", default=False)
 
 
+class _FakeTensors(FakeTensorMode):
+    """Fake tensors that experts of any dtype multiply: torch's own refuse all but bf16, where its kernels do not."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
+            with self:
+                product = func(*(each.bfloat16() for each in args[:2]), *args[2:], **(kwargs or {}))
+                return product.to(args[0].dtype)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
 @contextmanager
 def tracing() -> Iterator[None]:
     """Make every new tensor within the body a fake one."""
     token = _is_tracing.set(True)
+    log = logging.getLogger(FakeTensorMode.__module__)
+    was_disabled, log.disabled = log.disabled, True  # it prints a traceback of what the caller reports in a line
     try:
         # The tensors that are not fake are the code books of 8-bit moments.
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with _FakeTensors(allow_non_fake_inputs=True):
             yield
     finally:
+        log.disabled = was_disabled
         _is_tracing.reset(token)
 
 

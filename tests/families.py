@@ -24,9 +24,26 @@ def llama4() -> PreTrainedConfig:
 CONFIGS = {"gemma3 that sees": gemma3_that_sees, "opt": opt, "llama4": llama4}
 
 
-def model_of(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    torch.manual_seed(0)
+def model_of(config: PreTrainedConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+    torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+
+
+EXPERTS = {"num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8, "num_experts_per_tok": 2}
+EXPERTS |= {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "n_shared_experts": 1}
+EXPERTS |= {"head_dim": 8, "first_k_dense_replace": 1, "moe_num_experts": 8, "moe_k": 2}
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+LATENT |= {"num_key_value_heads": 4, "n_group": 2, "topk_group": 1}
+EXPERT_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss")
+
+
+def of_experts(family: str, **more: object) -> PreTrainedConfig:
+    latent = LATENT if "deepseek" in family else {}
+    return AutoConfig.for_model(family, **{**SHAPE, **EXPERTS, **latent, **more})
+
+
+def dense_before_experts(layers: int) -> PreTrainedConfig:
+    return of_experts("deepseek_v3", num_hidden_layers=layers, first_k_dense_replace=3)
 
 
 def qwen2_moe(window: int) -> PreTrainedConfig:

@@ -47,6 +47,9 @@ SNAPSHOT = "fullft/memory/snapshot.py"
 PRIVATE = {
     "FakeTensor": Private("torch", TRACING, "tells fake tensors from real ones", lambda: module(FAKE).FakeTensor),
     "FakeTensorMode": Private("torch", TRACING, "plans run without bytes", lambda: module(FAKE).FakeTensorMode),
+    "_grouped_mm": Private(
+        "torch", TRACING, "experts are multiplied in any dtype", lambda: torch.ops.aten._grouped_mm.default
+    ),
     "TorchDispatchMode": Private("torch", TRACKER, "sees every operator", lambda: module(MODES).TorchDispatchMode),
     "_disable_current_modes": Private(
         "torch",

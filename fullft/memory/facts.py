@@ -1,7 +1,7 @@
 """Facts that follow from a model's shapes alone: counts of parameters, operations and optimizer states.
 
 As in the plan, two models of a few layers are built, and the line through them is continued: every count is linear in
-the number of layers.
+the number of layers that repeat.
 """
 
 from dataclasses import dataclass, fields
@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from fullft.config.numerics import Numerics
-from fullft.memory.plan import layer_period, num_layers, shortened
+from fullft.memory.plan import layer_pattern, num_layers, shortened
 from fullft.model.parts import count_parameters, decoder_layers, flops_per_token
 from fullft.optim.build import estimate_state_bytes
 
@@ -50,8 +50,8 @@ def find_facts(model_config: PreTrainedConfig, length: int) -> Facts:
         model_config: of a causal language model.
         length: tokens per sequence, for attention's share of the operations.
     """
-    layers, period = num_layers(model_config), layer_period(model_config)
-    few = period + layers % period
+    layers, (first, period) = num_layers(model_config), layer_pattern(model_config)
+    few = first + period + (layers - first) % period
     if few + period >= layers:
         return _count(model_config, layers, length)
     small, large = _count(model_config, few, length), _count(model_config, few + period, length)
@@ -66,7 +66,7 @@ def _continue(small: int, large: int, times: int) -> int:
 def _count(model_config: PreTrainedConfig, layers: int, length: int) -> Facts:
     with torch.device("meta"), no_init_weights():
         model = AutoModelForCausalLM.from_config(shortened(model_config, layers))
-    model.tie_weights()
+    model.requires_grad_(True).tie_weights()
     layer_matrices = sum(p.numel() for p in decoder_layers(model).parameters() if p.dim() > 1)
     head = model.get_output_embeddings()
     return Facts(

@@ -27,12 +27,14 @@ from fullft.memory.tracker import COMPONENTS, Profile
 from fullft.memory.worst_step import take_worst_step
 from fullft.model.homes import move_layers_home
 from fullft.model.loss import LossSum
-from fullft.model.parts import count_parameters
+from fullft.model.parts import count_parameters, decoder_layers
 from fullft.model.precision import autocast_of, dtype_of
 from fullft.optim.build import build_optimizer
 from fullft.tracing import tracing
 from fullft.transforms.activation_checkpointing import apply_activation_checkpointing
 from fullft.transforms.streaming import apply_layer_streaming
+
+_structures: dict[str, list[tuple[Any, ...]]] = {}  # of a config's layers, which a plan asks for many times
 
 # Part of the step, phase, whether the layer is counted from the end, and its number from there.
 Slot = tuple[int, str, bool, int]
@@ -94,13 +96,14 @@ def plan_step(config: Config, model_config: PreTrainedConfig, batch: Batch) -> d
         The figures of `memory.json`, in bytes, and `num_parameters`.
     """
     layers = num_layers(model_config)
-    period = _period(model_config, config)
-    few = 2 * period + layers % period
+    first, period = layer_pattern(model_config)
+    period = math.lcm(period, config.recomputation.every or 1)
+    few = first + 2 * period + (layers - first) % period
     with _paused_garbage_collection():
         if few + period >= layers:
-            return _figures(trace(config, model_config, batch, layers, period))
-        small = trace(config, model_config, batch, few, period)
-        large = trace(config, model_config, batch, few + period, period)
+            return _figures(trace(config, model_config, batch, layers, first, period))
+        small = trace(config, model_config, batch, few, first, period)
+        large = trace(config, model_config, batch, few + period, first, period)
     return _figures(_extend(small, large, (layers - few) // period))
 
 
@@ -109,19 +112,36 @@ def num_layers(model_config: PreTrainedConfig) -> int:
     return int(model_config.get_text_config(decoder=True).num_hidden_layers)
 
 
-def layer_period(model_config: PreTrainedConfig) -> int:
-    """Return after how many layers the kinds of layers repeat."""
+def layer_pattern(model_config: PreTrainedConfig) -> tuple[int, int]:
+    """Return how many first layers are of kinds of their own, and after how many layers the kinds of the rest repeat.
+
+    Families with experts often begin with a few layers without.
+    """
+    kinds = _kinds_of_layers(model_config)
+    layers = len(kinds)
+    return min(
+        (
+            (first, period)
+            for first in range(layers)
+            for period in range(1, layers - first + 1)
+            if all(kinds[i] == kinds[i - period] for i in range(first + period, layers))
+        ),
+        key=lambda pattern: pattern[0] + 2 * pattern[1],  # as many layers are traced
+    )
+
+
+def _kinds_of_layers(model_config: PreTrainedConfig) -> list[tuple[Any, ...]]:
+    """Return what tells each layer from others: its place in the config's lists, and its modules and their shapes."""
     layers = num_layers(model_config)
-    periods = [
-        next(p for p in range(1, layers + 1) if all(kinds[i] == kinds[i % p] for i in range(layers)))
-        for kinds in _per_layer_lists(model_config, layers).values()
-    ]
-    return math.lcm(*periods)
-
-
-def _period(model_config: PreTrainedConfig, config: Config) -> int:
-    """Return after how many layers the kinds of layers, and the recomputed ones among them, repeat."""
-    return math.lcm(layer_period(model_config), config.recomputation.every or 1)
+    lists = list(zip(*_per_layer_lists(model_config, layers).values(), strict=True)) or [()] * layers
+    key = model_config.to_json_string(use_diff=False)
+    if key not in _structures:
+        with torch.device("meta"), no_init_weights():
+            stack = decoder_layers(AutoModelForCausalLM.from_config(model_config))
+        _structures[key] = [
+            (*map(type, layer.modules()), *(parameter.shape for parameter in layer.parameters())) for layer in stack
+        ]
+    return [(*values, *structure) for values, structure in zip(lists, _structures[key], strict=True)]
 
 
 def _per_layer_lists(model_config: PreTrainedConfig, layers: int) -> dict[str, list[Any]]:
@@ -132,7 +152,7 @@ def _per_layer_lists(model_config: PreTrainedConfig, layers: int) -> dict[str, l
 # ---------------------------------------------------------------------------------------------- tracing
 
 
-def trace(config: Config, model_config: PreTrainedConfig, batch: Batch, layers: int, period: int) -> _Trace:
+def trace(config: Config, model_config: PreTrainedConfig, batch: Batch, layers: int, first: int, period: int) -> _Trace:
     """Track the worst step of a model with so many layers, on fake tensors.
 
     Args:
@@ -140,13 +160,15 @@ def trace(config: Config, model_config: PreTrainedConfig, batch: Batch, layers: 
         model_config: of the whole model.
         batch: the largest micro-batches.
         layers: of the model to build.
-        period: how many layers at either end have slots of their own.
+        first: how many layers are of kinds of their own.
+        period: how many layers behind them, and at the end, have slots of their own as these do.
     """
     device = torch.device("cpu")
     with tracing(), _mask_as_for_real_tensors(config.packing), no_init_weights():
         model = AutoModelForCausalLM.from_config(
             shortened(model_config, layers), dtype=dtype_of(config.numerics.weights)
-        ).train()
+        )
+        model.requires_grad_(True).train()  # as `load_model` leaves it
         model.tie_weights()  # left out together with the initial values
         if pick_device().type == "cpu":
             attend_by_document(model)
@@ -170,7 +192,7 @@ def trace(config: Config, model_config: PreTrainedConfig, batch: Batch, layers: 
             # Of accumulated micro-batches the first needs least, since it finds no gradients: it is not worth the time.
             pretend_earlier=config.accumulates,
         )
-        return _by_slot(profile, count_parameters(model), layers, period)
+        return _by_slot(profile, count_parameters(model), layers, first + period, period)
 
 
 def shortened(model_config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
@@ -219,13 +241,13 @@ def _paused_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _by_slot(profile: Profile, num_parameters: int, layers: int, period: int) -> _Trace:
+def _by_slot(profile: Profile, num_parameters: int, layers: int, begin: int, end: int) -> _Trace:
     totals: dict[Slot, dict[str, int]] = {}
     maxima: dict[Slot, dict[str, int]] = {}
     largest: dict[Slot, int] = {}
     for event, (moment, total) in enumerate(zip(profile.moments, profile.totals, strict=True)):
-        from_end = moment.layer >= layers - period
-        if not from_end and moment.layer >= period:
+        from_end = moment.layer >= layers - end
+        if not from_end and moment.layer >= begin:
             continue  # a layer in the middle needs at most what one at the ends needs
         slot = (moment.part, moment.phase, from_end, moment.layer - layers if from_end else moment.layer)
         live = {name: profile.curves[name][event] for name in COMPONENTS}

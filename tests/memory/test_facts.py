@@ -1,11 +1,11 @@
 """Counts of bundled configs are the published ones, and a few layers count for all."""
 
 import pytest
+from families import dense_before_experts
 from models import make_config
 from worst_steps import deep
 
 from fullft.memory.facts import find_facts
-from fullft.memory.plan import num_layers
 from fullft.model.source import find_config
 
 # As published with the models.
@@ -37,8 +37,8 @@ def test_bundled_configs_have_the_published_parameter_counts(name: str) -> None:
 
 
 def test_counts_from_few_layers_equal_those_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    for family in ("gpt2", "gemma2", "phi"):
-        continued = find_facts(deep(family, 9), 64)
+    for model_config in (*(deep(family, 9) for family in ("gpt2", "gemma2", "phi")), dense_before_experts(9)):
+        continued = find_facts(model_config, 64)
         with monkeypatch.context() as patch:
-            patch.setattr("fullft.memory.facts.layer_period", num_layers)  # every layer is built
-            assert find_facts(deep(family, 9), 64) == continued
+            patch.setattr("fullft.memory.facts.layer_pattern", lambda _: (0, 9))  # every layer is built
+            assert find_facts(model_config, 64) == continued

@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from families import dense_before_experts, of_experts
 from models import make_config
 from transformers import AutoConfig, PreTrainedConfig
 from worst_steps import deep
 
 from fullft.config.config import Config
 from fullft.memory import plan as plan_module
-from fullft.memory.plan import Batch, _figures, layer_period, plan_step, trace
+from fullft.memory.plan import Batch, _figures, layer_pattern, plan_step, trace
 from fullft.memory.tracker import MemoryTracker
 from fullft.model import loss as loss_module
 from fullft.model.loss import LossSum
@@ -53,7 +54,7 @@ def test_plan_from_few_layers_equals_the_whole_trace(family: str, options: dict[
     """All layers are more than the plan builds."""
     config, batch = make_config(**options), Batch(2, 24, 16)
     model_config = deep(family, layers)
-    whole = _figures(trace(config, model_config, batch, layers, layers))  # no slot left out, nothing continued
+    whole = _figures(trace(config, model_config, batch, layers, 0, layers))  # no slot left out, nothing continued
     planned = plan_step(config, model_config, batch)
     if "parameters" in config.offload:
         # A streamed weight that is elsewhere leaves one number. How many do in evaluation is not linear in the layers.
@@ -61,6 +62,27 @@ def test_plan_from_few_layers_equals_the_whole_trace(family: str, options: dict[
         assert 0 <= numbers < layers * 9 * torch.bfloat16.itemsize
     assert planned == whole
     assert sum(whole["at_peak"].values()) == whole["peak_bytes"] == max(whole["phases"].values())
+
+
+MIXED = {
+    "dense layers first": dense_before_experts,
+    "experts in every other layer": lambda layers: of_experts(
+        "qwen3_moe", num_hidden_layers=layers, decoder_sparse_step=2
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MIXED)
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16-mixed", marks=pytest.mark.slow)])
+def test_few_layers_stand_for_mixed_ones(kind: str, precision: str) -> None:
+    """All layers are more than the plan builds, and the first ones are unlike the rest."""
+    config, batch, model_config = make_config(precision=precision), Batch(1, 8), MIXED[kind](7)
+    planned = plan_step(config, model_config, batch)
+    assert planned == _figures(trace(config, model_config, batch, 7, 0, 7))
+    # The control: as if all layers were alike.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_module, "layer_pattern", lambda _: (0, 1))
+        assert plan_step(config, model_config, batch) != planned
 
 
 @pytest.mark.parametrize("layers", [5, pytest.param(9, marks=pytest.mark.slow)])
@@ -138,8 +160,11 @@ def test_plan_takes_no_more_operators_for_large_tensors(
 
 
 def test_kinds_of_layers_repeat() -> None:
-    assert layer_period(deep("llama")) == 1 and layer_period(deep("gemma2", 8)) == 2
-    assert layer_period(AutoConfig.for_model("gpt2")) == 1
+    assert layer_pattern(deep("llama")) == (0, 1) and layer_pattern(deep("gemma2", 8)) == (0, 2)
+    assert layer_pattern(AutoConfig.for_model("gpt2")) == (0, 1)
+    assert layer_pattern(dense_before_experts(9)) == (3, 1)
+    every_other = of_experts("qwen3_moe", num_hidden_layers=9, decoder_sparse_step=2)
+    assert layer_pattern(every_other) == (0, 2)
 
 
 def test_plan_of_mistral_7b_has_the_known_sizes() -> None:

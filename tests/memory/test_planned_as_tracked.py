@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import EXPERT_FAMILIES, of_experts
+from families import model_of as model_of_config
 from models import make_config, optimizer_of
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from worst_steps import model_of, worst_step
 
+from fullft.attention.choice import attend_by_document
 from fullft.data.micro_batch import MicroBatch
 from fullft.memory.plan import Batch, plan_step
 from fullft.memory.worst_step import take_worst_step
@@ -16,6 +19,7 @@ from fullft.model import loss as loss_module
 from fullft.model.loss import LossSum
 from fullft.model.parts import decoder_layers
 from fullft.model.precision import autocast_of, dtype_of
+from fullft.tracing import tracing
 from fullft.transforms.activation_checkpointing import apply_activation_checkpointing
 
 PRECISIONS = ("fp32", "bf16-mixed", "bf16-true")
@@ -112,6 +116,35 @@ def test_plan_equals_what_is_tracked(
     assert (planned["host_bytes"], planned["disk_bytes"]) == (tracked["host_bytes"], tracked["disk_bytes"])
     assert (planned["host_bytes"] > 0) is ("host" in config.offload)
     assert (planned["disk_bytes"] > 0) is ("disk" in config.offload)
+
+
+EXPERTS = [*itertools.product(("mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss"), ("fp32", "bf16-mixed"))]
+MORE_EXPERTS = [*itertools.product((*EXPERT_FAMILIES, "ernie4_5_moe", "granitemoe", "llama4_text"), PRECISIONS)]
+
+
+@pytest.mark.parametrize(
+    ("family", "precision"),
+    [*EXPERTS, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_EXPERTS if case not in EXPERTS)],
+)
+def test_plan_of_experts_equals_what_is_tracked(family: str, precision: str) -> None:
+    """In fp32 too, where torch's own fake kernel of experts refuses."""
+    config = make_config(precision=precision, gradient_accumulation_steps=4)
+    model_config, batch = of_experts(family, num_hidden_layers=2), Batch(2, 24, 16)
+    model = model_of_config(model_config, dtype_of(config.numerics.weights)).requires_grad_(True)
+    attend_by_document(model)
+    tracked = worst_step(model, config, batch).to_dict()
+    planned = plan_step(config, model_config, batch)
+    assert planned["peak_phase"] == tracked["peak_phase"]
+    for kind in ("components", "at_peak", "phases"):
+        # Ernie's bias of its router, 8 numbers a layer, is no part of the loss, and gets no gradient.
+        assert planned[kind] == pytest.approx(tracked[kind], abs=64)
+
+
+def test_operators_that_fail_print_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RuntimeError, match="contraction dimension"), tracing():  # noqa: PT012
+        offsets = torch.zeros(2, dtype=torch.int32)
+        torch.nn.functional.grouped_mm(torch.zeros(4, 16), torch.zeros(2, 8, 16), offs=offsets)
+    assert capfd.readouterr().err == ""
 
 
 HEADS = ["llama", "gemma2", "phi"]  # a plain one, a soft-capped one, and one with a bias

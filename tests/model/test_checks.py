@@ -1,9 +1,11 @@
 """Models whose head, causality, positions or vocabulary do not allow training are refused."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from families import are_logits_close, model_of, model_whose_rounding_grows
-from models import VOCABULARY, tiny_model
+from families import EXPERT_FAMILIES, are_logits_close, model_of, model_whose_rounding_grows, of_experts
+from models import SHAPE, VOCABULARY, tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -11,6 +13,7 @@ from fullft.attention.choice import choose_attention
 from fullft.errors import ModelError, OptionsError
 from fullft.model.checks import check_model
 from fullft.model.parts import decoder_layers
+from fullft.model.probing import DOCUMENT, dependence_tolerance, largest_dependence, probe, probing
 
 
 def prepare(model: PreTrainedModel, longest: int, packing: bool) -> None:
@@ -79,13 +82,6 @@ def test_model_with_running_positions_is_not_packed(dtype: torch.dtype, layers_a
         prepare(model, 64, packing=True)
 
 
-def test_model_without_positions_is_not_packed() -> None:
-    model = model_of(AutoConfig.for_model("bloom", vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4))
-    prepare(model, 64, packing=False)
-    with pytest.raises(ModelError, match="without --packing"):
-        prepare(model, 64, packing=True)
-
-
 def test_forward_without_position_ids_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama", torch.float32)
     original = type(model).forward
@@ -104,3 +100,101 @@ def test_sequences_longer_than_a_models_positions_are_refused() -> None:
     prepare(AutoModelForCausalLM.from_config(config), 40, packing=False)
     with pytest.raises(OptionsError, match="--max_length 40"):
         prepare(AutoModelForCausalLM.from_config(config), 41, packing=False)
+
+
+# ---------------------------------------------------------------------------------------------- rounding or a leak
+
+DTYPES = [torch.float32, torch.bfloat16]
+WITHOUT_ISOLATION: dict[str, dict[str, object]] = {
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "lfm2": {**SHAPE, "layer_types": ["conv", "full_attention", "conv", "conv"]},
+    "jamba": {**SHAPE, "num_hidden_layers": 2, "use_mamba_kernels": False},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", EXPERT_FAMILIES)
+def test_experts_of_any_seed_are_trainable(family: str, dtype: torch.dtype) -> None:
+    packs = family != "gpt_oss"  # whose masks leave out where documents begin
+    for seed in range(5):
+        prepare(model_of(of_experts(family, num_hidden_layers=2), dtype, seed), 64, packing=packs)
+
+
+def test_other_tokens_change_the_rounding_of_experts() -> None:
+    """The control: equality to the bit would refuse some of these models."""
+    is_equal = []
+    for seed in range(5):
+        with probing(model := model_of(of_experts("mixtral"), seed=seed)):
+            one, other = (probe(model, [*DOCUMENT, last])[:-1] for last in (1, 2))
+        is_equal.append(torch.equal(one, other))
+    assert not all(is_equal)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_in_another_order_are_no_leak(dtype: torch.dtype) -> None:
+    """As on devices whose kernels round more: experts off by 5e-7 before they are rounded to their dtype."""
+    for seed in range(5):
+        model = model_of(of_experts("mixtral"), dtype, seed)
+        for layer in decoder_layers(model):
+            _sum_in_any_order(layer.mlp.experts)
+        prepare(model, 64, packing=True)
+
+
+def _sum_in_any_order(experts: nn.Module) -> None:
+    original, dtype = experts.forward, experts.down_proj.dtype
+    experts.float()
+
+    def forward(hidden: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        exact = original(hidden.float(), indices, weights.float())
+        return (exact * (1 + 5e-7 * torch.randn_like(exact))).to(dtype)
+
+    experts.forward = forward
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_leaks_of_a_thousandth_are_found(family: str, dtype: torch.dtype) -> None:
+    """One layer adds a thousandth of what it adds anyway, from the last token; with packing, from the first."""
+    for seed in range(3):
+        for place, packing, message in ((-1, False, "not a causal"), (0, True, "without --packing")):
+            model = tiny_model(family, dtype, seed=seed) if family == "llama" else model_of(of_experts(family), dtype)
+            prepare(model, 64, packing=True)
+            decoder_layers(model)[seed].register_forward_hook(_leaking(1e-3, place))
+            with pytest.raises(ModelError, match=message):
+                prepare(model, 64, packing)
+
+
+def _leaking(share: float, place: int) -> Callable[..., torch.Tensor]:
+    def leak(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        hidden, leaked = output.float(), output.float()[:, [place]]
+        added = (hidden - inputs[0].float()).abs().mean()
+        return (hidden + share * added / leaked.abs().mean() * leaked).to(output.dtype)
+
+    return leak
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", WITHOUT_ISOLATION)
+def test_families_without_isolation_are_not_packed(family: str, dtype: torch.dtype) -> None:
+    for seed in range(3):
+        model = model_of(
+            AutoConfig.for_model(family, **{**WITHOUT_ISOLATION[family], "vocab_size": VOCABULARY}), dtype, seed
+        )
+        prepare(model, 64, packing=False)
+        with pytest.raises(ModelError, match="without --packing"):
+            prepare(model, 64, packing=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_models_that_see_ahead_are_refused(dtype: torch.dtype) -> None:
+    model = tiny_model("llama", dtype)
+
+    def mix(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        return output + output.roll(-1, dims=1)  # each token sees the next one alone
+
+    model.model.layers[1].mlp.register_forward_hook(mix)
+    with pytest.raises(ModelError, match="not a causal language model"):
+        prepare(model, 64, packing=False)
+    with probing(model):
+        share = largest_dependence(model, [*DOCUMENT, 1], [*DOCUMENT, 2], None, slice(0, len(DOCUMENT)))
+    assert share > 10 * dependence_tolerance(model)

@@ -165,7 +165,8 @@ def _read_text(paths: list[Path]) -> Dataset:
     if not target.exists():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with pyarrow.OSFile(str(partial), "wb") as sink, pyarrow.ipc.new_stream(sink, _SCHEMA) as writer:
+            # Not a file of pyarrow's, whose errors do not say which file.
+            with partial.open("wb") as sink, pyarrow.ipc.new_stream(sink, _SCHEMA) as writer:
                 for path in paths:
                     _write_rows(path, writer)
             partial.replace(target)

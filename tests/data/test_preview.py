@@ -143,10 +143,8 @@ def test_no_weights_are_needed(
 def test_text_marks_what_is_learned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [{**row, "id": 5} for row in completions(*ROWS)])
     shown = preview(capsys, path, 3).splitlines()
-    assert shown[:2] == [
-        "3 of 3 rows as they are trained on; [what is learned] stands in brackets",
-        "columns that nothing reads: id",
-    ]
+    assert shown[0] == "3 of 3 rows as they are trained on; [what is learned] stands in brackets"
+    assert "columns that nothing reads: id" in shown
     text = "\n".join(shown)
     assert "Say one:[ one<|endoftext|>]" in text and "Say é 😀:[ é 😀<|endoftext|>]" in text
     assert "Say two:[ two\n\ntwo<|endoftext|>]" in text  # in full, with its line ends

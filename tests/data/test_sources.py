@@ -1,6 +1,7 @@
 """Rows: every kind of file gives its rows as they stand there, and what cannot be read is named with its line."""
 
 import csv
+import errno
 import gzip
 import json
 import socket
@@ -306,6 +307,19 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
     move_cache(tmp_path / "other")
     assert load(path) == ROWS
     assert (tmp_path / "other").is_dir()
+
+    # Folders can be made there, and no files.
+    opens = Path.open
+
+    def open_or_fail(file: Path, mode: str = "r", *rest: Any, **named: Any) -> Any:
+        if file.suffix == ".partial":
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+        return opens(file, mode, *rest, **named)
+
+    monkeypatch.setattr(Path, "open", open_or_fail)
+    move_cache(tmp_path / "third")
+    with pytest.raises(DiskError, match=f"{tmp_path / 'third'}: .*\n.*HF_DATASETS_CACHE"):
+        load(path)
 
 
 def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What the user is told about the data: counts, what was left out, and an example with its mask."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -42,6 +43,10 @@ def describe_data(
         given, its_format, its_tokenised = elsewhere
         changes = count_changes(given, its_tokenised, config)
         notes.append(f"held out: {given.name}, split {given.split}, {len(given):,} rows; {changes}")
+        if shared := _num_shared(tokenised, its_tokenised):
+            notes.append(
+                f"held out: {_counted(shared, 'row')} of them may be trained on as well: the rows are the same"
+            )
         its_notes = notes_on(given, its_tokenised, its_format, tokenizer, config)
         notes += [f"held out: {note}" for note in its_notes if note not in notes]
     lines = [
@@ -112,6 +117,18 @@ def notes_on(
     if rows.left_out:
         notes.append(f"files of the folder that are not read: {_listed(rows.left_out)}")
     return notes
+
+
+def _num_shared(tokenised: Dataset, held_out: Dataset) -> int:
+    """Return how many held-out rows have the tokens of one in the other table."""
+
+    def digests(table: Dataset) -> Iterator[bytes]:
+        for batch in table.with_format("arrow").iter(batch_size=1000):
+            for ids in batch["input_ids"]:
+                yield hashlib.blake2b(ids.values.to_numpy(zero_copy_only=False).tobytes(), digest_size=16).digest()
+
+    known = set(digests(tokenised))
+    return sum(digest in known for digest in digests(held_out))
 
 
 def _counted(count: int, what: str) -> str:

@@ -261,9 +261,10 @@ def _header(file: Path, number: int, cells: list[str]) -> list[str]:
 def _fitted(file: Path, number: int, cells: list[str], header: list[str]) -> list[str]:
     """Return one cell per column; empty ones behind the last column do not count."""
     if len(cells) < len(header) or any(cells[len(header) :]):
+        count = f"{len(cells)} cell{'' if len(cells) == 1 else 's'}"
         raise DataError(
-            f"{file}, line {number}: {len(cells)} cells, and the header has {len(header)}: a text that holds the "
-            'delimiter or a quote must stand in quotes ("a, b")'
+            f"{file}, line {number}: {count}, and the header has {len(header)}: a text that holds the delimiter or a "
+            'quote must stand in quotes ("a, b")'
         )
     return cells[: len(header)]
 

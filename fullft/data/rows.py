@@ -3,8 +3,10 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import datasets
 from datasets import Dataset, Json
 
 # The columns of a table that keeps rows as JSON text, as data files of text are kept.
@@ -87,6 +89,15 @@ class Rows:
             row = self.table[index]
             return f"{row[FILE]}, line {row[LINE]}"
         return f"{self.name}, split {self.split}, row {index + 1}"
+
+
+def cache_folder(key: str) -> Path:
+    """Return the folder for what is kept of rows, beside what `datasets` keeps: nobody's data is written into.
+
+    Args:
+        key: changes when the rows do.
+    """
+    return Path(datasets.config.HF_DATASETS_CACHE) / "fullft" / key
 
 
 def rename(found: Sequence[str], name: str, wanted: dict[str, str], text_field: str) -> dict[str, str]:

@@ -17,7 +17,7 @@ from fullft.config.config import Config
 from fullft.config.options import COLUMNS as OUR_COLUMNS
 from fullft.data.files import records
 from fullft.data.folders import DataFiles, find_files
-from fullft.data.rows import COLUMNS, FILE, LINE, TEXT, Rows, rename
+from fullft.data.rows import COLUMNS, FILE, LINE, TEXT, Rows, cache_folder, rename
 from fullft.errors import DataError, exhaustion
 
 # Part of the cache's key: raise it whenever the same file is read as other rows.
@@ -160,12 +160,13 @@ def _read_text(paths: list[Path]) -> Dataset:
     states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     names = list(map(str, paths))
     key = hashlib.sha256(repr((_READING_VERSION, names, states)).encode()).hexdigest()[:32]
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "fullft" / key
+    folder = cache_folder(key)
     target, partial = folder / "rows.arrow", folder / f"rows-{os.getpid()}.partial"
     if not target.exists():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with pyarrow.OSFile(str(partial), "wb") as sink, pyarrow.ipc.new_stream(sink, _SCHEMA) as writer:
+            # Not a file of pyarrow's, whose errors do not say which file.
+            with partial.open("wb") as sink, pyarrow.ipc.new_stream(sink, _SCHEMA) as writer:
                 for path in paths:
                     _write_rows(path, writer)
             partial.replace(target)

@@ -15,7 +15,7 @@ from fullft.config.config import Config
 from fullft.data.formats import Reader, RowFormat
 from fullft.data.micro_batch import IGNORED
 from fullft.data.rendered import Rendered, RowError, Span
-from fullft.data.rows import Rows
+from fullft.data.rows import Rows, cache_folder
 from fullft.data.template import ChatTemplate
 from fullft.errors import DataError, FullftError, exhaustion
 
@@ -66,7 +66,9 @@ def tokenise(rows: Rows, row_format: RowFormat, tokenizer: PreTrainedTokenizerBa
     parts = (_TOKENISING_VERSION, rows.key, options, tokenizer.chat_template, special_tokens)
     key = hashlib.sha256(repr(parts).encode() + tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:32]
     reader = Reader(ChatTemplate(tokenizer), config.sanitize_special_tokens)
+    folder = cache_folder(key)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         return rows.table.map(
             lambda batch, indices: _tokenise_batch(batch, indices, rows, row_format, reader, config),
             batched=True,
@@ -74,6 +76,7 @@ def tokenise(rows: Rows, row_format: RowFormat, tokenizer: PreTrainedTokenizerBa
             remove_columns=rows.table.column_names,
             features=_TOKENISED,
             new_fingerprint=key,
+            cache_file_name=str(folder / "tokenised.arrow"),
             desc="Tokenising",
         )
     except FullftError:

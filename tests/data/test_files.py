@@ -59,7 +59,8 @@ AB = [{"a": "1", "b": "2"}, {"a": "3", "b": "4"}]
     ],
 )
 def test_ragged_csv_rows_are_refused(content: str, line: int, cells: int, tmp_path: Path) -> None:
-    assert message(write(tmp_path / "a.csv", content)).startswith(f"line {line}: {cells} cells, and the header has 2")
+    said = f"line {line}: {cells} cell{'s' if cells > 1 else ''}, and the header has 2"
+    assert message(write(tmp_path / "a.csv", content)).startswith(said)
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,13 @@ def test_val_size_holds_out_more_rows(given: dict[str, Any], tokenizer: PreTrain
     assert "; 4 held out" in data.description
 
 
+def test_rows_on_both_sides_are_said(split: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    both = load_given(tokenizer, dataset=str(split), dataset_split="train+validation", eval_split="validation")
+    assert "      held out: 2 rows of them may be trained on as well: the rows are the same\n" in both.description
+    apart = load_given(tokenizer, dataset=str(split), eval_split="validation")
+    assert "as well" not in apart.description
+
+
 def test_held_out_rows_are_described(split: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     (split / "notes.txt").write_text("")
     rows = completions(*HELD_OUT, ("nothing to learn", ""))

@@ -1,6 +1,7 @@
 """Rows: every kind of file gives its rows as they stand there, and what cannot be read is named with its line."""
 
 import csv
+import errno
 import gzip
 import json
 import socket
@@ -9,7 +10,7 @@ from typing import Any
 
 import datasets
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from models import make_config
 
 from fullft.config.parse import parse_config
@@ -36,12 +37,6 @@ def message(path: Path | str, **options: Any) -> str:
     assert caught.value.exit_code == 3
     assert str(caught.value).count("\n") <= 1
     return str(caught.value)
-
-
-def place(path: Path, index: int, **options: Any) -> str:
-    """Locate a loaded row, as an error message would."""
-    config = make_config(dataset=str(path), **options)
-    return load_rows(config).place(index)
 
 
 # ---------------------------------------------------------------------------------------------- kinds of files
@@ -291,17 +286,34 @@ def test_a_pointer_of_git_lfs_is_told(tmp_path: Path) -> None:
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def move_cache(folder: Path) -> None:
+        monkeypatch.setenv("HF_DATASETS_CACHE", str(folder))
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+
     path = write(tmp_path / "a.jsonl", "\n".join(LINES))
     no_folder = write(tmp_path / "cache", "a file")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", no_folder)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(no_folder))
-    with pytest.raises(DiskError, match="move it: HF_DATASETS_CACHE=<a folder that can be written>") as caught:
+    move_cache(no_folder)
+    with pytest.raises(DiskError) as caught:
         load(path)
     assert caught.value.exit_code == 6
-    assert f"cannot write the cache of Hugging Face's libraries, {no_folder}: " in str(caught.value)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "other")
+    assert f"cache {no_folder}: " in str(caught.value) or f"libraries, {no_folder}: " in str(caught.value)
+    assert "HF_DATASETS_CACHE" in str(caught.value) and str(path) not in str(caught.value)
+    move_cache(tmp_path / "other")
     assert load(path) == ROWS
     assert (tmp_path / "other").is_dir()
+
+    # Folders can be made there, and no files.
+    opens = Path.open
+
+    def open_or_fail(file: Path, mode: str = "r", *rest: Any, **named: Any) -> Any:
+        if file.suffix == ".partial":
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+        return opens(file, mode, *rest, **named)
+
+    monkeypatch.setattr(Path, "open", open_or_fail)
+    move_cache(tmp_path / "third")
+    with pytest.raises(DiskError, match=f"{tmp_path / 'third'}: .*\n.*HF_DATASETS_CACHE"):
+        load(path)
 
 
 def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:
@@ -349,89 +361,6 @@ def test_home_links_and_relative_paths_are_followed(tmp_path: Path, monkeypatch:
         assert held_out is not None and held_out.to_list() == ROWS[:1], name
 
 
-# ---------------------------------------------------------------------------------------------- splits of folders
-
-
-@pytest.fixture(params=["names", "folders", "shards", "parquet", "packed", "card", "saved"])
-def three_splits(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A data set of 3 training, 2 validation and 1 test rows."""
-    splits = {"train": range(3), "validation": range(3, 5), "test": range(5, 6)}
-    folder = tmp_path / "set"
-    if request.param == "saved":
-        saved = {split: Dataset.from_list([ROWS[i] for i in numbers]) for split, numbers in splits.items()}
-        DatasetDict(saved).save_to_disk(str(folder))
-        return folder
-    name = {
-        "names": "{}.jsonl",
-        "folders": "{}/rows.jsonl",
-        "shards": "data/{}-00000-of-00001.jsonl",
-        "parquet": "data/{}-00000-of-00001.parquet",
-        "packed": "{}.ndjson.gz",
-        "card": "rows/{}-of-all.jsonl",
-    }[request.param]
-    for split, numbers in splits.items():
-        path = folder / name.format(f"part_{split[1]}" if request.param == "card" else split)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = "\n".join(LINES[i] for i in numbers).encode()
-        if request.param == "parquet":
-            Dataset.from_list([ROWS[i] for i in numbers]).to_parquet(path)
-        else:
-            write(path, gzip.compress(content) if request.param == "packed" else content)
-    if request.param == "card":
-        files = "".join(f"  - {{split: {split}, path: rows/part_{split[1]}*}}\n" for split in splits)
-        write(folder / "README.md", f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}---\n")
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("split", "numbers"),
-    [
-        (None, (0, 1, 2)),
-        ("train", (0, 1, 2)),
-        ("test", (5,)),
-        ("validation", (3, 4)),
-        ("train+validation[:1]", (0, 1, 2, 3)),
-        ("test+train[-1:]", (5, 2)),
-        ("validation[50%:]", (4,)),
-    ],
-)
-def test_only_rows_of_the_split_are_loaded(split: str | None, numbers: Any, three_splits: Path) -> None:
-    options = {} if split is None else {"dataset_split": split}
-    assert load(three_splits, **options) == [ROWS[i] for i in numbers]
-
-
-def held_out(path: Path, **options: Any) -> list[dict[str, Any]] | None:
-    rows = load_held_out_rows(make_config(dataset=str(path), **options))
-    return None if rows is None else rows.to_list()
-
-
-def test_held_out_rows_come_from_a_split(three_splits: Path) -> None:
-    assert held_out(three_splits) is None
-    assert held_out(three_splits, eval_split="validation") == ROWS[3:5]
-    assert held_out(three_splits, eval_split="validation[:1]+test") == [ROWS[3], ROWS[5]]
-    with pytest.raises(DataError, match='"dev"'):
-        held_out(three_splits, eval_split="dev")
-
-
-def test_held_out_rows_come_from_elsewhere(three_splits: Path, tmp_path: Path) -> None:
-    path = write(tmp_path / "other.jsonl", LINES[0])
-    assert held_out(path, eval_dataset=str(three_splits), eval_split="test") == ROWS[5:]
-    with pytest.raises(DataError, match="has the splits train, validation, test: name one with --eval_split") as caught:
-        held_out(path, eval_dataset=str(three_splits))
-    assert caught.value.exit_code == 3
-    # A file, and a folder with one split, whatever it is called.
-    assert held_out(three_splits, eval_dataset=str(path)) == ROWS[:1]
-    (tmp_path / "one").mkdir()
-    write(tmp_path / "one" / "test.jsonl", LINES[2])
-    assert held_out(path, eval_dataset=str(tmp_path / "one")) == ROWS[2:3]
-
-
-def test_held_out_columns_are_renamed_too(tmp_path: Path) -> None:
-    train, test = (write(tmp_path / name, '{"q": "1", "a": "2"}') for name in ("train.jsonl", "test.jsonl"))
-    wanted = {"instruction": "q", "output": "a"}
-    assert held_out(train, eval_dataset=str(test), columns=wanted) == [{"instruction": "1", "output": "2"}]
-
-
 def test_a_folder_of_packed_and_plain_files_is_read(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", LINES[0])
     write(tmp_path / "b.jsonl.gz", gzip.compress(LINES[1].encode()))
@@ -454,77 +383,3 @@ def test_a_saved_data_set_is_loaded(tmp_path: Path) -> None:
     assert '"test"' in message(tmp_path / "set", dataset_split="test")
     (tmp_path / "set" / "state.json").write_text("{")
     assert message(tmp_path / "set").startswith(f"cannot read the saved data set {tmp_path / 'set'}: ")
-
-
-def test_splits_of_different_columns_are_not_joined(tmp_path: Path) -> None:
-    Dataset.from_list([{"text": "x"}]).to_parquet(tmp_path / "train.parquet")
-    Dataset.from_list([{"text": 5}]).to_parquet(tmp_path / "test.parquet")
-    assert "have columns of other types" in message(tmp_path, dataset_split="train+test")
-    assert load(tmp_path, dataset_split="train") == [{"text": "x"}]
-
-
-def test_hub_ids_go_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def load_dataset(name: str, split: str) -> Dataset:
-        asked.append((name, split))
-        return Dataset.from_list([{"q": name, "a": split}])
-
-    splits = {"user/one": ["test"], "user/three": ["train", "validation", "test"]}
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(datasets, "get_dataset_split_names", splits.__getitem__)
-    wanted = {"instruction": "q", "output": "a"}
-
-    def taken(**options: Any) -> Any:
-        rows = load_held_out_rows(make_config(dataset="user/three", columns=wanted, **options))
-        return None if rows is None else (rows[0], rows.place(0))
-
-    def expected(name: str, split: str) -> Any:
-        return {"instruction": name, "output": split}, f"{name}, split {split}, row 1"
-
-    assert taken() is None
-    assert taken(eval_split="validation") == expected("user/three", "validation")
-    assert taken(eval_dataset="user/one") == expected("user/one", "test")
-    assert taken(eval_dataset="user/one", eval_split="test[:5]") == expected("user/one", "test[:5]")
-    with pytest.raises(DataError, match="user/three has the splits train, validation, test: name one with"):
-        taken(eval_dataset="user/three")
-    with pytest.raises(DataError, match="data set user/gone was found neither"):
-        taken(eval_dataset="user/gone")
-    assert asked == [("user/three", "validation"), ("user/one", "test"), ("user/one", "test[:5]")]
-
-
-# ---------------------------------------------------------------------------------------------- locating
-
-
-def test_a_row_is_located_whatever_the_split_skipped(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", "\n\n".join(LINES))
-    assert place(path, 1) == f"{path}, line 3"
-    assert place(path, 1, dataset_split="train[2:]") == f"{path}, line 7"
-
-
-def test_a_row_is_located_under_renamed_columns(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", "\n".join(LINES))
-    swapped = {"instruction": "output", "output": "instruction"}
-    assert place(path, 4, columns=swapped) == f"{path}, line 5"
-    assert place(path, 4, dataset_text_field="output") == f"{path}, line 5"
-
-
-def test_a_row_with_filled_in_keys_is_located(tmp_path: Path) -> None:
-    rows = [{"messages": [{"role": "user", "content": str(i), "name": None}]} for i in range(3)]
-    rows[2]["messages"][0]["name"] = "n"
-    del rows[0]["messages"][0]["name"]
-    path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
-    assert [place(path, i) for i in range(3)] == [f"{path}, line {i + 1}" for i in range(3)]
-    Dataset.from_list(rows).to_parquet(tmp_path / "b.parquet")
-    assert place(tmp_path / "b.parquet", 1) == f"{tmp_path / 'b.parquet'}, split train, row 2"
-
-
-def test_a_row_of_a_json_array_is_located(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.json", json.dumps(ROWS, indent=1))
-    above = path.read_text().splitlines().index('  "instruction": "q3",')  # the line of its brace
-    assert place(path, 3) == f"{path}, line {above}"
-
-
-def test_a_csv_row_is_located_where_it_begins(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.csv", 'instruction,output\na,"x\ny"\nb,"z\nz"\n')
-    assert [place(path, 0), place(path, 1)] == [f"{path}, line 2", f"{path}, line 4"]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from models import make_config
 from rows import (
     EOS,
@@ -321,3 +322,11 @@ def test_rows_are_tokenised_again_when_their_tokens_change(
     os.utime(path, (before + 1, before + 1))
     assert tokenises()
     assert not tokenises()
+
+
+def test_nothing_is_written_beside_a_saved_data_set(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    Dataset.from_list(numbered(3)).save_to_disk(str(tmp_path / "set"))
+    before = sorted((tmp_path / "set").iterdir())
+    data = load_data(make_config(dataset=str(tmp_path / "set"), val_size=0), tokenizer)
+    assert pairs(data) == pairs(load(tmp_path, numbered(3), tokenizer))
+    assert sorted((tmp_path / "set").iterdir()) == before

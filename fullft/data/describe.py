@@ -65,8 +65,8 @@ def notes_on(
     split = [number for number, is_split in zip(numbers, tokenised["is_split"][:], strict=True) if is_split]
     if split:
         notes.append(
-            f"{_counted(len(set(split)), 'conversation')} became {len(split):,} rows, one per turn of the assistant: "
-            "the chat template writes earlier turns differently"
+            f"{_counted(len(set(split)), 'conversation')} became {_counted(len(split), 'row')}, one per turn of the "
+            "assistant: the chat template writes earlier turns differently"
         )
     if count := sum(tokenised["num_kept_out"][:]):
         notes.append(
@@ -74,6 +74,8 @@ def notes_on(
         )
     if count := sum(tokenised["num_silent"][:]):
         notes.append(f"{_counted(count, 'turn')} of the assistant without a word, not learned")
+    if count := sum(tokenised["num_unmarked"][:]):
+        notes.append(f"{_counted(count, 'turn')} of the assistant outside the chat template's marks, not learned")
     special = [number for number, has in zip(numbers, tokenised["has_special"][:], strict=True) if has]
     if special:
         treated = (

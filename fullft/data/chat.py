@@ -46,10 +46,10 @@ def render_chat(conversation: Conversation, template: ChatTemplate, sanitizes: b
     ]
     learned = [number for number in turns if not _is_silent(chat, whole, number)]
     rows = _as_one_row(chat, whole, learned)
+    is_split = rows is None and learned != [count - 1]
     if rows is None:
         rows = [_row_of_turn(chat, number) for number in learned]
-    learns_eos = len(rows) > 1 or count - 1 in learned
-    finished = [_finished(row, chat, rendering, sanitizes, learns_eos, len(rows) > 1) for row, rendering in rows]
+    finished = [_finished(row, chat, rendering, sanitizes, learned, is_split) for row, rendering in rows]
     num_kept_out = sum(message.role == "assistant" and message.is_kept_out for message in conversation.messages)
     first = [replace(row, num_kept_out=num_kept_out, num_silent=len(turns) - len(learned)) for row in finished[:1]]
     return first + finished[1:]
@@ -72,7 +72,7 @@ def _as_one_row(chat: Chat, whole: Rendering, learned: list[int]) -> list[_Row] 
     lost = {piece.message for piece in whole.missing}
     if lost.intersection(learned):
         return None
-    if chat.template.has_marks(bool(chat.conversation.tools)):
+    if whole.marks:
         return [(_by_marks(whole, chat, learned), whole)]
     targets = [_locate(chat, whole, number) for number in learned]
     if None in targets:
@@ -86,7 +86,7 @@ def _row_of_turn(chat: Chat, number: int) -> _Row:
     # The reasoning of earlier turns is left out where the model will not see it either.
     kept = [piece for piece in rendering.missing if not (piece.is_reasoning and piece.message < number)]
     _refuse_missing(kept, chat.conversation)
-    if chat.template.has_marks(bool(chat.conversation.tools)):
+    if rendering.marks:
         return _by_marks(rendering, chat, [number]), rendering
     target = _locate(chat, rendering, number)
     if target is None:
@@ -112,13 +112,13 @@ def _refuse_missing(pieces: list[Piece], conversation: Conversation) -> None:
 
 
 def _finished(
-    row: Rendered, chat: Chat, rendering: Rendering, sanitizes: bool, learns_eos: bool, is_split: bool
+    row: Rendered, chat: Chat, rendering: Rendering, sanitizes: bool, learned: list[int], is_split: bool
 ) -> Rendered:
     """Say what tokenising must know besides the targets."""
     eos, stripped = chat.template.eos, rendering.text.rstrip()
     ends_turn = stripped.endswith(eos)
-    messages = enumerate(chat.conversation.messages)
-    kept_out = [rendering.span_of(number) for number, message in messages if message.is_kept_out]
+    learns_eos = rendering.count - 1 in learned
+    kept_out = [_extent(chat, rendering, number) for number in range(rendering.count) if number not in learned]
     own: tuple[Span, ...] = ()
     if any(chat.template.special_tokens.search(text) for text in strings(chat.messages)):
         own = tuple(span for _, span in rendering.spans)
@@ -157,7 +157,8 @@ def _by_marks(rendering: Rendering, chat: Chat, learned: list[int]) -> Rendered:
     ]
     if len(learned) < sum(message["role"] == "assistant" for message in chat.messages):
         targets = [mark for mark in targets if any(_overlap(mark, span) for span in mine)]
-    return Rendered(rendering.text, targets, are_marks=True)
+    num_unmarked = sum(not any(_overlap(mark, span) for mark in targets) for span in mine)
+    return Rendered(rendering.text, targets, are_marks=True, num_unmarked=num_unmarked)
 
 
 def _overlap(one: Span, other: Span) -> bool:
@@ -213,9 +214,20 @@ def _before_first_turn(chat: Chat) -> str:
 
     Templates refuse to prompt for a turn after none: the prompt is taken from behind the turn, and looked for in it.
     """
-    turn = chat.text(1)
+    turn, added_tokens = chat.text(1), chat.template.added_tokens
     prompt = chat.text(1, prompt=True).removeprefix(turn)
-    return turn[: turn.index(prompt) + len(prompt)] if prompt in turn else ""
+    span = chat.rendering(1).span_of(0)
+    begins = next((atom for atom in _atoms(prompt, added_tokens) if atom), None)
+    place = -1 if begins is None else turn.rfind(begins, 0, span[0] if span is not None else len(turn))
+    return turn[: place + _common(turn[place:], prompt, added_tokens)] if place >= 0 else ""
+
+
+def _extent(chat: Chat, rendering: Rendering, number: int) -> Span | None:
+    """Return the stretch of a turn that is not learned even with `train_on_prompt`; None if it is like any prompt."""
+    message, span = chat.conversation.messages[number], rendering.span_of(number)
+    if message.role == "assistant" and (message.is_kept_out or span is None):
+        return _locate(chat, rendering, number) or span
+    return span if message.is_kept_out else None
 
 
 def _end_of_turn(text: str, start: int, end: int, eos: str) -> int:

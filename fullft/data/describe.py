@@ -75,6 +75,8 @@ def count_changes(rows: Rows, tokenised: Dataset, config: Config) -> str:
         counts.append(f"{_counted(num_kept_out, 'turn')} masked by weight")
     if num_silent := sum(tokenised["num_silent"][:]):
         counts.append(f"{_counted(num_silent, 'turn')} masked, without a word")
+    if num_unmarked := sum(tokenised["num_unmarked"][:]):
+        counts.append(f"{_counted(num_unmarked, 'turn')} masked, outside the chat template's marks")
     return ", ".join([*counts, f"{sum(tokenised['truncated'][:])} cut at {config.max_length}"])
 
 

@@ -132,6 +132,13 @@ def _conversation(row: Row, messages: list[Message], reader: Reader, first_targe
             raise RowError("the chat template reads no documents, and the row has some")
         variables["documents"] = documents
     given = decoded(row.get("chat_template_kwargs"), "chat_template_kwargs") or {}
+    if not isinstance(given, dict):
+        raise RowError("chat_template_kwargs is no object")
+    reserved = sorted(_NOT_FROM_ROWS.intersection(given))
+    if reserved:
+        raise RowError(
+            f"chat_template_kwargs sets {', '.join(reserved)}, which it cannot: use a column, or take it out"
+        )
     unread = sorted(set(given) - reads)
     if unread:
         raise RowError(f"the chat template does not read {', '.join(unread)}, which chat_template_kwargs sets")

@@ -7,13 +7,15 @@ from typing import Any
 
 from fullft.data.rendered import RowError
 
-# The names that data sets have for roles. Others are handed to the template as they are.
+_RESULTS = ("response", "responses", "result", "results", "output", "outputs")
+# The names that data sets have for roles, in whatever case. Others are handed to the template as they are.
 _ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "bot", "chatgpt", "ai", "model"), "assistant"),
+    **dict.fromkeys(("assistant", "gpt", "bot", "chatbot", "chatgpt", "ai", "model"), "assistant"),
     "system": "system",
-    **dict.fromkeys(("tool", "observation", "tool_response", "function"), "tool"),
-    **dict.fromkeys(("function_call", "tool_call"), "call"),
+    **dict.fromkeys(("tool", "observation", "function"), "tool"),
+    **dict.fromkeys((f"{what}_{name}" for what in ("tool", "function") for name in _RESULTS), "tool"),
+    **dict.fromkeys(("function_call", "function_calls", "tool_call", "tool_calls"), "call"),
 }
 # Flags of a message that say whether it is learned.
 _FLAGS = ("weight", "train", "training", "loss")
@@ -27,7 +29,7 @@ class Message:
 
     Attributes:
         fields: as the template gets it: `role`, `content` (text, or a list of parts; None beside calls), `tool_calls`
-            with arguments as objects, and whatever else the row has.
+            and whatever else the row has.
         is_kept_out: whether the row says that it is not to be learned.
     """
 
@@ -81,8 +83,10 @@ def to_messages(turns: Any) -> list[Message]:
         RowError: there are no turns, or one lacks its role or its text, or holds something that cannot be trained on.
     """
     turns = decoded(turns, "messages")
-    if not isinstance(turns, list) or not turns:
+    if not turns:
         raise RowError("there are no messages")
+    if not isinstance(turns, list):
+        raise RowError(f"messages is {type(turns).__name__}, expected a list of objects with 'role' and 'content'")
     from_value = isinstance(turns[0], dict) and "from" in turns[0] and "role" not in turns[0]
     keys = ("from", "value") if from_value else ("role", "content")
     return [_message(turn, number, *keys) for number, turn in enumerate(turns, start=1)]
@@ -114,12 +118,15 @@ def _message(turn: Any, number: int, role_key: str, content_key: str) -> Message
     if not isinstance(role, str):
         raise RowError(f"message {number} needs {role_key!r} and {content_key!r} as text")
     is_kept_out = _is_kept_out(fields, number)
-    fields = {name: value for name, value in fields.items() if name not in _FLAGS}
-    known = _ROLES.get(role, role)
+    known = _ROLES.get(role.strip().lower().replace("-", "_"), role)
+    if known in ("assistant", "call") or is_kept_out:  # elsewhere nothing honours that a turn is to be learned
+        fields = {name: value for name, value in fields.items() if name not in _FLAGS}
     calls = fields.pop("tool_calls", None)
     if known == "call":
         known, calls, content = "assistant", _calls_of_text(content, number, role), None
     elif known == "assistant" and "function_call" in fields:  # what OpenAI had before tool_calls
+        if calls:
+            raise RowError(f"message {number} has both function_call and tool_calls: keep one")
         calls = [fields.pop("function_call")]
     if calls:
         fields["tool_calls"] = _calls(calls, number)
@@ -159,7 +166,7 @@ def _calls(calls: Any, number: int) -> list[dict[str, Any]]:
 
 
 def _call(call: Any, number: int) -> dict[str, Any]:
-    """Bring a call to `function.name` and `function.arguments`, the latter an object rather than its JSON."""
+    """Bring a call to `function.name` and `function.arguments`, the latter an object or its JSON, as the row has it."""
     is_flat = isinstance(call, dict) and "function" not in call
     inner = call if is_flat else call.get("function") if isinstance(call, dict) else None
     if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
@@ -180,12 +187,13 @@ def _arguments(arguments: Any, function: str, number: int) -> Any:
         return {}
     if not isinstance(arguments, str):
         return arguments
-    try:  # templates write an object as JSON: text would become JSON twice
-        return json.loads(arguments)
+    try:
+        json.loads(arguments)
     except json.JSONDecodeError as error:
         raise RowError(
             f"message {number}: the arguments of the call of {function} are no JSON ({error.msg})"
         ) from error
+    return arguments
 
 
 def _parts(parts: list[Any], number: int) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ left out by the template. Marks are characters for private use, which no tokeniz
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fullft.data.messages import REASONING
@@ -17,6 +17,10 @@ _MOST_PIECES = (_LAST_MARK - _FIRST_MARK) // 2
 _MARKS = re.compile(f"[{chr(_FIRST_MARK)}-{chr(_LAST_MARK)}]")
 # What templates look for in a content, and split it at; marks stay inside of what is between.
 _TAG = re.compile(r"(</?[A-Za-z_][\w-]*>|\[/?[A-Z_]+\]|<\|[A-Z_]*(?:THINK|RESPONSE|ACTION)[A-Z_]*\|>)")
+# Tags that only tell templates where something begins or ends. Others are text like any other.
+_PARTING_TAG = re.compile(
+    r"</?(?:think|thinking|thought|reasoning)>|\[/?THINK\]|<\|[A-Z_]*(?:THINK|RESPONSE|ACTION)[A-Z_]*\|>", re.IGNORECASE
+)
 _END_OF_REASONING = re.compile(r"</(?:think|thinking|thought|reasoning)>|\[/THINK\]|<\|END_THINKING\|>", re.IGNORECASE)
 
 
@@ -29,12 +33,23 @@ class Piece:
         what: for messages to the user.
         text: without white space around it.
         is_reasoning: whether it is an assistant's reasoning, which templates leave out of earlier turns.
+        before: the tags that stand before it, behind the last piece of the same text.
+        after: the tags behind a text's last piece.
     """
 
     message: int
     what: str
     text: str
     is_reasoning: bool = False
+    before: str = ""
+    after: str = ""
+
+    def widened(self, text: str, span: Span) -> Span:
+        """Return where it stands with its tags, where these are in the text too."""
+        start, end = span
+        before = next((form for form in _forms(self.before) if text.endswith(form, 0, start)), "")
+        after = next((form for form in _forms(self.after) if text.startswith(form, end)), "")
+        return start - len(before), end + len(after)
 
 
 class Marker:
@@ -99,18 +114,30 @@ class Marker:
 
     def _text(self, text: str, piece: Piece) -> str:
         """Mark a text between its tags, inside of white space, which templates may strip."""
-        parts = []
-        for part in _TAG.split(text):
-            core = part.strip()
-            if not core or _TAG.fullmatch(part):
-                parts.append(part)
+        parts = _TAG.split(text)
+        if not any(part.strip() for part in parts[::2]):  # all of it is tags: they are what it says
+            cores = [place for place in range(1, len(parts), 2) if not _PARTING_TAG.fullmatch(parts[place])]
+        else:
+            cores = [place for place in range(0, len(parts), 2) if parts[place].strip()]
+            tags = [tag for tag in parts[1::2] if not _PARTING_TAG.fullmatch(tag)]
+            self.unmarked += [replace(piece, text=tag) for tag in tags]
+        marked, between = "", ""
+        for place, part in enumerate(parts):
+            if place not in cores:
+                marked, between = marked + part, between + part
                 continue
-            mark = _FIRST_MARK + 2 * len(self.pieces)
-            self.pieces.append(Piece(piece.message, piece.what, core, piece.is_reasoning))
-            marks = (chr(mark), chr(mark + 1)) if len(self.pieces) <= _MOST_PIECES else ("", "")
+            core = part.strip()
             start = part.index(core)
-            parts += [part[:start], marks[0], core, marks[1], part[start + len(core) :]]
-        return "".join(parts)
+            end = start + len(core)
+            between += part[:start]
+            after = "".join(parts[place + 1 :]).rstrip() if place == cores[-1] else ""
+            mark = _FIRST_MARK + 2 * len(self.pieces)
+            before = between if place != cores[0] else between.lstrip()
+            self.pieces.append(replace(piece, text=core, before=before, after=part[end:] + after if after else ""))
+            marks = (chr(mark), chr(mark + 1)) if len(self.pieces) <= _MOST_PIECES else ("", "")
+            marked += part[:start] + marks[0] + core + marks[1] + part[end:]
+            between = part[end:]
+        return marked
 
 
 def find_marks(marked: str, text: str) -> dict[int, Span] | None:
@@ -131,9 +158,30 @@ def find_marks(marked: str, text: str) -> dict[int, Span] | None:
 
 def holds(text: str, piece: str) -> bool:
     """Return whether a text holds a piece, as it is, as JSON or as Python writes it."""
+    return any(form in text for form in _forms(piece))
+
+
+def _forms(piece: str) -> tuple[str, ...]:
     words = {"null": ("null", "None"), "true": ("true", "True"), "false": ("false", "False")}
-    forms = words.get(piece, (piece, json.dumps(piece)[1:-1], json.dumps(piece, ensure_ascii=False)[1:-1]))
-    return any(form in text for form in forms)
+    as_json = (json.dumps(piece)[1:-1], json.dumps(piece, ensure_ascii=False)[1:-1])
+    return words.get(piece, (piece, *as_json, repr(piece)[1:-1]))
+
+
+def around(message: int, spans: list[tuple[Piece, Span]], length: int) -> Span:
+    """Return the stretch that can be a message's: from the last piece of another one to the next.
+
+    Args:
+        message: its number.
+        spans: of all pieces that were found.
+        length: of the text.
+    """
+    mine = [span for piece, span in spans if piece.message == message]
+    if not mine:
+        return 0, length
+    start, end = min(start for start, _ in mine), max(end for _, end in mine)
+    others = [span for piece, span in spans if piece.message != message]
+    begin = max((other for _, other in others if other <= start), default=0)
+    return begin, min((other for other, _ in others if other >= end), default=length)
 
 
 def search(text: str, pieces: list[Piece]) -> list[tuple[Piece, Span]]:

@@ -28,6 +28,7 @@ class Rendered:
         is_split: whether this is one of several rows that a conversation became.
         num_kept_out: turns that the row keeps out of the loss.
         num_silent: turns of the assistant that say nothing, which are not learned.
+        num_unmarked: turns that the template's marks leave out, which are not learned.
         unread_fields: fields of messages that the template does not read.
         leaves_eos_out: whether the template's marks leave out the EOS behind the last turn.
     """
@@ -43,5 +44,6 @@ class Rendered:
     is_split: bool = False
     num_kept_out: int = 0
     num_silent: int = 0
+    num_unmarked: int = 0
     unread_fields: tuple[str, ...] = ()
     leaves_eos_out: bool = False

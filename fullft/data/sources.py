@@ -125,8 +125,10 @@ def _select(name: str, split: str, tables: dict[str, Dataset], lengths: dict[str
 
 def _reject_wrapped_rows(rows: Rows) -> None:
     """Refuse a file such as {"data": [...]}, which is one row."""
+    if set(OUR_COLUMNS).intersection(rows.column_names):
+        return
     for name, value in rows[0].items():
-        if name not in OUR_COLUMNS and isinstance(value, list) and value and isinstance(value[0], dict):
+        if isinstance(value, list) and value and isinstance(value[0], dict):
             file = rows.table[0][FILE]
             raise DataError(f"{file} is one object that holds its rows as {name!r}: save that list alone")
 

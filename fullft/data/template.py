@@ -11,8 +11,8 @@ import jinja2.meta
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
-from fullft.data.messages import REASONING, Conversation, joined
-from fullft.data.pieces import Marker, Piece, find_marks, holds, search
+from fullft.data.messages import REASONING, Conversation, joined, strings
+from fullft.data.pieces import Marker, Piece, around, find_marks, holds, search
 from fullft.data.rendered import RowError, Span
 from fullft.errors import DataError
 
@@ -25,12 +25,14 @@ class Rendering:
     """What a template makes of a conversation.
 
     Attributes:
+        count: of messages that it was made of.
         text: all of it.
         marks: the stretches between the template's `{% generation %}` marks.
         spans: of each piece that was found, in the order of the text.
         missing: the pieces that the template left out.
     """
 
+    count: int
     text: str
     marks: list[Span]
     spans: list[tuple[Piece, Span]]
@@ -82,6 +84,19 @@ class Chat:
             self._renderings[count] = self._locate(count)
         return self._renderings[count]
 
+    @property
+    def writes_python(self) -> bool:
+        """Whether parts or arguments stand in the text as Python writes objects: the template takes them as text."""
+        objects: list[Any] = []
+        for message in self.messages:
+            objects += message["content"] if isinstance(message.get("content"), list) else []
+            objects += [call["function"].get("arguments") for call in message.get("tool_calls") or []]
+        written = {str(value) for value in objects if value and isinstance(value, dict)}
+        if not written:
+            return False
+        text, own = self.text(len(self.messages)), list(strings(self.messages))
+        return any(text.count(each) > sum(said.count(each) for said in own) for each in written)
+
     def unread_fields(self) -> tuple[str, ...]:
         """Return the messages' fields, besides what must be found in the text, that the template does not name."""
         source = self.template.source(bool(self.conversation.tools))
@@ -103,14 +118,19 @@ class Chat:
             except RowError:
                 found = None
         if found is None:  # the marks changed what the template wrote
-            found = {}
             missing = [piece for piece in marker.pieces if not holds(text, piece.text)]
+            missing += [piece for piece in marker.unmarked if not holds(text, piece.text)]
             spans = search(text, marker.pieces)
         else:
-            missing = [piece for number, piece in enumerate(marker.pieces) if number not in found]
             spans = sorted(((marker.pieces[n], span) for n, span in found.items()), key=lambda each: each[1])
-        missing += [piece for piece in marker.unmarked if not holds(text, piece.text)] + expected
-        return Rendering(text, marks, spans, missing)
+            # What stands between the marks may have been changed, and what has none stands by its message.
+            found = {n: span for n, span in found.items() if holds(text[slice(*span)], marker.pieces[n].text)}
+            missing = [piece for number, piece in enumerate(marker.pieces) if number not in found]
+            places = {piece.message: slice(*around(piece.message, spans, len(text))) for piece in marker.unmarked}
+            missing += [piece for piece in marker.unmarked if not holds(text[places[piece.message]], piece.text)]
+        spans = [(piece, piece.widened(text, span)) for piece, span in spans]
+        missing += expected
+        return Rendering(count, text, marks, spans, missing)
 
 
 class ChatTemplate:
@@ -213,7 +233,7 @@ class ChatTemplate:
             except RowError as error:
                 refusals.append(error)
                 continue
-            if all(piece.is_reasoning for piece in missing):
+            if all(piece.is_reasoning for piece in missing) and not chat.writes_python:
                 return chat
             chats.append(chat)
         if not chats:
@@ -225,7 +245,7 @@ class ChatTemplate:
         needs_content = any(message["content"] is None for message in fields)
         has_calls = any(message.get("tool_calls") for message in fields)
         for as_text in (False, True) if has_calls else (False,):
-            written = [_with_arguments_as_text(message) if as_text else message for message in fields]
+            written = [_with_arguments(message, as_text) for message in fields]
             for content in ("", _NO_KEY, None) if needs_content else ("",):
                 yield [_with_empty_content(message, content) for message in written]
         if all(isinstance(message["content"], str) for message in fields):  # templates of models that see images
@@ -269,15 +289,21 @@ def _with_empty_content(message: dict[str, Any], content: Any) -> dict[str, Any]
     return message | {"content": content}
 
 
-def _with_arguments_as_text(message: dict[str, Any]) -> dict[str, Any]:
+def _with_arguments(message: dict[str, Any], as_text: bool) -> dict[str, Any]:
+    """Write the arguments of calls as JSON text, or as what that says."""
     if not message.get("tool_calls"):
         return message
     calls = []
     for call in message["tool_calls"]:
-        function = call["function"]
-        if "arguments" in function and not isinstance(function["arguments"], str):
-            function = function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}
-        calls.append(call | {"function": function})
+        if "arguments" not in call["function"]:
+            calls.append(call)
+            continue
+        arguments = call["function"]["arguments"]
+        if as_text and not isinstance(arguments, str):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        elif not as_text and isinstance(arguments, str):
+            arguments = json.loads(arguments)
+        calls.append(call | {"function": call["function"] | {"arguments": arguments}})
     return message | {"tool_calls": calls}
 
 
@@ -288,8 +314,8 @@ def _is_named(source: str, name: str) -> bool:
 
 @cache
 def _variables(source: str) -> frozenset[str]:
-    # transformers' environment knows the tags that it adds to jinja's.
-    return frozenset(jinja2.meta.find_undeclared_variables(_compile_jinja_template(source).environment.parse(source)))
+    environment = _compile_jinja_template(source).environment  # transformers': it knows tags of its own
+    return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source)) - set(environment.globals))
 
 
 def _name_of(tool: Any) -> str | None:

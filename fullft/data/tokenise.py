@@ -20,7 +20,7 @@ from fullft.data.template import ChatTemplate
 from fullft.errors import DataError, FullftError, exhaustion
 
 # Part of the cache's key: raise it whenever this file turns the same rows into other tokens.
-_TOKENISING_VERSION = 3
+_TOKENISING_VERSION = 4
 # Texts are handed to the tokenizer in groups of about so many characters: the spans of a thousand books at once would
 # take tens of GB.
 _CHARACTERS_PER_CALL = 4_000_000
@@ -37,6 +37,7 @@ _TOKENISED = Features(
         "is_split": Value("bool"),
         "num_kept_out": Value("int32"),
         "num_silent": Value("int32"),
+        "num_unmarked": Value("int32"),
         "has_special": Value("bool"),
         "unread_fields": Value("string"),
         "leaves_eos_out": Value("bool"),
@@ -109,6 +110,7 @@ def _tokenise_batch(
             text.is_split,
             text.num_kept_out,
             text.num_silent,
+            text.num_unmarked,
             _has_special_inside(text, reader.template),
             " ".join(text.unread_fields),
             text.leaves_eos_out,
@@ -140,6 +142,7 @@ class _Piece(NamedTuple):
     is_split: bool
     num_kept_out: int
     num_silent: int
+    num_unmarked: int
     has_special: bool
     unread_fields: str
     leaves_eos_out: bool
@@ -189,7 +192,9 @@ def _encode(rendered: list[tuple[int, Rendered]], reader: Reader) -> Iterator[tu
     """
     tokenizer = reader.template.tokenizer
     ends = np.cumsum([len(text.text) for _, text in rendered])
-    for group in np.split(np.arange(len(rendered)), np.flatnonzero(np.diff(ends // _CHARACTERS_PER_CALL)) + 1):
+    # A call adds special tokens to all texts or to none; among prompts and completions there may be conversations.
+    calls = np.array(ends // _CHARACTERS_PER_CALL * 2 + [text.has_special_tokens for _, text in rendered])
+    for group in np.split(np.arange(len(rendered)), np.flatnonzero(np.diff(calls)) + 1):
         texts = [rendered[i] for i in group]
         if not texts:
             continue

@@ -71,7 +71,6 @@ def find_config(config: Config) -> PreTrainedConfig:
         require_sane_sizes(PreTrainedConfig.get_config_dict(name)[0], name)
         model_config = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     require_trainable(model_config, name)
-    require_plain_loss(model_config, name)
     is_decoder = getattr(model_config, "is_decoder", True)
     if not is_decoder and not any("CausalLM" in each for each in model_config.architectures or []):
         raise ModelError(
@@ -79,37 +78,6 @@ def find_config(config: Config) -> PreTrainedConfig:
             "model: choose a decoder such as mistralai/Mistral-7B-v0.1"
         )
     return model_config
-
-
-# Losses that transformers adds to cross entropy for some families: what switches each on, and what it is weighted with.
-_MORE_LOSSES = (
-    ("output_router_logits", ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")),
-    (None, ("z_loss_coefficient",)),
-)
-
-
-def require_plain_loss(model_config: PreTrainedConfig, name: str) -> None:
-    """Check that the config asks for no loss besides cross entropy.
-
-    The balancing loss of experts is no sum over tokens: dealing a step's rows into other micro-batches would change it.
-
-    Args:
-        model_config: of a causal language model.
-        name: of the model, for the message.
-
-    Raises:
-        ModelError: it does, with a weight that is not 0.
-    """
-    values = model_config.get_text_config(decoder=True).to_dict()
-    values |= values.get("ffn_config") or {}  # where DBRX has its weight
-    for switch, weights in _MORE_LOSSES:
-        weight = next((each for each in weights if values.get(each)), None)
-        if weight is not None and (switch is None or values.get(switch)):
-            remedy = f"{switch} to false" if switch else f"{weight} to 0"
-            raise ModelError(
-                f"{name} asks for a loss besides cross entropy ({f'{switch} and ' if switch else ''}{weight} "
-                f"{values[weight]:g} in config.json), which is not trained here: set {remedy} there to train without it"
-            )
 
 
 def load_tokenizer(config: Config, source: str) -> PreTrainedTokenizerBase:

@@ -4,12 +4,10 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from huggingface_hub.constants import HF_HUB_CACHE
 from models import make_config
-from transformers import AutoConfig
 from worst_steps import deep
 
 from fullft.config.options import DEMO_FOLDER
@@ -129,32 +127,3 @@ def test_missing_weights_are_reported_before_the_plan(cached_model: Path, in_emp
     words = ["--model", "owner/tiny", "--dataset", str(DEMO_FOLDER / "instructions.jsonl")]
     with pytest.raises(ModelError, match="has no weights"):
         main(parse_config([*words, "--device_memory", "512.5MiB"]))
-
-
-# ---------------------------------------------------------------------------------------------- other losses
-
-
-@pytest.mark.parametrize(
-    ("family", "values", "said"),
-    [
-        ("mixtral", {"output_router_logits": True}, "output_router_logits and router_aux_loss_coef 0.001"),
-        ("qwen2_moe", {"output_router_logits": True, "router_aux_loss_coef": 0.5}, "router_aux_loss_coef 0.5"),
-        ("dbrx", {"output_router_logits": True}, "moe_loss_weight 0.01"),
-        ("bamba", {"z_loss_coefficient": 0.1}, "z_loss_coefficient 0.1"),
-    ],
-)
-def test_a_loss_besides_cross_entropy_is_refused(
-    family: str, values: dict[str, Any], said: str, tmp_path: Path
-) -> None:
-    model_config = AutoConfig.for_model(family, **values)
-    model_config.architectures = ["SomethingForCausalLM"]
-    model_config.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=said) as caught:
-        find_config(make_config(model=str(tmp_path)))
-    assert caught.value.exit_code == 4 and "set " in str(caught.value) and str(tmp_path) in str(caught.value)
-    # Without the switch, or with a weight of 0, there is nothing to leave out.
-    for off in values:
-        plain = AutoConfig.for_model(family, **values | {off: type(values[off])()})
-        plain.architectures = ["SomethingForCausalLM"]
-        plain.save_pretrained(tmp_path)
-        find_config(make_config(model=str(tmp_path)))

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from fullft.config.config import Config
 from fullft.config.numerics import Format
@@ -20,6 +20,12 @@ _MEANINGS = {
 def count_parameters(model: nn.Module) -> int:
     """Count trainable parameters; tied weights count once."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def num_embeddings(model_config: PreTrainedConfig) -> int | None:
+    """Return for how many token ids a model has embeddings; None where its config does not say."""
+    count: int | None = getattr(model_config.get_text_config(decoder=True), "vocab_size", None)
+    return count
 
 
 def describe_model(config: Config, model: PreTrainedModel) -> str:

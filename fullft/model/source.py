@@ -18,6 +18,7 @@ from fullft.config.config import Config
 from fullft.config.options import DEMO_FOLDER
 from fullft.errors import FullftError, ModelError, exhaustion
 from fullft.model.bundled import bundled_config
+from fullft.model.weight_files import require_trainable_numbers
 
 DEMO_MODEL = DEMO_FOLDER / "model"
 _WEIGHT_FILES = ("*.safetensors", "*.bin")
@@ -55,13 +56,14 @@ def find_model(config: Config) -> str:
 
 
 def find_config(config: Config) -> PreTrainedConfig:
-    """Find and check a model's config; its weights need not exist.
+    """Find and check a model's config; its weights need not exist, but those at hand are checked.
 
     Args:
         config: `model` and `trust_remote_code` are read.
 
     Raises:
-        ModelError: there is none, it is no causal language model's, or it has absurd sizes.
+        ModelError: there is none, it is no causal language model's, it has absurd sizes, or the weights at hand are
+            quantised.
     """
     transformers_logging.set_verbosity_error()
     name = config.model if config.model is not None else str(DEMO_MODEL)
@@ -77,6 +79,8 @@ def find_config(config: Config) -> PreTrainedConfig:
             f"{name} is a {model_config.model_type} model whose tokens see those after them, not a causal language "
             "model: choose a decoder such as mistralai/Mistral-7B-v0.1"
         )
+    with loading(name):
+        require_trainable_numbers(name, model_config)
     return model_config
 
 

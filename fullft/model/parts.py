@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from fullft.config.config import Config
 from fullft.config.numerics import Format
 from fullft.errors import ModelError
+from fullft.model.extra_losses import describe_left_out
 
 _MEANINGS = {
     "fp32": "weights, gradients and computation in fp32",
@@ -51,6 +52,7 @@ def describe_model(config: Config, model: PreTrainedModel) -> str:
         and not torch.cuda.is_bf16_supported(False)
     ):
         lines.append("warning: this GPU has no bf16 units and emulates them slowly: --precision fp32 may be faster")
+    lines += describe_left_out(model.config)
     return "\n".join(lines)
 
 

@@ -18,6 +18,7 @@ from fullft.config.config import Config
 from fullft.config.options import DEMO_FOLDER
 from fullft.errors import FullftError, ModelError, exhaustion
 from fullft.model.bundled import bundled_config
+from fullft.model.extra_losses import require_cross_entropy_alone
 from fullft.model.weight_files import require_trainable_numbers
 
 DEMO_MODEL = DEMO_FOLDER / "model"
@@ -178,7 +179,7 @@ def require_trainable(model_config: PreTrainedConfig, name: str) -> None:
         name: what the user calls the model.
 
     Raises:
-        ModelError: it is another kind of model, or its weights are quantised.
+        ModelError: it is another kind of model, its weights are quantised, or it asks for a loss that is not offered.
     """
     remote = getattr(model_config, "auto_map", None) or {}
     is_causal = "AutoModelForCausalLM" in remote or type(model_config) in AutoModelForCausalLM._model_mapping
@@ -190,6 +191,7 @@ def require_trainable(model_config: PreTrainedConfig, name: str) -> None:
         )
     if getattr(model_config, "quantization_config", None):
         raise ModelError(f"the weights of {name} are quantised, and cannot be trained: pass the original model")
+    require_cross_entropy_alone(model_config, name)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from fullft.memory.run import measure_run, plan_run, record_memory
 from fullft.model.checks import check_model
 from fullft.model.load import load_model
 from fullft.model.loss import LossSum
-from fullft.model.parts import describe_model
+from fullft.model.parts import describe_model, num_embeddings
 from fullft.model.precision import autocast_of
 from fullft.model.source import find_config, find_model, load_tokenizer
 from fullft.optim.build import build_optimizer, describe_optimizer
@@ -59,7 +59,7 @@ def main(config: Config) -> None:
     checkpoint = open_checkpoint(config)
     best = BestCheckpoint(config, checkpoint)  # for --load_best_model_at_end
     tokenizer = load_tokenizer(config, source)
-    data = load_data(config, tokenizer)
+    data = load_data(config, tokenizer, num_embeddings(model_config))
     print(data.description)
     plan = plan_run(config, model_config, data, device, checkpoint)
     config = plan.config  # the plan has decided what was left open

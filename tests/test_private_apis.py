@@ -42,6 +42,7 @@ FAKE, MODES, TREES = "torch._subclasses.fake_tensor", "torch.utils._python_dispa
 LOAD, CHOICE = "fullft/model/load.py", "fullft/attention/choice.py"
 TRACING, TRACKER = "fullft/tracing.py", "fullft/memory/tracker.py"
 COMPILATION, CHECKPOINTING = "fullft/transforms/compilation.py", "fullft/transforms/activation_checkpointing.py"
+FILES = "fullft/model/weight_files.py"
 SNAPSHOT = "fullft/memory/snapshot.py"
 
 PRIVATE = {
@@ -122,10 +123,10 @@ PRIVATE = {
         lambda: transformers.PreTrainedModel._keys_to_ignore_on_save,
     ),
     "_raise_exceptions_for_missing_entries": Private(
-        "transformers", LOAD, "a missing file is None", lambda: hub_argument("_raise_exceptions_for_missing_entries")
+        "transformers", FILES, "a missing file is None", lambda: hub_argument("_raise_exceptions_for_missing_entries")
     ),
     "_raise_exceptions_for_connection_errors": Private(
-        "transformers", LOAD, "so it is offline", lambda: hub_argument("_raise_exceptions_for_connection_errors")
+        "transformers", FILES, "so it is offline", lambda: hub_argument("_raise_exceptions_for_connection_errors")
     ),
     "_fingerprint": Private(
         "datasets",

@@ -53,12 +53,13 @@ class Data:
         return max(max(batches.lengths) for batches in (self.train, self.evaluation) if batches is not None)
 
 
-def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
+def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, num_embeddings: int | None = None) -> Data:
     """Load, tokenise, split and batch the rows.
 
     Args:
         config: the options of the group "model and data", the seed and the batch sizes are read.
         tokenizer: fast, with an EOS token.
+        num_embeddings: of the model; None if it has one for every token of the tokenizer.
 
     Raises:
         DataError: the data cannot be read, fits no format, or leaves nothing to train on.
@@ -74,7 +75,10 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
         largest_token_id = max(largest_token_id, *tokenised_given["largest_token_id"][:])
         num_held_out += len(given)
         fingerprint = _fingerprint(tokenised, tokenised_given)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = tokenizer.pad_token_id
+    # Nothing depends on padding, so any id serves. A tokenizer may name one that the model has no embedding for.
+    if pad is None or not 0 <= pad < (num_embeddings or math.inf):
+        pad = tokenizer.eos_token_id
     return Data(
         train=Batches(train_rows, config, pad),
         evaluation=Batches(held_out, config, pad) if len(held_out) else None,

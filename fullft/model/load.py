@@ -3,7 +3,6 @@
 Which model it is, and whether it can be trained, is decided in `source.py`.
 """
 
-import json
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
 from fullft.config.config import Config
@@ -25,6 +23,7 @@ from fullft.hardware import available_host_bytes
 from fullft.model.homes import move_layers_home
 from fullft.model.precision import dtype_of, split
 from fullft.model.source import DEMO_MODEL, loading
+from fullft.model.weight_files import require_trainable_numbers, safetensors_files
 from fullft.storage.tiers import Storage, fill, home_of, lives_elsewhere
 
 _PIECE = 1 << 20  # elements split at a time
@@ -50,7 +49,11 @@ def load_model(config: Config, source: str, storage: Storage) -> PreTrainedModel
             if config.placement.streams_layers:
                 move_layers_home(model, config.placement.parameters, storage)
         else:
-            _read_through(_weight_files(source))
+            files = safetensors_files(source)
+            require_trainable_numbers(
+                source, AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+            )
+            _read_through(files)
             one_by_one = _one_by_one(config, source, dtype, storage)
             model = one_by_one or _from_pretrained(config, source, dtype)
             if config.numerics.splits and not one_by_one:
@@ -213,7 +216,7 @@ class _Stored:
 def _tensors(source: str) -> dict[str, _Stored]:
     """List the tensors of the safetensors files under the names that they have there."""
     found = {}
-    for file in _weight_files(source):
+    for file in safetensors_files(source):
         tensors: Any = safe_open(file, framework="pt", device="cpu")
         for name in tensors.keys():  # noqa: SIM118 (no mapping)
             part = tensors.get_slice(name)
@@ -227,23 +230,6 @@ def _stored(found: dict[str, _Stored], model: PreTrainedModel) -> dict[str, _Sto
     names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
     known = {name: name if name in found else name.removeprefix(prefix) for name in names}
     return {name: found[there] for name, there in known.items() if there in found}
-
-
-def _weight_files(source: str) -> list[Path]:
-    """List the safetensors files that transformers loads, those of a hub id from its cache; none for other formats."""
-
-    def find(name: str) -> Path | None:
-        file = cached_file(
-            source, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
-        )
-        return None if file is None else Path(file)
-
-    if (single := find(SAFE_WEIGHTS_NAME)) is not None:
-        return [single]
-    if (index := find(SAFE_WEIGHTS_INDEX_NAME)) is None:
-        return []
-    shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    return [file for shard in shards if (file := find(shard)) is not None]
 
 
 def _is_wider(config: Config, source: str, stored: dict[str, _Stored]) -> bool:

@@ -4,11 +4,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from fullft.config.config import Config
 from fullft.config.numerics import Format
 from fullft.errors import ModelError
+from fullft.model.extra_losses import describe_left_out
 
 _MEANINGS = {
     "fp32": "weights, gradients and computation in fp32",
@@ -20,6 +21,12 @@ _MEANINGS = {
 def count_parameters(model: nn.Module) -> int:
     """Count trainable parameters; tied weights count once."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def num_embeddings(model_config: PreTrainedConfig) -> int | None:
+    """Return for how many token ids a model has embeddings; None where its config does not say."""
+    count: int | None = getattr(model_config.get_text_config(decoder=True), "vocab_size", None)
+    return count
 
 
 def describe_model(config: Config, model: PreTrainedModel) -> str:
@@ -45,6 +52,7 @@ def describe_model(config: Config, model: PreTrainedModel) -> str:
         and not torch.cuda.is_bf16_supported(False)
     ):
         lines.append("warning: this GPU has no bf16 units and emulates them slowly: --precision fp32 may be faster")
+    lines += describe_left_out(model.config)
     return "\n".join(lines)
 
 

@@ -18,6 +18,8 @@ from fullft.config.config import Config
 from fullft.config.options import DEMO_FOLDER
 from fullft.errors import FullftError, ModelError, exhaustion
 from fullft.model.bundled import bundled_config
+from fullft.model.extra_losses import require_cross_entropy_alone
+from fullft.model.weight_files import require_trainable_numbers
 
 DEMO_MODEL = DEMO_FOLDER / "model"
 _WEIGHT_FILES = ("*.safetensors", "*.bin")
@@ -55,13 +57,14 @@ def find_model(config: Config) -> str:
 
 
 def find_config(config: Config) -> PreTrainedConfig:
-    """Find and check a model's config; its weights need not exist.
+    """Find and check a model's config; its weights need not exist, but those at hand are checked.
 
     Args:
         config: `model` and `trust_remote_code` are read.
 
     Raises:
-        ModelError: there is none, it is no causal language model's, or it has absurd sizes.
+        ModelError: there is none, it is no causal language model's, it has absurd sizes, or the weights at hand are
+            quantised.
     """
     transformers_logging.set_verbosity_error()
     name = config.model if config.model is not None else str(DEMO_MODEL)
@@ -77,6 +80,8 @@ def find_config(config: Config) -> PreTrainedConfig:
             f"{name} is a {model_config.model_type} model whose tokens see those after them, not a causal language "
             "model: choose a decoder such as mistralai/Mistral-7B-v0.1"
         )
+    with loading(name):
+        require_trainable_numbers(name, model_config)
     return model_config
 
 
@@ -174,7 +179,7 @@ def require_trainable(model_config: PreTrainedConfig, name: str) -> None:
         name: what the user calls the model.
 
     Raises:
-        ModelError: it is another kind of model, or its weights are quantised.
+        ModelError: it is another kind of model, its weights are quantised, or it asks for a loss that is not offered.
     """
     remote = getattr(model_config, "auto_map", None) or {}
     is_causal = "AutoModelForCausalLM" in remote or type(model_config) in AutoModelForCausalLM._model_mapping
@@ -186,6 +191,7 @@ def require_trainable(model_config: PreTrainedConfig, name: str) -> None:
         )
     if getattr(model_config, "quantization_config", None):
         raise ModelError(f"the weights of {name} are quantised, and cannot be trained: pass the original model")
+    require_cross_entropy_alone(model_config, name)
 
 
 @contextmanager

@@ -4,6 +4,8 @@ Dropout's random state and the training mode are left as they were.
 """
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -89,7 +91,6 @@ class Samples:
             after: whether training is over.
         """
         eos = self.tokenizer.eos_token_id
-        # Own settings: a checkpoint's may sample, or be too long for a progress report.
         generation = GenerationConfig(
             max_new_tokens=_MAX_NEW_TOKENS, do_sample=False, eos_token_id=eos, pad_token_id=eos
         )
@@ -97,7 +98,7 @@ class Samples:
         for ids, sample in zip(self.prompts, self.samples, strict=True):
             ids = ids[-(max(1, positions - _MAX_NEW_TOKENS)) :]  # what is generated needs positions too
             prompt = torch.tensor([ids], device=model.device)
-            with probing(model), autocast:
+            with probing(model), _generating_by(model, generation), autocast:
                 output = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=generation)
             text = self.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
             setattr(sample, "after" if after else "before", text)
@@ -112,6 +113,17 @@ class Samples:
             shown = (("before", sample.before, 60), ("after", sample.after, 200), ("expected", sample.expected, 200))
             lines += [f"  {name + ':':10}{_one_line(text, most)}" for name, text, most in shown if text is not None]
         return "\n".join(lines)
+
+
+@contextmanager
+def _generating_by(model: PreTrainedModel, generation: GenerationConfig) -> Iterator[None]:
+    """Replace a model's own settings: `generate` takes from them all that its argument leaves out, such as beams."""
+    own = model.generation_config
+    model.generation_config = generation
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _prompt_ids(input_ids: list[int], labels: list[int]) -> list[int]:

@@ -29,6 +29,23 @@ def test_a_dataset_without_any_target_is_an_error(tmp_path: Path, tokenizer: Pre
         load(tmp_path, completions(("p", ""), ("p", "")), tokenizer)
 
 
+# ---------------------------------------------------------------------------------------------- padding
+
+
+@pytest.mark.parametrize(("pad", "expected"), [(None, 0), (-1, 0), (1024, 0), (2**40, 0), (1023, 1023), (7, 7)])
+def test_padding_has_an_embedding(
+    pad: int | None, expected: int, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokenizer's own id where the model has 1024 embeddings and it is one of them; else EOS, which is 0."""
+    monkeypatch.setattr(type(tokenizer), "pad_token_id", pad, raising=False)
+    rows = write_rows(tmp_path / "rows.jsonl", completions(("p", " a"), ("p", " much longer than the other one")))
+    config = make_config(dataset=str(rows), val_size=0, per_device_train_batch_size=2, gradient_accumulation_steps=1)
+    train = load_data(config, tokenizer, num_embeddings=1024).train
+    (micro_batch,) = train.global_batch(1)
+    padding = micro_batch.inputs["input_ids"][:, min(train.lengths) :].tolist()
+    assert [expected] * (max(train.lengths) - min(train.lengths)) in padding
+
+
 # ---------------------------------------------------------------------------------------------- held-out rows
 
 

@@ -95,5 +95,5 @@ def test_files_are_cached_only_if_memory_holds_them(free: int, tmp_path: Path, m
         Path, "open", lambda file, *more, **named: read.append(file.name) or path_open(file, *more, **named)
     )
     _, tensors = loaded(tmp_path)
-    assert ("model.safetensors" in read) == (free > 0)
+    assert read.count("model.safetensors") == (2 if free else 1)  # its header is always read
     assert all(torch.equal(tensors[name], values.detach().flatten()) for name, values in original.named_parameters())

@@ -8,7 +8,7 @@ from torch import nn
 
 from fullft.attention.choice import choose_attention
 from fullft.model.checks import check_model
-from fullft.model.parts import decoder_of
+from fullft.model.parts import decoder_of, num_embeddings
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -30,3 +30,8 @@ def test_decoder_is_what_forward_calls() -> None:
     seeing = model_of(gemma3_that_sees())
     assert decoder_of(seeing) is not seeing.get_decoder()  # which does not see
     assert not any(module._forward_pre_hooks for module in seeing.modules())
+
+
+def test_embeddings_of_a_config_are_the_model_own() -> None:
+    for config in (*(make() for make in CONFIGS.values()), tiny_model("gpt2").config):
+        assert num_embeddings(config) == model_of(config).get_input_embeddings().weight.shape[0] > 1

@@ -124,6 +124,8 @@ def _finished(
         own = tuple(span for _, span in rendering.spans)
         if sanitizes and not own:
             raise RowError("special tokens in the row's own text cannot be told from the chat template's")
+    if sanitizes and any(chat.template.special_tokens.search(text) for text in strings(chat.conversation.tools or [])):
+        raise RowError("special tokens in the row's tools cannot be told from the chat template's")
     end = max((end for _, end in row.targets), default=0)
     return replace(
         row,

@@ -81,9 +81,15 @@ def _refuse_unread(row: Row, read: Iterable[str] = ()) -> None:
 
 
 def _exchange(prompt: str, response: str, reader: Reader) -> list[Rendered]:
-    text = prompt + response
+    text = _ended(prompt + response, reader)
     targets: list[Span] = [(len(prompt), len(text))] if response else []
     return [Rendered(text, targets, own=_own(text, reader))]
+
+
+def _ended(text: str, reader: Reader) -> str:
+    """Drop white space behind an EOS that ends a text, so that this EOS is the row's."""
+    ends = not reader.sanitizes and text.rstrip().endswith(reader.template.eos)
+    return text.rstrip() if ends else text
 
 
 def _own(text: str, reader: Reader) -> tuple[Span, ...]:
@@ -105,6 +111,7 @@ def _render_text(row: Row, reader: Reader) -> list[Rendered]:
     text = row["text"] or ""  # data sets of plain text have empty rows; they are dropped and counted
     if not isinstance(text, str):
         raise RowError(f"text is {type(text).__name__}, expected text")
+    text = _ended(text, reader)
     return [Rendered(text, [(0, len(text))] if text else [], own=_own(text, reader))]
 
 

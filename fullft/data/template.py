@@ -142,6 +142,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
+        self._roles_with_parts: dict[str, bool] = {}
 
     @cached_property
     def eos(self) -> str:
@@ -263,8 +264,7 @@ class ChatTemplate:
         return fields | {"content": text}
 
     def _takes_parts(self, role: str) -> bool:
-        known = self.__dict__.setdefault("_roles_with_parts", {})
-        if role not in known:
+        if role not in self._roles_with_parts:
             before = [] if role in ("user", "system") else [{"role": "user", "content": "Hi"}]
             after = [{"role": "user", "content": "Hi"}] if role == "system" else []
             texts: list[str | None] = []
@@ -274,8 +274,8 @@ class ChatTemplate:
                     texts.append(self.write(messages, Conversation(()), prompt=False)[0])
                 except RowError:
                     texts.append(None)
-            known[role] = texts[1] is not None and texts[0] == texts[1]
-        return bool(known[role])
+            self._roles_with_parts[role] = texts[1] is not None and texts[0] == texts[1]
+        return self._roles_with_parts[role]
 
 
 _NO_KEY = object()

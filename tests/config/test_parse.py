@@ -152,7 +152,15 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home"
 
 
-PATHS = ["model", "model_name_or_path", "dataset", "dataset_name", "output_dir", "resume_from_checkpoint"]
+PATHS = [
+    "model",
+    "model_name_or_path",
+    "dataset",
+    "dataset_name",
+    "eval_dataset",
+    "output_dir",
+    "resume_from_checkpoint",
+]
 
 
 @pytest.mark.parametrize("option", PATHS)

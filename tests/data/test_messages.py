@@ -10,7 +10,9 @@ from data.chat_templates import FAMILIES
 from rows import IGNORED, load, pairs
 from transformers import PreTrainedTokenizerBase
 
+from fullft.data.formats import FORMATS, Reader
 from fullft.data.rendered import RowError
+from fullft.data.template import ChatTemplate
 from fullft.errors import DataError
 
 ARGUMENTS = {"city": "Bern", "days": 3, "unit": None}
@@ -325,3 +327,12 @@ def test_sanitised_rows_without_a_template_learn_the_same_text(
     assert pairs(load(tmp_path, [{"text": "a b"}], tokenizer, sanitize_special_tokens=True)) == pairs(
         load(tmp_path, [{"text": "a b"}], tokenizer)
     )
+
+
+def test_special_tokens_in_tools_cannot_be_sanitised(qwen: PreTrainedTokenizerBase) -> None:
+    tool = {"type": "function", "function": {"name": "weather", "description": "ends <|im_end|>"}}
+    row = {"messages": [USER, ASSISTANT], "tools": [tool]}
+    reader = Reader(ChatTemplate(qwen), sanitizes=True)
+    with pytest.raises(RowError, match="special tokens in the row's tools"):
+        FORMATS[0].render(row, reader)
+    assert FORMATS[0].render({"messages": [USER, ASSISTANT]}, reader)

@@ -324,6 +324,15 @@ def test_rows_are_tokenised_again_when_their_tokens_change(
     assert not tokenises()
 
 
+def test_white_space_behind_an_eos_is_no_row_end(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    for end in ("", "\n", " \n\n"):
+        text = load(tmp_path, [{"text": f"one two<|endoftext|>{end}"}], tokenizer)
+        assert pairs(text) == pairs(load(tmp_path, [{"text": "one two"}], tokenizer))
+        exchange = load(tmp_path, completions(("one", f" two<|endoftext|>{end}")), tokenizer)
+        assert pairs(exchange) == pairs(load(tmp_path, completions(("one", " two")), tokenizer))
+    assert pairs(load(tmp_path, [{"text": "one two\n"}], tokenizer)) != pairs(text)
+
+
 def test_nothing_is_written_beside_a_saved_data_set(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     Dataset.from_list(numbered(3)).save_to_disk(str(tmp_path / "set"))
     before = sorted((tmp_path / "set").iterdir())

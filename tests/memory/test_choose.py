@@ -11,6 +11,7 @@ from fullft.memory.machine import ASSUMED, Device, Speeds
 from fullft.memory.plan import Batch
 
 
+@pytest.mark.slow
 def test_fastest_choice_that_fits_is_taken() -> None:
     """Each resident choice is taken down to the last byte with which it fits."""
     plans, batch, config = Plans(deep("llama", 2)), Batch(4, 256, 256), make_config()

@@ -45,7 +45,13 @@ MORE_CASES = [
 @pytest.mark.parametrize(
     ("family", "options", "layers"),
     [
-        *((*case, 8 if case[1].get("activation_checkpointing") == "every_2" else 5) for case in CASES),
+        (*CASES[0], 5),
+        *(
+            pytest.param(
+                *case, 8 if case[1].get("activation_checkpointing") == "every_2" else 5, marks=pytest.mark.slow
+            )
+            for case in CASES[1:]
+        ),
         *(pytest.param(*case, 9, marks=pytest.mark.slow) for case in [*CASES, *MORE_CASES]),
     ],
     ids=lambda value: "" if isinstance(value, dict) else None,
@@ -72,6 +78,7 @@ MIXED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MIXED)
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16-mixed", marks=pytest.mark.slow)])
 def test_few_layers_stand_for_mixed_ones(kind: str, precision: str) -> None:

@@ -121,6 +121,7 @@ def test_plan_shows_whether_layers_are_compiled(
 # ---------------------------------------------------------------------------------------------- text
 
 
+@pytest.mark.slow
 def test_small_models_are_shown_in_mib(in_empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     screen.show_plan(parse_config(["--plan"]))
     shown = capsys.readouterr().out
@@ -138,7 +139,10 @@ def test_gpu_hours_state_what_they_include() -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        ["--model", "gpt2", "--per_device_train_batch_size", "4", "--device_memory", "24GiB", "--gpus", "16"],
+        pytest.param(
+            ["--model", "gpt2", "--per_device_train_batch_size", "4", "--device_memory", "24GiB", "--gpus", "16"],
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             ["--model", MISTRAL, "--device_memory", "24GiB", "--gpu_hour_price", "2.5"], marks=pytest.mark.slow
         ),

@@ -135,7 +135,9 @@ with miniature():
 """
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--plan", "--json"], ["--learnig_rate", "1"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], pytest.param(["--plan", "--json"], marks=pytest.mark.slow), ["--learnig_rate", "1"]]
+)
 def test_answers_into_a_closed_pipe_end_quietly(words: list[str], run: Run) -> None:
     done = run("-c", CLOSED + RUN.replace("WORDS", str(words)))
     assert done.returncode == (2 if "--learnig_rate" in words else 0)

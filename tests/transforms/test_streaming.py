@@ -76,7 +76,13 @@ def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("qwen2", True), ("gpt2", True), ("gemma2", False)])
+@pytest.mark.parametrize(
+    ("family", "tied"),
+    [
+        ("llama", False),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("qwen2", True), ("gpt2", True), ("gemma2", False)]),
+    ],
+)
 def test_streamed_layers_train_as_resident_ones(family: str, tied: bool, accumulation: int, tmp_path: Path) -> None:
     results = []
     for offload in ("none", *PLACEMENTS):

@@ -119,8 +119,11 @@ def test_a_run_moves_and_exports_every_parameter(tmp_path: Path, rows: Path) -> 
         {},
         {"precision": "bf16-mixed", "packing": True, "max_length": 64, "activation_checkpointing": "selective"},
         {"precision": "bf16-true", "activation_checkpointing": "full"},
-        {"precision": "bf16-true", "master_weights": "stochastic", "offload": "optimizer=disk,gradients=host"},
-        {"precision": "bf16-true", "optim": "paged_adamw_8bit"},
+        pytest.param(
+            {"precision": "bf16-true", "master_weights": "stochastic", "offload": "optimizer=disk,gradients=host"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"precision": "bf16-true", "optim": "paged_adamw_8bit"}, marks=pytest.mark.slow),
         pytest.param({"precision": "bf16-true", "master_weights": "none"}, marks=pytest.mark.slow),
         pytest.param({"precision": "fp32", "optim": "adamw_8bit"}, marks=pytest.mark.slow),
     ],

@@ -140,6 +140,7 @@ def operators_of_a_plan(
     return len(events)
 
 
+@pytest.mark.slow
 def test_plan_takes_no_more_operators_for_large_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_module, "CHUNK_TOKENS", 8)
     # With 128 tokens a group would fill attention's scratch memory, and a view of all of it is not an operator.
@@ -150,6 +151,7 @@ def test_plan_takes_no_more_operators_for_large_batches(monkeypatch: pytest.Monk
     assert large == small
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offload", ["none", "optimizer=host,gradients=host", "optimizer=disk,gradients=disk"])
 def test_plan_takes_no_more_operators_for_large_tensors(
     offload: str, small_chunks: int, monkeypatch: pytest.MonkeyPatch

@@ -107,6 +107,7 @@ def test_compiled_fp32_layers_differ_by_rounding_alone(family: str, checkpointin
     assert min(distance(loss_and_gradients(model, micro_batch), expected)) > 1e-6
 
 
+@pytest.mark.slow
 def test_compiled_bf16_layers_share_one_graph() -> None:
     model = model_of("llama")
     attend_by_document(model)

@@ -132,10 +132,17 @@ def _message(turn: Any, number: int, role_key: str, content_key: str) -> Message
         fields["tool_calls"] = _calls(calls, number)
     if isinstance(content, list):
         content = _parts(content, number)
-    has_more = bool(calls) or any(name in fields for name in REASONING)  # a call has no text
+    fields = _with_names_of_reasoning(fields)
+    has_more = bool(calls) or "thinking" in fields  # a call has no text
     if not isinstance(content, str | list) and (content is not None or not has_more):
         raise RowError(f"message {number} needs {role_key!r} and {content_key!r} as text")
     return Message({**fields, "role": known, "content": content}, is_kept_out)
+
+
+def _with_names_of_reasoning(fields: dict[str, Any]) -> dict[str, Any]:
+    """Give reasoning under both names that templates read; transformers before 5.23 does not see to that."""
+    reasoning = next((fields[name] for name in REASONING if name in fields), None)
+    return fields if reasoning is None else {"thinking": reasoning, **fields, "reasoning_content": reasoning}
 
 
 def _is_kept_out(fields: dict[str, Any], number: int) -> bool:

@@ -23,6 +23,10 @@ def by_transformers(
     messages: Messages, family: Family, tokenizer: PreTrainedTokenizerBase, last_turn_alone: bool = False
 ) -> tuple[list[int], list[int]]:
     """Let transformers find the marks, and add EOS where the text does not end with it."""
+    # Since 5.23 transformers gives gpt-oss the name that it reads; here all versions do.
+    messages = [
+        {"thinking": turn["reasoning_content"], **turn} if "reasoning_content" in turn else turn for turn in messages
+    ]
     encoded = tokenizer.apply_chat_template(
         messages, chat_template=family.marked(), return_dict=True, return_assistant_tokens_mask=True
     )

@@ -145,18 +145,8 @@ def _finished(
 
 def _by_marks(rendering: Rendering, chat: Chat, learned: list[int]) -> Rendered:
     """Take the template's marks, without those of turns that are not learned."""
-    spans = {number: rendering.span_of(number) for number in range(len(chat.messages))}
-    others = [
-        span
-        for number, span in spans.items()
-        if span is not None and number not in learned and chat.messages[number]["role"] == "assistant"
-    ]
-    mine = [span for number in learned if (span := spans[number]) is not None]
-    targets = [
-        mark
-        for mark in rendering.marks
-        if any(_overlap(mark, span) for span in mine) or not any(_overlap(mark, span) for span in others)
-    ]
+    mine = [span for number in learned if (span := rendering.span_of(number)) is not None]
+    targets = rendering.marks
     if len(learned) < sum(message["role"] == "assistant" for message in chat.messages):
         targets = [mark for mark in targets if any(_overlap(mark, span) for span in mine)]
     num_unmarked = sum(not any(_overlap(mark, span) for mark in targets) for span in mine)

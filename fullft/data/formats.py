@@ -118,7 +118,7 @@ def _render_text(row: Row, reader: Reader) -> list[Rendered]:
 # ---------------------------------------------------------------------------------------------- conversations
 
 # Columns that conversations are made of besides their turns. What else a template reads, it gets.
-_FOR_CHAT = ("system", "system_prompt", "tools", "functions", "documents", "chat_template_kwargs")
+_FOR_CHAT = tuple(name for name in _WITH_MEANING if name != "history")
 # Variables of templates that are no columns.
 _NOT_FROM_ROWS = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from fullft.data.rendered import RowError
@@ -46,11 +46,6 @@ class Message:
         """Its calls of tools, each with `function.name` and `function.arguments`."""
         return self.fields.get("tool_calls") or []
 
-    def with_fields(self, **fields: Any) -> "Message":
-        """Return the message with some fields changed; those that are None are left out."""
-        changed = self.fields | fields
-        return replace(self, fields={name: value for name, value in changed.items() if value is not None})
-
 
 @dataclass(frozen=True)
 class Conversation:
@@ -67,10 +62,6 @@ class Conversation:
     tools: list[Any] | None = None
     variables: dict[str, Any] | None = None
     first_target: int = 0
-
-    def through(self, last: int) -> "Conversation":
-        """Return the conversation up to a message, which is in it."""
-        return replace(self, messages=self.messages[: last + 1])
 
 
 def to_messages(turns: Any) -> list[Message]:

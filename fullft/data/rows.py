@@ -9,10 +9,10 @@ from typing import Any
 import datasets
 from datasets import Dataset, Json
 
+from fullft.data.rendered import Row
+
 # The columns of a table that keeps rows as JSON text, as data files of text are kept.
 FILE, LINE, COLUMNS, TEXT = "file", "line", "columns", "row"
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -60,11 +60,10 @@ def load_held_out_rows(config: Config) -> Rows | None:
 
 def _only_split(name: str) -> str:
     """Return the split of a data set that has one."""
-    files = find_files(name) if _saved(name) is None else None
-    if files is not None:
-        splits = list(files.splits)
-    elif (saved := _saved(name)) is not None:
+    if (saved := _saved(name)) is not None:
         splits = list(saved) if isinstance(saved, DatasetDict) else ["train"]
+    elif (files := find_files(name)) is not None:
+        splits = list(files.splits)
     else:
         try:
             splits = datasets.get_dataset_split_names(name)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fullft.config.config import accumulation_of, output_dir_of
+from fullft.config.config import accumulation_of, output_dir_of, ranks_of
 from fullft.config.options import NEWEST, UNDECIDED, Options
 from fullft.config.placement import Placement
 from fullft.config.sizes import parse_size
@@ -40,19 +40,19 @@ def find_problems(options: Options, given: Mapping[str, Any]) -> list[str]:
     if options.warmup_steps > 1 and options.warmup_steps != int(options.warmup_steps):
         problems.append(f"warmup_steps {options.warmup_steps:g} is neither whole nor below 1")
     batch, accumulation = options.per_device_train_batch_size, given.get("gradient_accumulation_steps")
+    ranks = ranks_of(options)
     if options.global_batch_size is not None:
         if options.global_batch_size % batch:
             problems.append(
                 f"global_batch_size {options.global_batch_size} is not a multiple of per_device_train_batch_size "
                 f"{batch}: change one of the two"
             )
-        elif accumulation is not None and accumulation * batch != options.global_batch_size:
+        elif accumulation is not None and accumulation * batch * ranks != options.global_batch_size:
+            over_ranks = f" x {ranks} ranks" if ranks > 1 else ""
             problems.append(
-                f"global_batch_size {options.global_batch_size} is not {batch} x {accumulation}: "
+                f"global_batch_size {options.global_batch_size} is not {batch} x {accumulation}{over_ranks}: "
                 "leave out gradient_accumulation_steps, or correct one of the two"
             )
-    if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
-        problems.append("this version trains on one device: start it with `python`, not with torchrun")
     return problems
 
 
@@ -67,7 +67,7 @@ def find_idle_flags(options: Options, flags: Mapping[str, Any]) -> list[str]:
         if flag in flags and strategy not in flags and getattr(options, strategy) != "steps"
     ] + [
         f"--{flag} does nothing without {' or '.join(f'--{question}' for question in questions)}: add it"
-        for flag, questions in (("json", ("plan", "preview")), ("gpus", ("plan",)), ("gpu_hour_price", ("plan",)))
+        for flag, questions in (("json", ("plan", "preview")), ("gpu_hour_price", ("plan",)))
         if flags.get(flag) and not any(getattr(options, question) for question in questions)
     ]
 

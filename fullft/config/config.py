@@ -11,10 +11,11 @@ from typing import Any
 from fullft.config.numerics import Numerics
 from fullft.config.options import DEFAULT_DATASET, DEFAULT_DATASET_SPLIT, DEMO_ROWS, UNDECIDED, Options
 from fullft.config.placement import Placement
+from fullft.config.ranks import find_place
 from fullft.config.recomputation import Recomputation
 from fullft.config.sizes import parse_size
 
-DEFAULT_ACCUMULATION = 16  # micro-batches per step
+DEFAULT_MICRO_BATCHES = 16  # per step, over all ranks
 DEFAULT_VAL_SIZE = 0.05
 
 
@@ -33,16 +34,22 @@ class Config(Options):
     global_batch_size: int
     eval_steps: int
     val_size: float
+    gpus: int
 
     @property
     def accumulates(self) -> bool:
-        """Whether a step has several micro-batches."""
+        """Whether a rank has several micro-batches per step."""
         return self.gradient_accumulation_steps > 1
+
+    @property
+    def adds_gradients(self) -> bool:
+        """Whether a step's gradients are sums: over micro-batches, or over ranks."""
+        return self.accumulates or self.gpus > 1
 
     @cached_property
     def numerics(self) -> Numerics:
         """The formats of weights, gradients, moments and computation."""
-        return Numerics.of(self.precision, self.master_weights, self.optim, self.accumulates)
+        return Numerics.of(self.precision, self.master_weights, self.optim, self.adds_gradients)
 
     @cached_property
     def placement(self) -> Placement:
@@ -75,7 +82,7 @@ class Config(Options):
     @property
     def undecided(self) -> frozenset[str]:
         """The names of the options that are left to the plan."""
-        left_open = ("activation_checkpointing", "offload", "compile")
+        left_open = ("activation_checkpointing", "offload", "compile", *(("shard",) if self.gpus > 1 else ()))
         return frozenset(name for name in left_open if getattr(self, name) == UNDECIDED)
 
     @property
@@ -100,7 +107,6 @@ def resolve(options: Options) -> Config:
     Args:
         options: checked by `find_problems`.
     """
-    accumulation = accumulation_of(options)
     dataset, split = options.dataset, options.dataset_split or "train"
     if dataset is None:
         dataset = DEMO_ROWS if options.model is None else DEFAULT_DATASET
@@ -114,8 +120,9 @@ def resolve(options: Options) -> Config:
             "dataset": dataset,
             "dataset_split": split,
             "output_dir": output_dir_of(options),
-            "gradient_accumulation_steps": accumulation,
-            "global_batch_size": accumulation * options.per_device_train_batch_size,
+            "gradient_accumulation_steps": accumulation_of(options),
+            "global_batch_size": global_batch_size_of(options),
+            "gpus": ranks_of(options),
             "eval_steps": options.eval_steps or options.logging_steps,
             "val_size": val_size_of(options),
         }
@@ -129,18 +136,33 @@ def _decided(options: Options) -> dict[str, str]:
     if options.activation_checkpointing == UNDECIDED and Placement.parse(options.offload).streams_layers:
         decided["activation_checkpointing"] = "full"
     if options.fit == "off":  # then auto means nothing
-        for name, nothing in (("activation_checkpointing", "none"), ("offload", "none"), ("compile", "false")):
+        nothings = {"activation_checkpointing": "none", "offload": "none", "compile": "false", "shard": "full"}
+        for name, nothing in nothings.items():
             if getattr(options, name) == UNDECIDED:
                 decided.setdefault(name, nothing)
     return decided
 
 
-def accumulation_of(options: Options) -> int:
-    """Return the micro-batches of a step: as given, as the global batch needs them, or the default."""
+def ranks_of(options: Options) -> int:
+    """Return how many ranks train, or are planned for: as many as were started, else as many as asked for."""
+    started = find_place().count
+    return (options.gpus or 1) if options.plan or started == 1 else started
+
+
+def global_batch_size_of(options: Options) -> int:
+    """Return the sequences of a step: as given, as the three factors make, or the default."""
     if options.global_batch_size is not None:
-        # Rounded up: a batch that does not divide is refused elsewhere, and still counts as accumulating.
-        return -(-options.global_batch_size // options.per_device_train_batch_size)
-    return options.gradient_accumulation_steps or DEFAULT_ACCUMULATION
+        return options.global_batch_size
+    accumulation = options.gradient_accumulation_steps
+    micro_batches = DEFAULT_MICRO_BATCHES if accumulation is None else accumulation * ranks_of(options)
+    return micro_batches * options.per_device_train_batch_size
+
+
+def accumulation_of(options: Options) -> int:
+    """Return the most micro-batches that a rank has in a step: with ranks that do not divide them, some have fewer."""
+    # Rounded up: a batch that does not divide is refused elsewhere, and still counts as accumulating.
+    micro_batches = -(-global_batch_size_of(options) // options.per_device_train_batch_size)
+    return -(-micro_batches // ranks_of(options))
 
 
 def val_size_of(options: Options) -> float:

@@ -254,7 +254,33 @@ class Options:
         may_change=True,
     )
     gpus: int | None = option(
-        None, "show the plan for this many GPUs too", unit="GPUs", at_least=1, shown="1, 2, 4, 8", may_change=True
+        None,
+        "start so many ranks on this machine; with --plan, plan for so many in all",
+        unit="ranks",
+        called=("num_gpus", "nproc_per_node", "num_processes", "devices", "n_gpu"),
+        at_least=1,
+        shown="1; under torchrun or Slurm as many as they start",
+        may_change=True,
+    )
+    shard: str = option(
+        "auto",
+        "what the ranks share out among them: nothing (DDP); optimizer states (ZeRO-1); gradients too (ZeRO-2); "
+        "parameters too (ZeRO-3); auto: the fastest that fits",
+        choices=("none", "optimizer", "gradients", "full", "auto"),
+        called=("fsdp", "deepspeed", "zero_stage", "sharding_strategy"),
+        spellings={"ddp": "none", "zero1": "optimizer", "zero2": "gradients", "zero3": "full"},
+        may_change=True,  # up to the order of sums, as the number of ranks
+    )
+    shard_nodes: int | None = option(
+        None,
+        "share out among the ranks of so many nodes, and keep a copy in each such group; 1: within each node (hybrid)",
+        unit="nodes",
+        at_least=1,
+        shown="all",
+        may_change=True,
+    )
+    ddp_timeout: int = option(
+        1800, "how long a rank waits for the others before the run ends", unit="seconds", at_least=1, may_change=True
     )
     gpu_hour_price: float | None = option(
         None, "show the plan's cost", unit="any currency per GPU-hour", above=0, shown="none", may_change=True

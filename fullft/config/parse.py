@@ -57,7 +57,7 @@ def _beaten_by(flags: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, A
     beaten = set()
     if accumulation in flags and whole not in flags:
         beaten = {whole}
-    elif whole in flags or (micro in flags and whole in file):
+    elif whole in flags or (whole in file and (micro in flags or "gpus" in flags)):
         beaten = {accumulation}
     return {name: value for name, value in file.items() if name not in beaten}
 

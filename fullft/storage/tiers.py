@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 from fullft.errors import OptionsError
@@ -35,13 +36,15 @@ def is_on_host(tensor: torch.Tensor) -> bool:
 
 
 def home_of(parameter: torch.Tensor) -> Array:
-    """Return the array that holds a weight between uses: the parameter itself, unless its layer is streamed.
+    """Return the array that holds a weight between uses: the parameter itself, or this rank's rows of it.
+
+    If its layer is streamed, it is another array.
 
     Args:
         parameter: a model's.
     """
     home: Array = _HOMES.get(parameter, parameter)
-    return home
+    return local_of(home) if isinstance(home, torch.Tensor) else home
 
 
 def set_home(parameter: torch.Tensor, home: Array) -> None:
@@ -57,6 +60,34 @@ def set_home(parameter: torch.Tensor, home: Array) -> None:
 def lives_elsewhere(parameter: torch.Tensor) -> bool:
     """Return whether a weight lives outside its own memory."""
     return parameter in _HOMES
+
+
+# ---------------------------------------------------------------------------------------------- shards
+
+
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this rank's rows of a sharded tensor, in memory shared with it; of any other tensor, the tensor itself."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def first_row(tensor: torch.Tensor) -> int:
+    """Return where this rank's rows begin in the whole tensor: of n rows, each of W ranks has ceil(n / W), in order.
+
+    The last ranks have what is left, which may be nothing.
+
+    Args:
+        tensor: sharded over the last dimension of its mesh, or whole.
+    """
+    if not isinstance(tensor, DTensor):
+        return 0
+    mesh = tensor.device_mesh
+    rows = -(-tensor.shape[0] // mesh.size(mesh.ndim - 1))
+    return min(tensor.shape[0], int(mesh.get_local_rank(mesh.ndim - 1)) * rows)
+
+
+def first_element(tensor: torch.Tensor) -> int:
+    """Return where this rank's rows begin in the whole tensor, flattened."""
+    return first_row(tensor) * (tensor.numel() // tensor.shape[0] if tensor.dim() else 1)
 
 
 # ---------------------------------------------------------------------------------------------- storage

@@ -138,7 +138,7 @@ def test_resolved_options_leave_nothing_narrowed_at_none(words: str) -> None:
 def test_resolving_keeps_every_given_value() -> None:
     options = Options(dataset="d.jsonl", dataset_split="s", output_dir=Path("out"), eval_steps=7, val_size=0.1, seed=3)
     config = resolve(options)
-    changed = {"gradient_accumulation_steps", "global_batch_size"}
+    changed = {"gradient_accumulation_steps", "global_batch_size", "gpus"}
     for name in by_name(Options).keys() - changed:
         assert getattr(config, name) == getattr(options, name), name
 

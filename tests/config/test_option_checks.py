@@ -23,11 +23,22 @@ def test_the_demo_overwrites_its_own_folder_alone() -> None:
 # ---------------------------------------------------------------------------------------------- flags
 
 
-def test_more_than_one_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_batch_is_dealt_over_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse_config(["--gpus", "4"]).gpus == 4
+    for words, accumulation, whole in (
+        (["--gpus", "4", "--global_batch_size", "16"], 4, 16),
+        (["--gpus", "3", "--global_batch_size", "16"], 6, 16),  # two ranks have 5 micro-batches
+        (["--gpus", "4", "--gradient_accumulation_steps", "2"], 2, 8),
+    ):
+        config = parse_config(["--model", "m", *words])
+        assert (config.gradient_accumulation_steps, config.global_batch_size) == (accumulation, whole), words
+    assert (
+        "is not 1 x 2 x 4 ranks"
+        in problems_of(*"--model m --gpus 4 --gradient_accumulation_steps 2 --global_batch_size 16".split())[0]
+    )
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "not with torchrun" in problems_of()[0]
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    parse_config([])
+    monkeypatch.setenv("RANK", "1")
+    assert parse_config([]).gpus == 2
 
 
 def test_a_missing_package_is_reported_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

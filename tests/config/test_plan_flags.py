@@ -10,8 +10,8 @@ from fullft.errors import OptionsError
 
 def test_plan_flags_are_refused_without_a_plan() -> None:
     with pytest.raises(OptionsError) as refusal:
-        parse_config(["--json", "--gpus", "2", "--gpu_hour_price", "3", "--device_memory", "much"])
-    for flag in ("--json", "--gpus", "--gpu_hour_price"):
+        parse_config(["--json", "--gpu_hour_price", "3", "--device_memory", "much"])
+    for flag in ("--json", "--gpu_hour_price"):
         assert f"{flag} does nothing without --plan" in str(refusal.value)
     assert "device_memory: 'much' is no amount of memory" in str(refusal.value)
     Path("full-ft-demo").mkdir()

@@ -174,7 +174,7 @@ def test_a_broken_row_ends_the_preview(tmp_path: Path, capsys: pytest.CaptureFix
         (["--json"], "--json does nothing without --plan or --preview: add it"),
         (["--preview=-1"], "preview"),
         (["--preview=1.5"], "preview"),
-        (["--preview=1", "--gpus=2"], "--gpus does nothing without --plan: add it"),
+        (["--preview=1", "--gpu_hour_price=2"], "--gpu_hour_price does nothing without --plan: add it"),
     ],
 )
 def test_wrong_combinations_are_refused(

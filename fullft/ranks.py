@@ -1,0 +1,73 @@
+"""Ranks: how the processes that train one model find each other, and the few words that they exchange.
+
+What moves weights and gradients between them is in `transforms/sharding.py`. A run on one device is a group of one:
+everything here then does nothing, or does what was asked at once.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from fullft.config.ranks import find_place
+
+Result = TypeVar("Result")
+
+
+def is_first() -> bool:
+    """Return whether this is the rank that writes and prints."""
+    return find_place().rank == 0
+
+
+def by_first_rank(work: Callable[[], Result]) -> Result:
+    """Let the first rank do something; its result, or its error, reaches all ranks.
+
+    Args:
+        work: called on the first rank alone; what it returns must be picklable.
+    """
+    if not dist.is_initialized():
+        return work()
+    outcome: list[tuple[Result | None, BaseException | None]] = [(None, None)]
+    if is_first():
+        try:
+            outcome = [(work(), None)]
+        except Exception as error:
+            outcome = [(None, error)]
+    dist.broadcast_object_list(outcome, src=0)
+    result, failure = outcome[0]
+    if failure is not None:
+        raise failure
+    return result  # type: ignore[return-value]
+
+
+def sum_over_ranks(numbers: torch.Tensor) -> torch.Tensor:
+    """Add numbers up over all ranks, in the order of the ranks and in fp64: every rank gets the same bits.
+
+    Args:
+        numbers: [n], or a scalar.
+
+    Returns:
+        float64, of the same shape.
+    """
+    return add_in_rank_order(numbers, None) if dist.is_initialized() else numbers.double()
+
+
+def add_in_rank_order(numbers: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Add numbers up over a group of ranks, as `sum_over_ranks` does.
+
+    Args:
+        numbers: [n], or a scalar.
+        group: None for all ranks.
+    """
+    mine = numbers.detach().double().reshape(-1)
+    count = dist.get_world_size(group)
+    everyone = mine.new_empty(count * mine.numel())
+    dist.all_gather_into_tensor(everyone, mine, group=group)
+    return everyone.view(count, -1).sum(dim=0).view(numbers.shape)
+
+
+def wait_for_all() -> None:
+    """Return when every rank has come here."""
+    if dist.is_initialized():
+        dist.barrier()

@@ -48,9 +48,9 @@ def sum_over_ranks(numbers: torch.Tensor) -> torch.Tensor:
         numbers: [n], or a scalar.
 
     Returns:
-        float64, of the same shape.
+        float64, of the same shape; on one rank the numbers themselves.
     """
-    return add_in_rank_order(numbers, None) if dist.is_initialized() else numbers.double()
+    return add_in_rank_order(numbers, None) if dist.is_initialized() else numbers
 
 
 def add_in_rank_order(numbers: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:

@@ -102,11 +102,13 @@ class Storage:
 
     Attributes:
         remainders: the lower halves of split master weights that loading has found, until the optimizer takes them.
+        rows: of weights that several ranks share, what loading has read for this one, until they are sharded.
     """
 
     def __init__(self, device: torch.device, folder: Path) -> None:
         self.device = device
         self.remainders: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self.rows: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._folder = folder
         self._file: DiskFile | None = None
         self._slab: torch.Tensor | None = None

@@ -22,6 +22,8 @@ from fullft.attention.choice import attend_by_document
 from fullft.config.config import Config
 from fullft.data.micro_batch import MicroBatch
 from fullft.hardware import pick_device
+from fullft.memory.communication import Sent, sent_in_step
+from fullft.memory.planned_ranks import planned_ranks
 from fullft.memory.planned_storage import PlannedStorage
 from fullft.memory.tracker import COMPONENTS, Profile
 from fullft.memory.worst_step import take_worst_step
@@ -32,6 +34,7 @@ from fullft.model.precision import autocast_of, dtype_of
 from fullft.optim.build import build_optimizer
 from fullft.tracing import tracing
 from fullft.transforms.activation_checkpointing import apply_activation_checkpointing
+from fullft.transforms.sharding import apply_sharding
 from fullft.transforms.streaming import apply_layer_streaming
 
 _structures: dict[str, list[tuple[Any, ...]]] = {}  # of a config's layers, which a plan asks for many times
@@ -98,12 +101,14 @@ def plan_step(config: Config, model_config: PreTrainedConfig, batch: Batch) -> d
     layers = num_layers(model_config)
     first, period = layer_pattern(model_config)
     period = math.lcm(period, config.recomputation.every or 1)
-    few = first + 2 * period + (layers - first) % period
+    # Sharded weights are fetched one layer ahead, and gradients leave one layer later: two layers at each end differ.
+    ends = period * (2 if config.gpus > 1 else 1)
+    few = first + 2 * ends + (layers - first) % period
     with _paused_garbage_collection():
         if few + period >= layers:
-            return _figures(trace(config, model_config, batch, layers, first, period))
-        small = trace(config, model_config, batch, few, first, period)
-        large = trace(config, model_config, batch, few + period, first, period)
+            return _figures(trace(config, model_config, batch, layers, first, ends))
+        small = trace(config, model_config, batch, few, first, ends)
+        large = trace(config, model_config, batch, few + period, first, ends)
     return _figures(_extend(small, large, (layers - few) // period))
 
 
@@ -152,7 +157,7 @@ def _per_layer_lists(model_config: PreTrainedConfig, layers: int) -> dict[str, l
 # ---------------------------------------------------------------------------------------------- tracing
 
 
-def trace(config: Config, model_config: PreTrainedConfig, batch: Batch, layers: int, first: int, period: int) -> _Trace:
+def trace(config: Config, model_config: PreTrainedConfig, batch: Batch, layers: int, first: int, ends: int) -> _Trace:
     """Track the worst step of a model with so many layers, on fake tensors.
 
     Args:
@@ -161,10 +166,10 @@ def trace(config: Config, model_config: PreTrainedConfig, batch: Batch, layers: 
         batch: the largest micro-batches.
         layers: of the model to build.
         first: how many layers are of kinds of their own.
-        period: how many layers behind them, and at the end, have slots of their own as these do.
+        ends: how many layers behind them, and at the end, have slots of their own as these do.
     """
     device = torch.device("cpu")
-    with tracing(), _mask_as_for_real_tensors(config.packing), no_init_weights():
+    with planned_ranks(config) as mesh, tracing(), _mask_as_for_real_tensors(config.packing), no_init_weights():
         model = AutoModelForCausalLM.from_config(
             shortened(model_config, layers), dtype=dtype_of(config.numerics.weights)
         )
@@ -177,22 +182,24 @@ def trace(config: Config, model_config: PreTrainedConfig, batch: Batch, layers: 
             move_layers_home(model, config.placement.parameters, storage, with_values=False)
         apply_activation_checkpointing(model, config)
         apply_layer_streaming(model, storage)
+        apply_sharding(model, config, storage, mesh)
         optimizer = build_optimizer(model, config, storage)
         micro_batch = _micro_batch(batch.sequences, batch.length, config.packing)
         held_out_sequences = batch.evaluation_sequences or batch.sequences
         held_out = batch.evaluation_length and _micro_batch(held_out_sequences, batch.evaluation_length, config.packing)
+        is_alike = config.gpus == 1 or config.shard == "full"  # else the first one leaves weights, or whole sums, behind
         profile = take_worst_step(
             model,
             LossSum(model, most_chunks=2),
             optimizer,
-            [micro_batch],
+            [micro_batch] * (2 if config.accumulates and not is_alike else 1),
             held_out or None,
             autocast_of(config.numerics, device),
             config.max_grad_norm,
             # Of accumulated micro-batches the first needs least, since it finds no gradients: it is not worth the time.
-            pretend_earlier=config.accumulates,
+            pretend_earlier=config.accumulates and is_alike,
         )
-        return _by_slot(profile, count_parameters(model), layers, first + period, period)
+        return _by_slot(profile, count_parameters(model), layers, first + ends, ends)
 
 
 def shortened(model_config: PreTrainedConfig, layers: int) -> PreTrainedConfig:

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
@@ -21,11 +23,13 @@ from transformers import PreTrainedModel
 from fullft.attention.documents import BODIES
 from fullft.data.micro_batch import MicroBatch
 from fullft.errors import ModelError
+from fullft.memory.communication import Sent, gradients_in, sent_by
 from fullft.model.parts import decoder_layers, decoder_of
 from fullft.optim.adamw import AdamW
-from fullft.storage.tiers import home_of, is_on_host
+from fullft.storage.tiers import home_of, is_on_host, local_of
 from fullft.tracing import is_fake
 from fullft.transforms.activation_checkpointing import tensors_in
+from fullft.transforms.sharding import sharding_of
 from fullft.transforms.streaming import stream_of
 
 COMPONENTS = ("parameters", "gradients", "optimizer_states", "activations", "logits", "temporaries", "other")
@@ -69,6 +73,7 @@ class Profile:
         modules_at_peak: (module, live bytes) at the peak, the largest first.
         host_bytes: the most that was kept in host memory besides.
         disk_bytes: what is kept on disk.
+        sent: to other ranks by each micro-batch in turn, and at the end of the step.
     """
 
     moments: list[Moment]
@@ -77,6 +82,7 @@ class Profile:
     modules_at_peak: list[tuple[str, int]]
     host_bytes: int = 0
     disk_bytes: int = 0
+    sent: tuple[Sent, ...] = ()
 
     @property
     def peak(self) -> int:
@@ -117,8 +123,10 @@ class MemoryTracker(TorchDispatchMode):
         self._in_loss = False
         self._modules: list[str] = []
         self._born: list[weakref.ref[Block]] = []  # of the forward (or recomputation) under way
+        self._sent: list[tuple[str, Sent]] = [("", Sent())]  # phases that it begins with, and what each has sent
+        self._gathered: set[nn.Parameter] = set()
         for parameter in model.parameters():
-            self._see(parameter, "parameters")
+            self._see(local_of(parameter), "parameters")
             if isinstance(home := home_of(parameter), torch.Tensor):
                 self._see(home, "parameters")
         for buffer in model.buffers():
@@ -174,6 +182,8 @@ class MemoryTracker(TorchDispatchMode):
         self._moment = Moment(self._moment.part + 1, phase, layer)
         self._in_loss = False
         self._born.clear()
+        if phase != "backward":
+            self._sent.append((phase, Sent()))
 
     # ------------------------------------------------------------------------------------------ seeing
 
@@ -181,6 +191,7 @@ class MemoryTracker(TorchDispatchMode):
         """Start tracking."""
         self._hooks = ExitStack()
         self._add_hooks()
+        self._watch_sharding()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -194,6 +205,8 @@ class MemoryTracker(TorchDispatchMode):
         self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run an operator, and see what it returns."""
+        if DTensor in types:
+            return NotImplemented  # its operators on this rank's rows come here by themselves
         if operator is torch.ops.prim.device.default and is_fake(args[0]):
             return args[0].fake_device  # so frequent that answering here saves an eighth of a plan's time
         if operator is torch.ops.aten._unsafe_view.default and is_fake(args[0]):
@@ -203,12 +216,15 @@ class MemoryTracker(TorchDispatchMode):
                 result = body(*args, **(kwargs or {}))
         else:
             result = operator(*args, **(kwargs or {}))
+        self._see_ranks(operator, args, kwargs or {})
         recomputing = self._moment.phase == "backward" and torch.is_grad_enabled()
         if self._moment.phase == "backward" and not recomputing and self._born:
             self._settle_activations()  # recomputation is over, and backward uses what it left
-        # Autocast's copy of a weight outlives the forward, but it is no activation.
-        is_copy = operator is torch.ops.aten._to_copy.default and self._component_of(args[0]) == "parameters"
+        copied = self._component_of(args[0]) if operator is torch.ops.aten._to_copy.default else None
+        is_copy = copied == "parameters"  # autocast's copy of a weight outlives the forward, but it is no activation
         component = "logits" if self._in_loss and not is_copy else "temporaries"
+        if copied == "gradients":
+            component = "gradients"  # whole ones that micro-batches add up
         for tensor in tensors_in(result):
             block = self._see(tensor, component)
             if block and not is_copy and (recomputing or self._moment.phase == "forward"):
@@ -231,7 +247,9 @@ class MemoryTracker(TorchDispatchMode):
             return None
         if tensor.device.type == "cpu" != self.model.device.type or is_on_host(tensor):
             component = HOST
-        block = Block(storage.nbytes(), component, self._modules[-1] if self._modules else "")
+        return self._count(storage, Block(storage.nbytes(), component, self._modules[-1] if self._modules else ""))
+
+    def _count(self, storage: torch.UntypedStorage, block: Block) -> Block:
         self._blocks[storage] = block
         self._references[id(block)] = weakref.ref(storage, self._release(block))
         self._events.append((1, block, self._moment))
@@ -269,6 +287,50 @@ class MemoryTracker(TorchDispatchMode):
             for value in state.values():
                 if isinstance(value, torch.Tensor):
                     self._relabel(value, "optimizer_states")
+
+    # ------------------------------------------------------------------------------------------ ranks
+
+    def _watch_sharding(self) -> None:
+        units = [module for module in sharding_of(self.model).decoder.modules() if isinstance(module, FSDPModule)]
+        if not units:
+            return
+        for unit in units:
+            self._keep(unit.register_forward_pre_hook(self._weights_gathered))
+        resize = torch.UntypedStorage.resize_
+
+        def watched(storage: torch.UntypedStorage, size: int) -> Any:
+            result = resize(storage, size)
+            self._resized(storage)
+            return result
+
+        torch.UntypedStorage.resize_ = watched  # type: ignore[method-assign]
+        self._hooks.callback(setattr, torch.UntypedStorage, "resize_", resize)
+
+    def _weights_gathered(self, unit: nn.Module, _: Any) -> None:
+        for parameter in unit.parameters():
+            if not isinstance(parameter, DTensor) and parameter not in self._gathered:
+                self._gathered.add(parameter)
+                self._relabel(parameter, "parameters")
+                self._keep(parameter.register_post_accumulate_grad_hook(self._whole_gradient_arrived))
+
+    def _whole_gradient_arrived(self, parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None
+        self._relabel(parameter.grad, "gradients")
+
+    def _resized(self, storage: torch.UntypedStorage) -> None:
+        """Count what gathered weights take when they come, and no more when they go: FSDP keeps their storages."""
+        if (former := self._blocks.get(storage)) is None:
+            return
+        del self._references[id(former)]
+        self._events.append((-1, former, self._moment))
+        self._count(storage, Block(storage.nbytes(), former.component, former.module))
+
+    def _see_ranks(self, operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if (sent := sent_by(operator, args)) is not None:
+            phase, before = self._sent[-1]
+            self._sent[-1] = (phase, before + sent)
+        for gradient in gradients_in(operator, args, kwargs):
+            self._relabel(gradient, "gradients")
 
     # ------------------------------------------------------------------------------------------ hooks
 
@@ -338,7 +400,8 @@ class MemoryTracker(TorchDispatchMode):
         moments = [moment for *_, moment in self._events]
         profile = Profile(moments, totals, curves, [])
         modules = self._modules_at(profile.peak)
-        return Profile(moments, totals, curves, modules, host_bytes, self.optimizer.storage.disk_bytes)
+        sent = tuple(sent for phase, sent in self._sent if phase in ("forward", "optimizer_step"))
+        return Profile(moments, totals, curves, modules, host_bytes, self.optimizer.storage.disk_bytes, sent)
 
     def _modules_at(self, event: int) -> list[tuple[str, int]]:
         alive: dict[str, int] = {}

@@ -1,0 +1,88 @@
+"""Communication: the bytes that a rank sends to others in a step, as collectives send them around a ring."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.fsdp  # noqa: F401 (which defines its operators)
+
+from fullft.transforms.activation_checkpointing import tensors_in
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Bytes that one rank sends, by kind of collective.
+
+    Attributes:
+        all_gather: weights, of which each rank has some rows.
+        reduce_scatter: gradients, of which each rank gets the sums of its rows.
+        all_reduce: gradients, of which each rank gets all sums.
+    """
+
+    all_gather: int = 0
+    reduce_scatter: int = 0
+    all_reduce: int = 0
+
+    def __add__(self, other: "Sent") -> "Sent":
+        """Add two parts of a step."""
+        return Sent(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
+
+    def __mul__(self, times: int) -> "Sent":
+        """Repeat a part of a step."""
+        return Sent(*(getattr(self, each.name) * times for each in fields(self)))
+
+
+def sent_in_step(parts: Sequence[Sent], accumulation: int) -> Sent:
+    """Add up a step from what the tracker has seen of its worst one.
+
+    Args:
+        parts: what the first and the last micro-batch sent, or one that is like all, and what the step's end did.
+        accumulation: how many micro-batches there are.
+    """
+    *micro_batches, end = parts
+    first, last = micro_batches[0], micro_batches[-1]
+    if accumulation == 1:
+        return last + end
+    # Those between find what the last one finds, and leave what the first one leaves.
+    between = Sent(last.all_gather, first.reduce_scatter, first.all_reduce)
+    return first + between * (accumulation - 2) + last + end
+
+
+# ---------------------------------------------------------------------------------------------- operators
+
+_ALL_GATHER = torch.ops.c10d._allgather_base_.default
+_REDUCE_SCATTER = torch.ops.c10d._reduce_scatter_base_.default
+_ALL_REDUCE = torch.ops.c10d.allreduce_.default
+# In a ring of W ranks each one sends W - 1 of the W parts of the whole tensor; to sum on every rank, twice as many.
+# Source: Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms" (2009).
+_ROUNDS = {_ALL_GATHER: ("all_gather", 1), _REDUCE_SCATTER: ("reduce_scatter", 1), _ALL_REDUCE: ("all_reduce", 2)}
+_ON_GRADIENTS = {torch.ops.fsdp.chunk_cat.default, _REDUCE_SCATTER, _ALL_REDUCE}
+
+
+def sent_by(operator: Any, arguments: Sequence[Any]) -> Sent | None:
+    """Return what an operator sends; None if it is no collective.
+
+    Args:
+        operator: of PyTorch.
+        arguments: that it is called with.
+    """
+    if operator not in _ROUNDS:
+        return None
+    kind, rounds = _ROUNDS[operator]
+    group = next(each for each in arguments if isinstance(each, torch.ScriptObject))
+    count = dist.ProcessGroup.unbox(group).size()
+    whole = max(tensor.nbytes for tensor in tensors_in(arguments))
+    return Sent(**{kind: rounds * (count - 1) * whole // count})
+
+
+def gradients_in(operator: Any, arguments: Sequence[Any], named: Mapping[str, Any]) -> list[torch.Tensor]:
+    """Return the gradients that an operator has collected or summed over ranks; none of any other operator.
+
+    Args:
+        operator: of PyTorch.
+        arguments: that it was called with.
+        named: its arguments with a name.
+    """
+    return list(tensors_in((*arguments, *named.values()))) if operator in _ON_GRADIENTS else []

@@ -60,11 +60,10 @@ def add_in_rank_order(numbers: torch.Tensor, group: dist.ProcessGroup | None) ->
         numbers: [n], or a scalar.
         group: None for all ranks.
     """
-    mine = numbers.detach().double().reshape(-1)
-    count = dist.get_world_size(group)
-    everyone = mine.new_empty(count * mine.numel())
-    dist.all_gather_into_tensor(everyone, mine, group=group)
-    return everyone.view(count, -1).sum(dim=0).view(numbers.shape)
+    mine = numbers.detach().double()
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, mine, group=group)
+    return torch.stack(everyone).sum(dim=0)
 
 
 def wait_for_all() -> None:

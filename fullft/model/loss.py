@@ -48,6 +48,7 @@ class LossSum:
     def __init__(self, model: PreTrainedModel, most_chunks: int | None = None) -> None:
         self._model, self._decoder, self._most_chunks = model, decoder_of(model), most_chunks
         self._sharding = sharding_of(model)
+        self._run = self._sharding.decoder
         head = model.get_output_embeddings()
         own = {id(parameter) for parameter in self._decoder.parameters()}
         if head is not None:
@@ -74,7 +75,7 @@ class LossSum:
             A scalar, in nats. Where gradients are recorded, those of the head exist already.
         """
         # Without a cache: it serves generation, and in training it would hide the boundaries of packed documents.
-        outputs = self._sharding.decoder(**micro_batch.inputs, use_cache=False)
+        outputs = self._run(**micro_batch.inputs, use_cache=False)
         # The labels are shifted, not the hidden states: position t predicts token t + 1.
         labels = pad(micro_batch.labels[:, 1:], (0, 1), value=IGNORED).flatten()
         # The number of targets is known, so that nothing has to wait for the device to count them.

@@ -1,23 +1,23 @@
-"""Sharding: ZeRO-1, 2 and 3, hybrids of them, and plain data parallelism, all by one engine, FSDP2's `fully_shard`.
+"""Sharding: ZeRO-1, 2 and 3, their hybrids, and plain data parallelism, by one engine, FSDP2's `fully_shard`.
 
 How it works: each rank keeps some rows of every parameter, with their gradients and optimizer states. A unit (a decoder
-layer, an embedding, all the rest) is gathered before it computes; when backward has passed it, its gradients are summed
-over the ranks, and each rank gets those of its rows. The stages differ in what happens between a step's micro-batches:
+layer, an embedding, all the rest) is gathered before it computes. When backward is through with it, its gradients are
+summed over the ranks, and each gets those of its rows. The stages differ in what is kept between micro-batches:
 
-    --shard                  weights, between uses    gradients are summed over ranks
-    none (DDP)               whole                    after the last micro-batch
-    optimizer (ZeRO-1)       whole until the step     after the last micro-batch
-    gradients (ZeRO-2)       whole until the step     after each micro-batch
-    full (ZeRO-3)            this rank's rows         after each micro-batch
+    --shard                  whole weights stay          gradients are summed over ranks
+    none (DDP)               until the step, and after   after the last micro-batch
+    optimizer (ZeRO-1)       until the step              after the last micro-batch
+    gradients (ZeRO-2)       until the step              after each micro-batch
+    full (ZeRO-3)            while they are used         after each micro-batch
 
-The loop does not know of this. It replaces PyTorch's `DistributedDataParallel` and `ZeroRedundancyOptimizer`, and the
-engine of DeepSpeed. It must be applied after activation checkpointing and compilation: FSDP's hooks stay outside of a
-layer's forward, so that recomputation finds gathered weights.
+It replaces `DistributedDataParallel`, `ZeroRedundancyOptimizer` and DeepSpeed's engine. It must be applied after
+activation checkpointing and compilation: FSDP's hooks stay outside of a layer's forward, so that recomputation finds
+gathered weights.
 
 Source: Rajbhandari et al., "ZeRO" (2020), section 5; Zhao et al., "PyTorch FSDP" (2023), section 4.
 """
 
-import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,66 +32,62 @@ from transformers import PreTrainedModel
 
 from fullft.config.config import Config
 from fullft.errors import ModelError
-from fullft.model.parts import decoder_layers, decoder_of
+from fullft.model.parts import decoder_layers, decoder_of, replace_parameters
 from fullft.model.precision import dtype_of
 from fullft.storage.tiers import Storage
-
-# It warns that the model's outputs are views, which must not be changed in place: nothing here does.
-logging.getLogger("torch.distributed.fsdp").addFilter(lambda record: "view" not in record.getMessage())
-
-
-def make_mesh(config: Config, device: torch.device) -> DeviceMesh:
-    """Arrange the ranks: [copies, ranks of a group], or [ranks] where there is only one copy.
-
-    Args:
-        config: how many ranks there are, and what they share.
-        device: that computes.
-    """
-    group = config.group
-    if group.copies == 1:
-        return init_device_mesh(device.type, (group.count,), mesh_dim_names=("shard",))
-    return init_device_mesh(device.type, (group.copies, group.count), mesh_dim_names=("replicate", "shard"))
-
-
-def apply_sharding(model: PreTrainedModel, config: Config, storage: Storage, mesh: DeviceMesh | None = None) -> None:
-    """Spread a model over the ranks; a run on one device is unchanged.
-
-    Args:
-        model: changed in place; its parameters become `DTensor`s. Those without memory (on the `meta` device) get this
-            rank's rows, which loading has left in `storage`.
-        config: its sharding and number formats are read.
-        storage: where loading has left the rows.
-        mesh: of the ranks; by default `make_mesh` makes it.
-
-    Raises:
-        ModelError: one unit holds parameters of several dtypes, or the decoder layers cannot be found.
-    """
-    if config.gpus == 1:
-        return
-    mesh = mesh or make_mesh(config, storage.device)
-    _SHARDINGS[model] = Sharding(model, config, storage, mesh)
-
 
 _SHARDINGS: "WeakKeyDictionary[nn.Module, Sharding]" = WeakKeyDictionary()
 
 
+def apply_sharding(model: PreTrainedModel, config: Config, storage: Storage, mesh: DeviceMesh | None = None) -> None:
+    """Spread a model over the ranks; one that is trained on one device is unchanged.
+
+    Args:
+        model: changed in place: its parameters become `DTensor`s. Those without memory (on the `meta` device) get this
+            rank's rows, which loading has left in `storage`.
+        config: its ranks, sharding and number formats are read.
+        storage: where loading has left the rows.
+        mesh: of the ranks; None makes one.
+
+    Raises:
+        ModelError: the decoder layers cannot be found, or FSDP refuses the model.
+    """
+    if config.gpus > 1:
+        _SHARDINGS[model] = Sharding(model, config, storage, mesh or make_mesh(config, storage.device))
+
+
+def make_mesh(config: Config, device: torch.device) -> DeviceMesh:
+    """Arrange the ranks: [copies, ranks that share one], or [ranks] where there is only one copy.
+
+    Args:
+        config: its ranks and sharding are read.
+        device: that computes.
+    """
+    shape = (config.group.copies, config.group.count)
+    if config.group.copies == 1:
+        return init_device_mesh(device.type, shape[1:], mesh_dim_names=("shard",))
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
 def sharding_of(model: PreTrainedModel) -> "Sharding | NoSharding":
-    """Return how a model is called under its sharding; the null object where it has none."""
+    """Return how a model must be called; the null object where it is not sharded."""
     return _SHARDINGS.get(model) or NoSharding(model)
 
 
 class NoSharding:
     """A model that is not sharded: its decoder is called as it is, and nothing needs to be gathered.
 
-    Args:
-        model: any.
-
     Attributes:
         decoder: what comes before the head.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.decoder = decoder_of(model)
+        self._model = model
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The decoder, looked for when it is asked for, since that takes a call."""
+        return decoder_of(self._model)
 
     def before_backward(self, is_last: bool) -> None:
         """Do nothing."""
@@ -106,7 +102,7 @@ class _Root(nn.Module):
     """FSDP's outermost unit. It is outside of the model's own tree, so that the head's call meets no hook of FSDP.
 
     It owns what no other unit does: the last norm and the head, with tied embeddings. They stay gathered until backward
-    is through, and the loss finds them as plain tensors.
+    is through with them, and the loss finds them as plain tensors.
     """
 
     def __init__(self, model: nn.Module, decoder: nn.Module) -> None:
@@ -119,7 +115,7 @@ class _Root(nn.Module):
 
 
 class Sharding:
-    """A model whose parameters are spread over the ranks.
+    """A model that is spread over the ranks.
 
     Args:
         model: changed in place.
@@ -132,50 +128,46 @@ class Sharding:
     """
 
     def __init__(self, model: PreTrainedModel, config: Config, storage: Storage, mesh: DeviceMesh) -> None:
-        self._stage = config.shard
+        self._stage, unsharded = config.shard, dict(model.named_parameters())
         self._sums = torch.promote_types(model.dtype, dtype_of(config.numerics.gradients))
-        options: dict[str, Any] = {
-            "mesh": mesh,
-            # Weights are sent as they are; gradients are summed in the dtype that the optimizer reads.
-            "mp_policy": MixedPrecisionPolicy(reduce_dtype=self._sums, cast_forward_inputs=False),
-        }
-        is_full, unsharded = config.shard == "full", dict(model.named_parameters())
+        # Weights are sent as they are; gradients are summed in the dtype that the optimizer reads.
+        policy = MixedPrecisionPolicy(reduce_dtype=self._sums, cast_forward_inputs=False)
+        options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
         for layer in decoder_layers(model):
-            fully_shard(layer, reshard_after_forward=is_full, **options)
+            fully_shard(layer, reshard_after_forward=config.shard == "full", **options)
         embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
         if head is None or embeddings.weight is not head.weight:
-            fully_shard(embeddings, reshard_after_forward=is_full, **options)
+            fully_shard(embeddings, reshard_after_forward=config.shard == "full", **options)
             embeddings.set_unshard_in_backward(False)  # its gradient needs no weights
         self.decoder = _Root(model, decoder_of(model))
         self._root = fully_shard(self.decoder, reshard_after_forward=False, **options)
         self._units = [module for module in self.decoder.modules() if isinstance(module, FSDPModule)]
         _put_rows_in_place(model, unsharded, storage)
-        self._settle()
-
-    def _settle(self) -> None:
         try:
-            self._root._get_fsdp_state()._lazy_init()
+            self._root._get_fsdp_state()._lazy_init()  # now, since it may replace parameters
         except AssertionError as error:
-            raise ModelError(f"the model cannot be sharded: {error}") from error
+            raise ModelError(f"{type(model).__name__} cannot be sharded: {error}") from error
         for unit in self._units:
-            # Gradients are sums over all target tokens of the step already: nothing is to be divided by ranks.
+            # A gradient is a sum over the target tokens of all ranks: there is nothing to divide by.
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
             # A rank whose micro-batch has no targets sends zeros, rather than leave the others waiting.
             unit.set_reduce_scatter_unused_params(True)
-            for group in unit._get_fsdp_state()._fsdp_param_groups:
-                for each in group.fsdp_params:
-                    each.sharded_param.grad_dtype = self._sums
+        for parameter in model.parameters():
+            parameter.grad_dtype = self._sums
+        # Such outputs must not be changed in place; nothing here does that.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
 
     def before_backward(self, is_last: bool) -> None:
-        """Tell FSDP what backward is about to do.
+        """Tell FSDP what to keep, and what to send.
 
         Args:
             is_last: whether it is this rank's last micro-batch of the step.
         """
-        for unit in self._units:  # each time, as whatever gathers weights by hand undoes it
+        for unit in self._units:  # each time, since whatever gathers weights by hand undoes it
             for group in unit._get_fsdp_state()._fsdp_param_groups:
-                group._orig_dtype = self._sums  # else sums are rounded to the weights' dtype (PyTorch issue 197203)
+                # Else sums are rounded to the dtype of the weights. Source: PyTorch issue 197203.
+                group._orig_dtype = self._sums
         if self._stage != "full":
             self._root.set_reshard_after_backward(is_last)
             self._root.set_requires_gradient_sync(is_last or self._stage == "gradients")
@@ -184,7 +176,7 @@ class Sharding:
     def gathered(self) -> Iterator[None]:
         """Let the model be called by itself: what the root owns is here, and layers come when they are called.
 
-        Afterwards every rank has its rows alone, whoever has gathered the others.
+        Afterwards each rank has its rows alone, whatever has been gathered within.
         """
         self._root.unshard()
         try:
@@ -195,30 +187,13 @@ class Sharding:
 
 
 def _put_rows_in_place(model: nn.Module, unsharded: dict[str, nn.Parameter], storage: Storage) -> None:
-    """Give parameters without memory the rows, and the remainders of masters, that loading has read for this rank.
-
-    Args:
-        model: sharded.
-        unsharded: its parameters before that, by name, under which loading has left them.
-        storage: where they are.
-    """
-    owners: dict[nn.Parameter | None, list[tuple[nn.Module, str]]] = {}  # several where weights are tied
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            owners.setdefault(parameter, []).append((module, name))
-    for name, parameter in list(model.named_parameters()):
-        rows = storage.rows.pop(unsharded[name], None)
-        if rows is None or not isinstance(parameter, DTensor):
-            continue
-        mesh, placements, shape, stride = (
-            parameter.device_mesh,
-            parameter.placements,
-            parameter.shape,
-            parameter.stride(),
-        )
-        local = rows.to(storage.device)
-        filled = nn.Parameter(DTensor.from_local(local, mesh, placements, shape=shape, stride=stride))
-        for module, place in owners[parameter]:
-            module._parameters[place] = filled
-        if (remainder := storage.remainders.pop(unsharded[name], None)) is not None:
-            storage.remainders[filled] = remainder
+    """Fill parameters without memory with what loading has read for this rank, and left under the unsharded ones."""
+    filled: dict[nn.Parameter, nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor) and (rows := storage.rows.pop(unsharded[name], None)) is not None:
+            mesh, where, shape = parameter.device_mesh, parameter.placements, parameter.shape
+            tensor = DTensor.from_local(rows, mesh, where, shape=shape, stride=parameter.stride())
+            filled[parameter] = nn.Parameter(tensor)
+            if (remainder := storage.remainders.pop(unsharded[name], None)) is not None:
+                storage.remainders[filled[parameter]] = remainder
+    replace_parameters(model, filled)

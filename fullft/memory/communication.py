@@ -34,20 +34,19 @@ class Sent:
         return Sent(*(getattr(self, each.name) * times for each in fields(self)))
 
 
-def sent_in_step(parts: Sequence[Sent], accumulation: int) -> Sent:
-    """Add up a step from what the tracker has seen of its worst one.
+def sent_in_step(micro_batches: Sequence[Sent], accumulation: int) -> Sent:
+    """Add up what a step sends.
 
     Args:
-        parts: what the first and the last micro-batch sent, or one that is like all, and what the step's end did.
-        accumulation: how many micro-batches there are.
+        micro_batches: what the first and the last one send, or one that is like all others.
+        accumulation: how many there are.
     """
-    *micro_batches, end = parts
     first, last = micro_batches[0], micro_batches[-1]
     if accumulation == 1:
-        return last + end
+        return last
     # Those between find what the last one finds, and leave what the first one leaves.
     between = Sent(last.all_gather, first.reduce_scatter, first.all_reduce)
-    return first + between * (accumulation - 2) + last + end
+    return first + between * (accumulation - 2) + last
 
 
 # ---------------------------------------------------------------------------------------------- operators
@@ -55,21 +54,23 @@ def sent_in_step(parts: Sequence[Sent], accumulation: int) -> Sent:
 _ALL_GATHER = torch.ops.c10d._allgather_base_.default
 _REDUCE_SCATTER = torch.ops.c10d._reduce_scatter_base_.default
 _ALL_REDUCE = torch.ops.c10d.allreduce_.default
+_COLLECTING = torch.ops.fsdp.chunk_cat.default  # a unit's gradients, for reduce-scatter
+# Operators that concern other ranks. The few numbers of the gradient norm are gathered by another one.
+BETWEEN_RANKS = {_ALL_GATHER, _REDUCE_SCATTER, _ALL_REDUCE, _COLLECTING}
 # In a ring of W ranks each one sends W - 1 of the W parts of the whole tensor; to sum on every rank, twice as many.
 # Source: Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms" (2009).
 _ROUNDS = {_ALL_GATHER: ("all_gather", 1), _REDUCE_SCATTER: ("reduce_scatter", 1), _ALL_REDUCE: ("all_reduce", 2)}
-_ON_GRADIENTS = {torch.ops.fsdp.chunk_cat.default, _REDUCE_SCATTER, _ALL_REDUCE}
 
 
-def sent_by(operator: Any, arguments: Sequence[Any]) -> Sent | None:
-    """Return what an operator sends; None if it is no collective.
+def sent_by(operator: Any, arguments: Sequence[Any]) -> Sent:
+    """Return what an operator sends.
 
     Args:
-        operator: of PyTorch.
+        operator: one of `BETWEEN_RANKS`.
         arguments: that it is called with.
     """
     if operator not in _ROUNDS:
-        return None
+        return Sent()
     kind, rounds = _ROUNDS[operator]
     group = next(each for each in arguments if isinstance(each, torch.ScriptObject))
     count = dist.ProcessGroup.unbox(group).size()
@@ -78,11 +79,11 @@ def sent_by(operator: Any, arguments: Sequence[Any]) -> Sent | None:
 
 
 def gradients_in(operator: Any, arguments: Sequence[Any], named: Mapping[str, Any]) -> list[torch.Tensor]:
-    """Return the gradients that an operator has collected or summed over ranks; none of any other operator.
+    """Return the gradients that an operator collects or sums.
 
     Args:
-        operator: of PyTorch.
-        arguments: that it was called with.
+        operator: one of `BETWEEN_RANKS`.
+        arguments: that it is called with.
         named: its arguments with a name.
     """
-    return list(tensors_in((*arguments, *named.values()))) if operator in _ON_GRADIENTS else []
+    return [] if operator is _ALL_GATHER else list(tensors_in((*arguments, *named.values())))

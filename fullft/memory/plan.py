@@ -11,7 +11,7 @@ import gc
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -78,6 +78,7 @@ class _Trace:
         maxima: per slot, each component's own largest.
         host_bytes: kept in the host's memory.
         disk_bytes: kept on disk.
+        sent: to other ranks, by each micro-batch that was tracked.
     """
 
     num_parameters: int
@@ -85,6 +86,7 @@ class _Trace:
     maxima: dict[Slot, dict[str, int]]
     host_bytes: int
     disk_bytes: int
+    sent: tuple[Sent, ...]
 
 
 def plan_step(config: Config, model_config: PreTrainedConfig, batch: Batch) -> dict[str, Any]:
@@ -96,7 +98,8 @@ def plan_step(config: Config, model_config: PreTrainedConfig, batch: Batch) -> d
         batch: the largest micro-batches.
 
     Returns:
-        The figures of `memory.json`, in bytes, and `num_parameters`.
+        The figures of `memory.json`, in bytes, and `num_parameters`; for several ranks those of the first one, which
+        has the most rows, and `sent`: by kind, what it sends to others in a step.
     """
     layers = num_layers(model_config)
     first, period = layer_pattern(model_config)
@@ -106,10 +109,10 @@ def plan_step(config: Config, model_config: PreTrainedConfig, batch: Batch) -> d
     few = first + 2 * ends + (layers - first) % period
     with _paused_garbage_collection():
         if few + period >= layers:
-            return _figures(trace(config, model_config, batch, layers, first, ends))
+            return _figures(config, trace(config, model_config, batch, layers, first, ends))
         small = trace(config, model_config, batch, few, first, ends)
         large = trace(config, model_config, batch, few + period, first, ends)
-    return _figures(_extend(small, large, (layers - few) // period))
+    return _figures(config, _extend(small, large, (layers - few) // period))
 
 
 def num_layers(model_config: PreTrainedConfig) -> int:
@@ -262,7 +265,7 @@ def _by_slot(profile: Profile, num_parameters: int, layers: int, begin: int, end
             largest[slot], totals[slot] = total, live
         known = maxima.setdefault(slot, live)
         maxima[slot] = {name: max(known[name], live[name]) for name in COMPONENTS}
-    return _Trace(num_parameters, totals, maxima, profile.host_bytes, profile.disk_bytes)
+    return _Trace(num_parameters, totals, maxima, profile.host_bytes, profile.disk_bytes, profile.sent)
 
 
 # ---------------------------------------------------------------------------------------------- extending
@@ -286,10 +289,11 @@ def _extend(small: _Trace, large: _Trace, times: int) -> _Trace:
         extended(small.maxima, large.maxima),
         continued(small.host_bytes, large.host_bytes),
         continued(small.disk_bytes, large.disk_bytes),
+        tuple(few + (more + few * -1) * times for few, more in zip(small.sent, large.sent, strict=True)),
     )
 
 
-def _figures(whole: _Trace) -> dict[str, Any]:
+def _figures(config: Config, whole: _Trace) -> dict[str, Any]:
     sums = {slot: sum(live.values()) for slot, live in whole.totals.items()}
     peak = max(sums, key=sums.__getitem__)
     phases: dict[str, int] = {}
@@ -304,4 +308,4 @@ def _figures(whole: _Trace) -> dict[str, Any]:
         "phases": phases,
         "host_bytes": whole.host_bytes,
         "disk_bytes": whole.disk_bytes,
-    }
+    } | ({} if config.gpus == 1 else {"sent": asdict(sent_in_step(whole.sent, config.gradient_accumulation_steps))})

@@ -18,9 +18,9 @@ _NAMES = ("planned copies", "planned ranks")
 
 @contextmanager
 def planned_ranks(config: Config) -> Iterator[DeviceMesh | None]:
-    """Arrange ranks as `make_mesh` does, with this process as the first one.
+    """Arrange ranks as `make_mesh` does, with this process as the first one, or the one that it is in a run.
 
-    In a run it may be called by one rank alone: the others do not notice.
+    There it may be called by one rank alone: the others do not notice.
 
     Args:
         config: how many ranks there are, and what they share.
@@ -38,7 +38,8 @@ def planned_ranks(config: Config) -> Iterator[DeviceMesh | None]:
         sys.excepthook = hook
     group = config.group
     ranks = torch.arange(config.gpus).view(group.copies, group.count)
-    members = [ranks[0]] if group.copies == 1 else [ranks[:, 0], ranks[0]]
+    copy, index = divmod(dist.get_rank(), group.count)
+    members = [ranks[0]] if group.copies == 1 else [ranks[:, index], ranks[copy]]
     # Real groups are made by all ranks together. With local synchronisation it is up to those in the group, and fake
     # ones do not synchronise.
     groups = [dist.new_group(each.tolist(), backend="fake", use_local_synchronization=True) for each in members]

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from fullft.attention.documents import BODIES
 from fullft.data.micro_batch import MicroBatch
 from fullft.errors import ModelError
-from fullft.memory.communication import Sent, gradients_in, sent_by
+from fullft.memory.communication import BETWEEN_RANKS, Sent, gradients_in, sent_by
 from fullft.model.parts import decoder_layers, decoder_of
 from fullft.optim.adamw import AdamW
 from fullft.storage.tiers import home_of, is_on_host, local_of
@@ -73,7 +73,7 @@ class Profile:
         modules_at_peak: (module, live bytes) at the peak, the largest first.
         host_bytes: the most that was kept in host memory besides.
         disk_bytes: what is kept on disk.
-        sent: to other ranks by each micro-batch in turn, and at the end of the step.
+        sent: to other ranks by each micro-batch in turn.
     """
 
     moments: list[Moment]
@@ -123,7 +123,7 @@ class MemoryTracker(TorchDispatchMode):
         self._in_loss = False
         self._modules: list[str] = []
         self._born: list[weakref.ref[Block]] = []  # of the forward (or recomputation) under way
-        self._sent: list[tuple[str, Sent]] = [("", Sent())]  # phases that it begins with, and what each has sent
+        self._sent: list[Sent] = []  # by each micro-batch so far
         self._gathered: set[nn.Parameter] = set()
         for parameter in model.parameters():
             self._see(local_of(parameter), "parameters")
@@ -145,6 +145,7 @@ class MemoryTracker(TorchDispatchMode):
             micro_batch: its tensors count as `other`.
         """
         self._begin("forward")
+        self._sent.append(Sent())
         self._label_inputs(micro_batch)
 
     def backward(self) -> None:
@@ -182,8 +183,6 @@ class MemoryTracker(TorchDispatchMode):
         self._moment = Moment(self._moment.part + 1, phase, layer)
         self._in_loss = False
         self._born.clear()
-        if phase != "backward":
-            self._sent.append((phase, Sent()))
 
     # ------------------------------------------------------------------------------------------ seeing
 
@@ -216,7 +215,10 @@ class MemoryTracker(TorchDispatchMode):
                 result = body(*args, **(kwargs or {}))
         else:
             result = operator(*args, **(kwargs or {}))
-        self._see_ranks(operator, args, kwargs or {})
+        if operator is torch.ops.aten.split.Tensor and self._component_of(args[0]) is None:
+            return result  # of gloo's own copy of gradients, a workspace that a thread of its own frees
+        if operator in BETWEEN_RANKS:
+            self._see_ranks(operator, args, kwargs or {})
         recomputing = self._moment.phase == "backward" and torch.is_grad_enabled()
         if self._moment.phase == "backward" and not recomputing and self._born:
             self._settle_activations()  # recomputation is over, and backward uses what it left
@@ -291,11 +293,11 @@ class MemoryTracker(TorchDispatchMode):
     # ------------------------------------------------------------------------------------------ ranks
 
     def _watch_sharding(self) -> None:
-        units = [module for module in sharding_of(self.model).decoder.modules() if isinstance(module, FSDPModule)]
-        if not units:
+        if not any(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
             return
-        for unit in units:
-            self._keep(unit.register_forward_pre_hook(self._weights_gathered))
+        for module in sharding_of(self.model).decoder.modules():
+            if isinstance(module, FSDPModule):
+                self._keep(module.register_forward_pre_hook(self._weights_gathered))
         resize = torch.UntypedStorage.resize_
 
         def watched(storage: torch.UntypedStorage, size: int) -> Any:
@@ -326,9 +328,8 @@ class MemoryTracker(TorchDispatchMode):
         self._count(storage, Block(storage.nbytes(), former.component, former.module))
 
     def _see_ranks(self, operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if (sent := sent_by(operator, args)) is not None:
-            phase, before = self._sent[-1]
-            self._sent[-1] = (phase, before + sent)
+        if self._sent and self._moment.phase != "evaluation":
+            self._sent[-1] += sent_by(operator, args)
         for gradient in gradients_in(operator, args, kwargs):
             self._relabel(gradient, "gradients")
 
@@ -400,8 +401,8 @@ class MemoryTracker(TorchDispatchMode):
         moments = [moment for *_, moment in self._events]
         profile = Profile(moments, totals, curves, [])
         modules = self._modules_at(profile.peak)
-        sent = tuple(sent for phase, sent in self._sent if phase in ("forward", "optimizer_step"))
-        return Profile(moments, totals, curves, modules, host_bytes, self.optimizer.storage.disk_bytes, sent)
+        disk_bytes = self.optimizer.storage.disk_bytes
+        return Profile(moments, totals, curves, modules, host_bytes, disk_bytes, tuple(self._sent))
 
     def _modules_at(self, event: int) -> list[tuple[str, int]]:
         alive: dict[str, int] = {}

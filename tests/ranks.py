@@ -52,27 +52,24 @@ def run_on_ranks(count: int, function: Callable[..., Any], *arguments: Any, seco
 
 def _wait(running: dict[int, int], folder: Path, seconds: float) -> None:
     """Wait until all processes have ended well; those that did leave the dict."""
-    deadline, failure = time.monotonic() + seconds, None
+    deadline, failed = time.monotonic() + seconds, dict[int, int]()
     while running and time.monotonic() < deadline:
         for pid, rank in list(running.items()):
             ended, status = os.waitpid(pid, os.WNOHANG)
-            if not ended:
-                continue
-            del running[pid]
-            if status and failure is None:
-                error = folder / f"error-{rank}"
-                failure = pickle.loads(error.read_bytes()) if error.exists() else _died(rank, status)
+            if ended:
+                del running[pid]
+            if ended and status:
+                failed[rank] = os.waitstatus_to_exitcode(status)
                 deadline = min(deadline, time.monotonic() + _GRACE)
         time.sleep(0.005)
-    if failure is not None:
-        raise failure
+    errors = sorted(folder.glob("error-*"), key=lambda file: file.stat().st_mtime_ns)
+    if errors:
+        raise pickle.loads(errors[0].read_bytes())
+    if failed:
+        raise RuntimeError(f"ranks ended without an exception, with these codes: {failed}")
     if running:
         stacks = ["\n".join((folder / f"stacks-{rank}").read_text().splitlines()[:_FRAMES]) for rank in running.values()]
         raise TimeoutError("\n".join([f"after {seconds} s these ranks still run: {list(running.values())}", *stacks]))
-
-
-def _died(rank: int, status: int) -> RuntimeError:
-    return RuntimeError(f"rank {rank} ended with {os.waitstatus_to_exitcode(status)}, and no exception")
 
 
 def _fork(

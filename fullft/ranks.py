@@ -87,9 +87,9 @@ def sum_over_ranks(numbers: torch.Tensor) -> torch.Tensor:
         numbers: [n], or a scalar.
 
     Returns:
-        float64, of the same shape.
+        float64, of the same shape; alone, the numbers themselves, since Apple's GPUs have no float64.
     """
-    return add_in_rank_order(numbers, None) if dist.is_initialized() else numbers.double()
+    return add_in_rank_order(numbers, None) if dist.is_initialized() else numbers
 
 
 def add_in_rank_order(numbers: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:

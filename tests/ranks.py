@@ -68,7 +68,9 @@ def _wait(running: dict[int, int], folder: Path, seconds: float) -> None:
     if failed:
         raise RuntimeError(f"ranks ended without an exception, with these codes: {failed}")
     if running:
-        stacks = ["\n".join((folder / f"stacks-{rank}").read_text().splitlines()[:_FRAMES]) for rank in running.values()]
+        stacks = [
+            "\n".join((folder / f"stacks-{rank}").read_text().splitlines()[:_FRAMES]) for rank in running.values()
+        ]
         raise TimeoutError("\n".join([f"after {seconds} s these ranks still run: {list(running.values())}", *stacks]))
 
 

@@ -282,9 +282,7 @@ def _saved_shards(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> dic
     unchanged = {names[id(shape)] for shape in saved.values() if id(shape) in names}
     whole = {name: _gather(state[name], shapes[name]) for name in sorted(shapes.keys() - unchanged)}
     converted = revert_weight_conversion(model, whole) if whole else {}
-    return {
-        name: state[names[id(shape)]] if id(shape) in names else converted[name] for name, shape in saved.items()
-    }
+    return {name: state[names[id(shape)]] if id(shape) in names else converted[name] for name, shape in saved.items()}
 
 
 def _gather(tensor: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:

@@ -92,7 +92,7 @@ def write_tensors(files: Mapping[Path, Mapping[str, Stretch]], is_hashed: bool =
         return {file.name: _write_alone(file, stretches, is_hashed) for file, stretches in files.items()}
     headers = {file: _Header.of(stretches) for file, stretches in files.items()}
     by_first_rank(lambda: _create(headers))
-    by_each_rank(lambda: [_write_mine(file, stretches, headers[file]) for file, stretches in files.items()])
+    by_each_rank(lambda: _write_mine(files, headers))
     digests = hash_files(list(files)) if is_hashed else [""] * len(files)
     return {file.name: digest for file, digest in zip(files, digests, strict=True)}
 
@@ -170,19 +170,19 @@ def _create(headers: Mapping[Path, _Header]) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
-def _write_mine(file: Path, stretches: Mapping[str, Stretch], header: _Header) -> None:
-    """Write this rank's stretches of a file that is there, each at its place."""
-    mine = [
-        (place + stretch.first * stretch.array.element_size(), host_pieces(stretch.array))
-        for name, place in header.places.items()
-        if (stretch := stretches[name]).is_written and stretch.array.numel()
-    ]
-    # Not opened for reading too: a network file system would then read what surrounds a stretch, and write it back over
-    # what other machines have written there.
-    descriptor = os.open(file, os.O_WRONLY)
-    with open(descriptor, "wb", buffering=0) as content:
-        _write(content, mine, lambda _: None)
-        os.fsync(content.fileno())
+def _write_mine(files: Mapping[Path, Mapping[str, Stretch]], headers: Mapping[Path, _Header]) -> None:
+    """Write this rank's stretches of files that are there, each at its place."""
+    for file, stretches in files.items():
+        mine = [
+            (place + stretch.first * stretch.array.element_size(), host_pieces(stretch.array))
+            for name, place in headers[file].places.items()
+            if (stretch := stretches[name]).is_written and stretch.array.numel()
+        ]
+        # Not opened for reading too: a network file system would then read what surrounds a stretch, and write it back
+        # over what other machines have written there.
+        with open(os.open(file, os.O_WRONLY), "wb", buffering=0) as content:
+            _write(content, mine, lambda _: None)
+            os.fsync(content.fileno())
 
 
 # ---------------------------------------------------------------------------------------------- bytes

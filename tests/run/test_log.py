@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from small_runs import EXPLODES, OUT, train_small
 
-import fullft.run.log
+import fullft.run.records
 from fullft.errors import NonFiniteError
 
 
@@ -18,7 +18,7 @@ def test_a_failing_picture_hides_no_error(
     def fail(*_: object, **__: object) -> None:
         raise ValueError("no fonts")
 
-    monkeypatch.setattr(fullft.run.log, "plot_loss", fail)
+    monkeypatch.setattr(fullft.run.records, "plot_loss", fail)
     with pytest.raises(NonFiniteError):
         train_small(**EXPLODES)
     assert "loss.png could not be drawn (ValueError: no fonts)" in capsys.readouterr().out

@@ -87,7 +87,7 @@ def sum_over_ranks(numbers: torch.Tensor) -> torch.Tensor:
         numbers: [n], or a scalar.
 
     Returns:
-        float64, of the same shape; alone, the numbers themselves, since Apple's GPUs have no float64.
+        float64, of the same shape; on one rank the numbers themselves.
     """
     return add_in_rank_order(numbers, None) if dist.is_initialized() else numbers
 
@@ -99,11 +99,10 @@ def add_in_rank_order(numbers: torch.Tensor, group: dist.ProcessGroup | None) ->
         numbers: [n], or a scalar.
         group: None for all ranks.
     """
-    mine = numbers.detach().double().reshape(-1)
-    count = dist.get_world_size(group)
-    everyone = mine.new_empty(count * mine.numel())
-    dist.all_gather_into_tensor(everyone, mine, group=group)
-    return everyone.view(count, -1).sum(dim=0).view(numbers.shape)
+    mine = numbers.detach().double()
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, mine, group=group)
+    return torch.stack(everyone).sum(dim=0)
 
 
 def wait_for_all() -> None:

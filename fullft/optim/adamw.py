@@ -22,7 +22,7 @@ from fullft.model.precision import join, round_stochastically, split
 from fullft.optim import adamw_8bit
 from fullft.optim.gradients import Gradients
 from fullft.storage.stream import ChunkStream, Field
-from fullft.storage.tiers import CHUNK, Array, Storage, home_of
+from fullft.storage.tiers import CHUNK, Array, Storage, first_element, home_of, local_of
 
 # Elements that a CPU updates at a time: few enough for its cache. An eager split step runs at 84 million parameters/s
 # over tiles of 4 million elements, and at 1,200 to 1,400 over these. An accelerator would only launch more kernels.
@@ -141,8 +141,9 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _update(self, parameters: Iterable[nn.Parameter]) -> None:
+        parameters = [parameter for parameter in parameters if self.gradients.of(parameter) is not None]
+        self._updated.update(map(id, parameters))  # also those of which this rank has no rows
         jobs = [job for parameter in parameters for job in self.jobs_of(parameter)]
-        self._updated.update(id(job.parameter) for job in jobs)
         for tile in self.tiles_of(jobs):
             self.update_tile(tile, self._generator(tile) if self._masters == "stochastic" else None)
 
@@ -157,10 +158,11 @@ class AdamW(torch.optim.Optimizer):
             return
         states = self.states_of(parameter)
         step = self.num_steps - self.missed.get(id(parameter), 0) + 1
-        for start in range(0, parameter.numel(), CHUNK):
-            count = min(CHUNK, parameter.numel() - start)
+        weights = home_of(parameter)
+        for start in range(0, weights.numel(), CHUNK):
+            count = min(CHUNK, weights.numel() - start)
             fields = {
-                "weights": Field(home_of(parameter), start, count, is_written=True),
+                "weights": Field(weights, start, count, is_written=True),
                 "gradient": Field(gradient, start, count, is_written=False),
             }
             for name, array in states.items():
@@ -236,7 +238,8 @@ class AdamW(torch.optim.Optimizer):
     def _generator(self, tile: "Tile") -> torch.Generator:
         """Return the random stream of one tile: the same in every placement, and after every resume."""
         job = tile.job
-        key = (self._seed, self.num_steps, self._numbers[id(job.parameter)], job.start + tile.start)
+        start = first_element(job.parameter) + job.start + tile.start
+        key = (self._seed, self.num_steps, self._numbers[id(job.parameter)], start)
         seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
         return torch.Generator(self.storage.device).manual_seed(seed)
 
@@ -262,7 +265,7 @@ class AdamW(torch.optim.Optimizer):
 
     def kinds(self) -> list[nn.Parameter]:
         """Return one parameter of each size and kind; the updates of others of its kind take the same memory."""
-        kinds = {(p.numel(), p.dtype, self._moments(p), home_of(p) is p): p for p in self.parameters}
+        kinds = {(home_of(p).numel(), p.dtype, self._moments(p), home_of(p) is local_of(p)): p for p in self.parameters}
         return list(kinds.values())
 
     def close(self) -> None:
@@ -275,11 +278,11 @@ def state_layout(parameter: nn.Parameter, moments: torch.dtype, masters: str) ->
     """Return the number of elements and the dtype of each of a parameter's states.
 
     Args:
-        parameter: its size and dtype are read.
+        parameter: its size and dtype are read; of a sharded one, those of this rank's rows.
         moments: their dtype; uint8 for blocks of 8-bit numbers.
         masters: `split` keeps the lower halves of bf16 weights' masters.
     """
-    return layout_of(parameter.numel(), parameter.dtype, moments, masters)
+    return layout_of(local_of(parameter).numel(), parameter.dtype, moments, masters)
 
 
 def layout_of(count: int, dtype: torch.dtype, moments: torch.dtype, masters: str) -> dict[str, tuple[int, torch.dtype]]:

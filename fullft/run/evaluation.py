@@ -16,6 +16,7 @@ from fullft.data.load import Data
 from fullft.data.micro_batch import IGNORED
 from fullft.model.loss import LossSum
 from fullft.model.probing import probing
+from fullft.ranks import sum_over_ranks
 from fullft.transforms.streaming import stream_of
 
 _TEXT_PROMPT_TOKENS = 16
@@ -38,13 +39,13 @@ def evaluate(
     """
     if batches is None:
         return None
-    losses, num_target_tokens = [], 0
+    losses, num_target_tokens = [], torch.zeros((), dtype=torch.float64)
     with probing(model):
         for micro_batch in batches.by_length():
             with autocast:
                 losses.append(loss_sum(micro_batch.to(model.device)))
             num_target_tokens += micro_batch.num_target_tokens
-    return torch.stack(losses).sum() / num_target_tokens
+    return sum_over_ranks(torch.stack(losses).sum()) / sum_over_ranks(num_target_tokens).item()
 
 
 @dataclass

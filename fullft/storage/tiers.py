@@ -70,10 +70,23 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
-def first_row(tensor: torch.Tensor) -> int:
-    """Return where this rank's rows begin in the whole tensor: of n rows, each of W ranks has ceil(n / W), in order.
+def row_range(num_rows: int, index: int, count: int) -> tuple[int, int]:
+    """Return which rows of a tensor are whose: ceil(n / W) of n for each of W ranks in order, and what is left.
 
-    The last ranks have what is left, which may be nothing.
+    Args:
+        num_rows: n.
+        index: of the rank in its group.
+        count: W.
+
+    Returns:
+        The first row, and the one after the last; the last ranks may have none.
+    """
+    most = -(-num_rows // count)
+    return min(num_rows, index * most), min(num_rows, (index + 1) * most)
+
+
+def first_row(tensor: torch.Tensor) -> int:
+    """Return where this rank's rows begin in the whole tensor.
 
     Args:
         tensor: sharded over the last dimension of its mesh, or whole.
@@ -81,8 +94,7 @@ def first_row(tensor: torch.Tensor) -> int:
     if not isinstance(tensor, DTensor):
         return 0
     mesh = tensor.device_mesh
-    rows = -(-tensor.shape[0] // mesh.size(mesh.ndim - 1))
-    return min(tensor.shape[0], int(mesh.get_local_rank(mesh.ndim - 1)) * rows)
+    return row_range(tensor.shape[0], mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1))[0]
 
 
 def first_element(tensor: torch.Tensor) -> int:
@@ -102,11 +114,13 @@ class Storage:
 
     Attributes:
         remainders: the lower halves of split master weights that loading has found, until the optimizer takes them.
+        rows: of weights that several ranks share, what loading has read for this one, until they are sharded.
     """
 
     def __init__(self, device: torch.device, folder: Path) -> None:
         self.device = device
         self.remainders: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self.rows: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._folder = folder
         self._file: DiskFile | None = None
         self._slab: torch.Tensor | None = None

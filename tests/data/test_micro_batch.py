@@ -20,7 +20,7 @@ def test_micro_batches_move_with_all_their_parts(tmp_path: Path, tokenizer: PreT
 def test_a_global_batch_counts_all_its_micro_batches() -> None:
     labels = torch.tensor([[5, IGNORED, 7], [8, 9, IGNORED]])
     parts = [MicroBatch.of(torch.ones(1, 4, dtype=torch.int64)), MicroBatch.of(torch.ones_like(labels), labels)]
-    batch = GlobalBatch(parts)
+    batch = GlobalBatch.of(parts)
     assert list(batch) == parts and len(batch) == 2
     assert batch.num_tokens == 4 + 6
     assert batch.num_target_tokens == 3 + 2  # nothing predicts a first token

@@ -42,6 +42,7 @@ from fullft.saving.resuming import open_checkpoint, restore
 from fullft.storage.tiers import Storage
 from fullft.transforms.activation_checkpointing import apply_activation_checkpointing
 from fullft.transforms.compilation import apply_compilation
+from fullft.transforms.sharding import apply_sharding
 from fullft.transforms.streaming import apply_layer_streaming
 
 
@@ -70,6 +71,7 @@ def main(config: Config) -> None:
         model = load_model(config, source if checkpoint is None else str(checkpoint.folder), storage)
         apply_activation_checkpointing(model, config)
         apply_compilation(model, config)
+        apply_sharding(model, config, storage)
         apply_layer_streaming(model, storage)
         choose_attention(model, config.packing)
         check_model(model, data.largest_token_id, data.longest, config.packing)
@@ -84,7 +86,6 @@ def main(config: Config) -> None:
 
         # --- Evaluate before training; a resumed run already has.
         samples = Samples(data, tokenizer, model)
-        torch.manual_seed(config.seed)  # dropout draws from here on
         last_step = restore(checkpoint, config, steps, model, optimizer, data.fingerprint)
         log = Log(config, steps, model, data.train.mean_length, first_step=last_step + 1)
         # --overwrite_output_dir only sets an earlier run aside: a run that fails before it has saved puts it back.

@@ -6,7 +6,7 @@ import pickle
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +21,13 @@ _GRACE = 5.0  # seconds that ranks have to end after one has failed: what they s
 _FRAMES = 12  # lines of the stack of a rank that hangs
 
 
-def run_on_ranks(count: int, function: Callable[..., Any], *arguments: Any, seconds: float = 60.0) -> list[Any]:
+def run_on_ranks(
+    count: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    seconds: float = 60.0,
+    environment: Mapping[str, str] | None = None,
+) -> list[Any]:
     """Call a function on each of several ranks, with all that this process has in memory.
 
     Args:
@@ -29,6 +35,7 @@ def run_on_ranks(count: int, function: Callable[..., Any], *arguments: Any, seco
         function: anything, a closure too; what it returns, or raises, is pickled.
         arguments: the same for every rank.
         seconds: that all of them may take; then the stacks of those that are left are printed, and they are killed.
+        environment: variables for every rank, beside those that say which one it is.
 
     Returns:
         Each rank's result, in their order.
@@ -39,7 +46,12 @@ def run_on_ranks(count: int, function: Callable[..., Any], *arguments: Any, seco
     """
     with TemporaryDirectory(prefix="fullft-ranks-") as name:
         folder = Path(name)
-        running = {_fork(rank, count, folder, function, arguments, seconds): rank for rank in range(count)}
+
+        def work() -> Any:
+            os.environ.update(environment or {})
+            return function(*arguments)
+
+        running = {_fork(rank, count, folder, work, seconds): rank for rank in range(count)}
         try:
             _wait(running, folder, seconds)
         finally:
@@ -74,9 +86,7 @@ def _wait(running: dict[int, int], folder: Path, seconds: float) -> None:
         raise TimeoutError("\n".join([f"after {seconds} s these ranks still run: {list(running.values())}", *stacks]))
 
 
-def _fork(
-    rank: int, count: int, folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...], seconds: float
-) -> int:
+def _fork(rank: int, count: int, folder: Path, work: Callable[[], Any], seconds: float) -> int:
     sys.stdout.flush()  # or the rank would write it once more
     if pid := os.fork():
         return pid
@@ -84,7 +94,7 @@ def _fork(
     try:
         with (folder / f"stacks-{rank}").open("w") as stacks:
             faulthandler.dump_traceback_later(0.9 * seconds, file=stacks)
-            result = pickle.dumps(_be(rank, count, folder, function, arguments))
+            result = pickle.dumps(_be(rank, count, folder, work))
             faulthandler.cancel_dump_traceback_later()
         (folder / f"result-{rank}").write_bytes(result)
         code = 0
@@ -95,7 +105,7 @@ def _fork(
         os._exit(code)  # past the handlers of the test's process
 
 
-def _be(rank: int, count: int, folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+def _be(rank: int, count: int, folder: Path, work: Callable[[], Any]) -> Any:
     """Be a rank: as whoever starts ranks says by the environment, with its group of processes."""
     place = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count}
     os.environ.update({name: str(value) for name, value in place.items()})
@@ -104,7 +114,7 @@ def _be(rank: int, count: int, folder: Path, function: Callable[..., Any], argum
     dist.init_process_group(
         "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=count, timeout=timedelta(seconds=30)
     )
-    result = function(*arguments)
+    result = work()
     dist.destroy_process_group()
     return result
 

@@ -83,9 +83,14 @@ class GlobalBatch:
     def __iter__(self) -> Iterator[MicroBatch]:
         """Yield the micro-batches, each with a random stream of its own: dropout does not depend on who computes it."""
         for number, micro_batch in self.micro_batches.items():
-            key = repr((self.seed, self.step, number)).encode()
-            torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little", signed=True))
+            torch.manual_seed(_seed_of(self.seed, self.step, number))
             yield micro_batch
 
     def __len__(self) -> int:
         return len(self.micro_batches)
+
+
+def _seed_of(seed: int, step: int, number: int) -> int:
+    """Return the seed of a micro-batch's random stream."""
+    key = repr((seed, step, number)).encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little", signed=True)

@@ -189,6 +189,5 @@ def _load_states(optimizer: AdamW, parameters: dict[str, nn.Parameter], folder: 
                 for full_name in tensors.keys():  # noqa: SIM118 (no mapping)
                     name, key = full_name.rsplit(".", 1)
                     array = optimizer.states_of(parameters[name])[key]
-                    if array.numel():  # some ranks have no rows
-                        first = first_element(parameters[name]) // block_of(key)
-                        fill(array, tensors.get_slice(full_name)[first : first + array.numel()])
+                    first = first_element(parameters[name]) // block_of(key)
+                    fill(array, tensors.get_slice(full_name)[first : first + array.numel()])

@@ -56,7 +56,7 @@ def test_weights_of_any_ranks_are_the_same_files(
         (tmp_path / folder).mkdir()
     digests = save_weights(model, tmp_path / "one")
     assert on_ranks(shape, save) == [digests] * math.prod(shape)
-    assert contents(tmp_path / "many") == contents(tmp_path / "one") and len(digests) > 2
+    assert contents(tmp_path / "many") == contents(tmp_path / "one") and len(digests) > 1
 
 
 @pytest.mark.parametrize("block", [4096, 1 << 24])

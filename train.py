@@ -35,9 +35,10 @@ from fullft.run.evaluation import Samples, evaluate
 from fullft.run.log import Log, describe_results
 from fullft.run.signals import StopRequest
 from fullft.saving.best import BestCheckpoint
-from fullft.saving.checkpoint import open_checkpoint, restore, save_checkpoint
+from fullft.saving.checkpoint import save_checkpoint
 from fullft.saving.export import check_export, export_model
 from fullft.saving.output_dir import prepare_output_dir
+from fullft.saving.resuming import open_checkpoint, restore
 from fullft.storage.tiers import Storage
 from fullft.transforms.activation_checkpointing import apply_activation_checkpointing
 from fullft.transforms.compilation import apply_compilation

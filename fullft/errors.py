@@ -71,6 +71,10 @@ class StoppedBySignal(FullftError):
         super().__init__(message)
         self.exit_code = 128 + signal_number
 
+    def __reduce__(self) -> tuple[type, tuple[str, int]]:
+        """Return what `pickle` makes a copy from, for other ranks."""
+        return StoppedBySignal, (str(self), self.exit_code - 128)
+
 
 def general_advice() -> str:
     """Say what usually helps when memory runs out."""
@@ -212,15 +216,34 @@ def exhaustion(error: BaseException) -> FullftError | None:
     return None
 
 
-def _report(error: BaseException, debug: bool) -> int:
-    """Print the error, and return the exit code."""
-    if debug and not isinstance(error, StoppedBySignal):
-        traceback.print_exception(error)
-    user_error = as_user_error(error)
-    if isinstance(error, KeyboardInterrupt):
-        print(file=sys.stderr)  # the terminal has just shown ^C
-    print(f"error: {user_error}", file=sys.stderr)
+Teller = Callable[[BaseException, FullftError, str], int]
+
+
+def _tell_user(error: BaseException, user_error: FullftError, before: str) -> int:
+    print(f"{before}error: {user_error}", file=sys.stderr)
     return user_error.exit_code
+
+
+_tell: Teller = _tell_user
+
+
+def tell_through(teller: Teller) -> None:
+    """Let something else print what is reported: under several ranks the first one speaks for all.
+
+    Args:
+        teller: gets the exception, what it means to the user, and what comes before the message, such as a traceback.
+            It returns the exit code, or ends the process.
+    """
+    global _tell
+    _tell = teller
+
+
+def _report(error: BaseException, debug: bool) -> int:
+    """Have the error printed, and return the exit code."""
+    before = "\n" if isinstance(error, KeyboardInterrupt) else ""  # the terminal has just shown ^C
+    if debug and not isinstance(error, StoppedBySignal):
+        before = "".join(traceback.format_exception(error)) + before
+    return _tell(error, as_user_error(error), before)
 
 
 @contextmanager

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 
+from fullft.config.ranks import ALONE, Place
 from fullft.cpu.proc import OF_THE_SYSTEM, memory_field
+from fullft.errors import OptionsError
 
 # Dense bf16 matrix products per second with fp32 accumulation, in operations. Source: the vendor's data sheets.
 PEAK_FLOPS = {
@@ -24,9 +26,30 @@ PEAK_FLOPS = {
 }
 
 
-def pick_device() -> torch.device:
-    """Choose this machine's accelerator, or the CPU where there is none."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+def pick_device(place: Place = ALONE) -> torch.device:
+    """Choose this machine's accelerator, one for each rank on it, or the CPU where there is none.
+
+    Args:
+        place: this process among the ranks.
+
+    Raises:
+        OptionsError: there are too few of them.
+    """
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if place.count == 1 or device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise OptionsError(f"several ranks need CUDA devices or CPUs, and this machine has {device.type}: use one rank")
+    index, available = place.local_rank, torch.cuda.device_count()
+    if available == 1 and "SLURM_JOB_ID" in os.environ:
+        index = 0  # srun can give each task a GPU of its own, and then shows it no other one
+    if index >= available:
+        raise OptionsError(
+            f"{place.local_count} ranks were started on this machine, which has {available} "
+            f"GPU{'s' if available > 1 else ''}: start one for each"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.initialization import no_init_weights
@@ -23,6 +24,7 @@ from fullft.model.precision import dtype_of, split_into
 from fullft.model.source import DEMO_MODEL, loading
 from fullft.model.stored import WIDER, StoredTensor, stored_tensors, under_names_of
 from fullft.model.weight_files import require_trainable_numbers, safetensors_files
+from fullft.ranks import is_first
 from fullft.storage.tiers import Storage, fill, home_of, lives_elsewhere
 
 _READ = 1 << 24  # bytes read at a time
@@ -219,6 +221,10 @@ def _read_through(files: list[Path]) -> None:
 def saved_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Return what `save_pretrained` writes: tied weights under one name, converted weights as the files had them.
 
+    Every rank must call it if the model is sharded. Then weights that were converted while loading, such as fused
+    experts, are gathered one by one, since only whole ones can be converted back: the first rank gets them in its
+    host's memory, the others get tensors without bytes. All other weights stay sharded.
+
     Args:
         model: its weights may have homes elsewhere.
     """
@@ -228,4 +234,25 @@ def saved_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         return dict(model.named_parameters()) | buffers
     ignored = model._keys_to_ignore_on_save or ()
     kept = {name: tensor for name, tensor in state.items() if name not in ignored}
+    if any(isinstance(tensor, DTensor) for tensor in kept.values()):
+        return _saved_shards(model, kept)
     return dict(revert_weight_conversion(model, remove_tied_weights_from_state_dict(kept, model)))
+
+
+def _saved_shards(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    # Names and shapes come from tensors without bytes: shards may be empty, and tell nothing of what is tied.
+    shapes = {name: torch.empty(each.shape, dtype=each.dtype, device="meta") for name, each in state.items()}
+    shapes = remove_tied_weights_from_state_dict(shapes, model)
+    names = {id(shape): name for name, shape in shapes.items()}
+    saved = dict(revert_weight_conversion(model, dict(shapes)))
+    unchanged = {names[id(shape)] for shape in saved.values() if id(shape) in names}
+    whole = {name: _gather(state[name], shapes[name]) for name in sorted(shapes.keys() - unchanged)}
+    converted = revert_weight_conversion(model, whole) if whole else {}
+    return {name: state[names[id(shape)]] if id(shape) in names else converted[name] for name, shape in saved.items()}
+
+
+def _gather(tensor: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
+    """Return a whole tensor on the first rank's CPU, and on other ranks one without bytes."""
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()
+    return tensor.to("cpu", copy=True) if is_first() else shape  # a copy has no padding, which would count as its size

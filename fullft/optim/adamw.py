@@ -166,7 +166,7 @@ class AdamW(torch.optim.Optimizer):
                 "gradient": Field(gradient, start, count, is_written=False),
             }
             for name, array in states.items():
-                block = _block(name)
+                block = block_of(name)
                 fields[name] = Field(array, start // block, -(-count // block), is_written=True)
             yield Job(parameter, start, count, step, fields)
 
@@ -282,12 +282,23 @@ def state_layout(parameter: nn.Parameter, moments: torch.dtype, masters: str) ->
         moments: their dtype; uint8 for blocks of 8-bit numbers.
         masters: `split` keeps the lower halves of bf16 weights' masters.
     """
-    count = local_of(parameter).numel()
+    return layout_of(local_of(parameter).numel(), parameter.dtype, moments, masters)
+
+
+def layout_of(count: int, dtype: torch.dtype, moments: torch.dtype, masters: str) -> dict[str, tuple[int, torch.dtype]]:
+    """Return what `state_layout` does, for any number of elements.
+
+    Args:
+        count: of a parameter, or of this rank's rows of it.
+        dtype: of the parameter.
+        moments: their dtype; uint8 for blocks of 8-bit numbers.
+        masters: `split` keeps the lower halves of bf16 weights' masters.
+    """
     layout = {"exp_avg": (count, moments), "exp_avg_sq": (count, moments)}
     if moments == torch.uint8:
         scales = (-(-count // adamw_8bit.BLOCK), torch.float32)
         layout |= {"exp_avg" + _ABSMAX: scales, "exp_avg_sq" + _ABSMAX: scales}
-    if masters == "split" and parameter.dtype == torch.bfloat16:
+    if masters == "split" and dtype == torch.bfloat16:
         layout["remainder"] = (count, torch.int16)
     return layout
 
@@ -322,11 +333,15 @@ class Tile:
     scratch: torch.Tensor
 
 
-def _block(name: str) -> int:
-    """Return how many elements of a parameter one element of a field stands for."""
+def block_of(name: str) -> int:
+    """Return how many elements of a parameter one element of a field stands for.
+
+    Args:
+        name: of the field.
+    """
     return adamw_8bit.BLOCK if name.endswith(_ABSMAX) else 1
 
 
 def _cut(fields: dict[str, torch.Tensor], start: int, end: int) -> dict[str, torch.Tensor]:
     """Cut a tile out of a chunk; tiles start at multiples of blocks."""
-    return {name: view[start // _block(name) : -(-end // _block(name))] for name, view in fields.items()}
+    return {name: view[start // block_of(name) : -(-end // block_of(name))] for name, view in fields.items()}

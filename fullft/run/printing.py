@@ -8,10 +8,21 @@ import io
 import os
 import select
 import sys
+import warnings
 from typing import Any, TextIO, cast
 
 # Nobody reads any longer: `| head` has ended, or the terminal is gone.
 _UNREAD = (errno.EPIPE, errno.EIO, errno.ECONNRESET, errno.ESHUTDOWN, errno.EBADF)
+
+# What libraries read when they are imported.
+_QUIET = {
+    "TQDM_DISABLE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
 
 
 def keep_printing() -> None:
@@ -25,6 +36,18 @@ def keep_printing() -> None:
             setattr(sys, name, _nowhere(number))
         elif stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper):
             setattr(sys, name, _lasting(stream))
+
+
+def silence() -> None:
+    """Drop what this process prints, its progress bars and its warnings; before libraries are imported.
+
+    For ranks that another one speaks for. Messages on stderr stay.
+    """
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)  # so that what C code prints is dropped too
+    os.close(null)
+    warnings.simplefilter("ignore")
+    os.environ |= _QUIET
 
 
 def _nowhere(number: int) -> TextIO:

@@ -112,7 +112,7 @@ def first_row(tensor: torch.Tensor) -> int:
 
 def first_element(tensor: torch.Tensor) -> int:
     """Return where this rank's rows begin in the whole tensor, flattened."""
-    return first_row(tensor) * (tensor.numel() // tensor.shape[0] if tensor.dim() else 1)
+    return first_row(tensor) * tensor.shape[1:].numel()
 
 
 # ---------------------------------------------------------------------------------------------- storage

@@ -1,14 +1,7 @@
 """Communication: the bytes that a rank sends to others in a step, as collectives send them around a ring."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
-
-import torch
-import torch.distributed as dist
-import torch.distributed.fsdp  # noqa: F401 (which defines its operators)
-
-from fullft.transforms.activation_checkpointing import tensors_in
 
 
 @dataclass(frozen=True)
@@ -47,43 +40,3 @@ def sent_in_step(micro_batches: Sequence[Sent], accumulation: int) -> Sent:
     # Those between find what the last one finds, and leave what the first one leaves.
     between = Sent(last.all_gather, first.reduce_scatter, first.all_reduce)
     return first + between * (accumulation - 2) + last
-
-
-# ---------------------------------------------------------------------------------------------- operators
-
-_ALL_GATHER = torch.ops.c10d._allgather_base_.default
-_REDUCE_SCATTER = torch.ops.c10d._reduce_scatter_base_.default
-_ALL_REDUCE = torch.ops.c10d.allreduce_.default
-_COLLECTING = torch.ops.fsdp.chunk_cat.default  # a unit's gradients, for reduce-scatter
-# Operators that concern other ranks. The few numbers of the gradient norm are gathered by another one.
-BETWEEN_RANKS = {_ALL_GATHER, _REDUCE_SCATTER, _ALL_REDUCE, _COLLECTING}
-# In a ring of W ranks each one sends W - 1 of the W parts of the whole tensor; to sum on every rank, twice as many.
-# Source: Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms" (2009).
-_ROUNDS = {_ALL_GATHER: ("all_gather", 1), _REDUCE_SCATTER: ("reduce_scatter", 1), _ALL_REDUCE: ("all_reduce", 2)}
-
-
-def sent_by(operator: Any, arguments: Sequence[Any]) -> Sent:
-    """Return what an operator sends.
-
-    Args:
-        operator: one of `BETWEEN_RANKS`.
-        arguments: that it is called with.
-    """
-    if operator not in _ROUNDS:
-        return Sent()
-    kind, rounds = _ROUNDS[operator]
-    group = next(each for each in arguments if isinstance(each, torch.ScriptObject))
-    count = dist.ProcessGroup.unbox(group).size()
-    whole = max(tensor.nbytes for tensor in tensors_in(arguments))
-    return Sent(**{kind: rounds * (count - 1) * whole // count})
-
-
-def gradients_in(operator: Any, arguments: Sequence[Any], named: Mapping[str, Any]) -> list[torch.Tensor]:
-    """Return the gradients that an operator collects or sums.
-
-    Args:
-        operator: one of `BETWEEN_RANKS`.
-        arguments: that it is called with.
-        named: its arguments with a name.
-    """
-    return [] if operator is _ALL_GATHER else list(tensors_in((*arguments, *named.values())))

@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 from fullft.attention.documents import BODIES
 from fullft.data.micro_batch import MicroBatch
 from fullft.errors import ModelError
-from fullft.memory.communication import BETWEEN_RANKS, Sent, gradients_in, sent_by
+from fullft.memory.collectives import BETWEEN_RANKS, gradients_in, sent_by, watching_resizes
+from fullft.memory.communication import Sent
 from fullft.model.parts import decoder_layers, decoder_of
 from fullft.optim.adamw import AdamW
 from fullft.storage.tiers import home_of, is_on_host, local_of
@@ -190,7 +191,6 @@ class MemoryTracker(TorchDispatchMode):
         """Start tracking."""
         self._hooks = ExitStack()
         self._add_hooks()
-        self._watch_sharding()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -298,15 +298,7 @@ class MemoryTracker(TorchDispatchMode):
         for module in sharding_of(self.model).decoder.modules():
             if isinstance(module, FSDPModule):
                 self._keep(module.register_forward_pre_hook(self._weights_gathered))
-        resize = torch.UntypedStorage.resize_
-
-        def watched(storage: torch.UntypedStorage, size: int) -> Any:
-            result = resize(storage, size)
-            self._resized(storage)
-            return result
-
-        torch.UntypedStorage.resize_ = watched  # type: ignore[method-assign]
-        self._hooks.callback(setattr, torch.UntypedStorage, "resize_", resize)
+        self._hooks.enter_context(watching_resizes(self._weights_resized))
 
     def _weights_gathered(self, unit: nn.Module, _: Any) -> None:
         for parameter in unit.parameters():
@@ -319,13 +311,11 @@ class MemoryTracker(TorchDispatchMode):
         assert parameter.grad is not None
         self._relabel(parameter.grad, "gradients")
 
-    def _resized(self, storage: torch.UntypedStorage) -> None:
-        """Count what gathered weights take when they come, and no more when they go: FSDP keeps their storages."""
-        if (former := self._blocks.get(storage)) is None:
-            return
-        del self._references[id(former)]
-        self._events.append((-1, former, self._moment))
-        self._count(storage, Block(storage.nbytes(), former.component, former.module))
+    def _weights_resized(self, storage: torch.UntypedStorage) -> None:
+        if (former := self._blocks.get(storage)) is not None:
+            del self._references[id(former)]
+            self._events.append((-1, former, self._moment))
+        self._count(storage, Block(storage.nbytes(), "parameters", ""))
 
     def _see_ranks(self, operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._sent and self._moment.phase != "evaluation":
@@ -352,6 +342,7 @@ class MemoryTracker(TorchDispatchMode):
         self._keep(decoder.register_forward_hook(self._end_of_decoder))
         for parameter in self.model.parameters():
             self._keep(parameter.register_post_accumulate_grad_hook(self._gradient_arrived))
+        self._watch_sharding()
 
     def _keep(self, handle: Any) -> None:
         self._hooks.callback(handle.remove)

@@ -182,8 +182,9 @@ class Sharding:
         try:
             yield
         finally:
-            for unit in self._units:
-                unit.reshard()
+            # Besides, it forgets the order of a forward that no backward follows: the next backward would fetch a wrong
+            # layer ahead.
+            self._root.reset_iter_state()
 
 
 def _put_rows_in_place(model: nn.Module, unsharded: dict[str, nn.Parameter], storage: Storage) -> None:

@@ -104,7 +104,7 @@ def watching_resizes(seen: Callable[[torch.UntypedStorage], None]) -> Iterator[N
         seen(storage)
         return result
 
-    torch.UntypedStorage.resize_ = watched  # type: ignore[method-assign]
+    torch.UntypedStorage.resize_ = watched  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:

@@ -18,9 +18,9 @@ from fullft.memory.levers import find_levers
 from fullft.memory.machine import Device, find_device, measure_speeds
 from fullft.memory.picture import plot_memory
 from fullft.memory.plan import Batch
+from fullft.memory.profile import Profile
 from fullft.memory.screen import compare
 from fullft.memory.snapshot import publish_recording, recording
-from fullft.memory.tracker import Profile
 from fullft.memory.units import GIB, Unit, unit_for
 from fullft.memory.worst_step import take_worst_step
 from fullft.model.loss import LossSum

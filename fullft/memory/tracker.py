@@ -24,6 +24,7 @@ from fullft.attention.documents import BODIES
 from fullft.data.micro_batch import MicroBatch
 from fullft.errors import ModelError
 from fullft.memory.collectives import BETWEEN_RANKS, Sent, gradients_in, sent_by, watching_resizes
+from fullft.memory.profile import COMPONENTS, Moment, Profile
 from fullft.model.parts import decoder_layers, decoder_of
 from fullft.optim.adamw import AdamW
 from fullft.storage.tiers import home_of, is_on_host, local_of
@@ -32,10 +33,8 @@ from fullft.transforms.activation_checkpointing import tensors_in
 from fullft.transforms.sharding import sharding_of
 from fullft.transforms.streaming import stream_of
 
-COMPONENTS = ("parameters", "gradients", "optimizer_states", "activations", "logits", "temporaries", "other")
 # Not a component of the device's memory: what the run holds in the host's, where that is another one.
 HOST = "host"
-PHASES = ("forward", "backward", "optimizer_step", "evaluation")
 
 
 @dataclass(eq=False)
@@ -45,64 +44,6 @@ class Block:
     num_bytes: int
     component: str
     module: str
-
-
-@dataclass(frozen=True)
-class Moment:
-    """Where in the tracked work an event fell.
-
-    Attributes:
-        part: counts the marks (`forward()`, `backward()`, ...) since tracking began.
-        phase: one of `PHASES`.
-        layer: the decoder layer at work; -1 before the first one, the number of layers behind the last one.
-    """
-
-    part: int
-    phase: str
-    layer: int
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Live bytes over the tracked work.
-
-    Attributes:
-        moments: [events], where each allocation or release fell.
-        totals: [events] live bytes after it.
-        curves: per component, [events] its live bytes after it.
-        modules_at_peak: (module, live bytes) at the peak, the largest first.
-        host_bytes: the most that was kept in host memory besides.
-        disk_bytes: what is kept on disk.
-        sent: to other ranks by each micro-batch in turn.
-    """
-
-    moments: list[Moment]
-    totals: list[int]
-    curves: dict[str, list[int]]
-    modules_at_peak: list[tuple[str, int]]
-    host_bytes: int = 0
-    disk_bytes: int = 0
-    sent: tuple[Sent, ...] = ()
-
-    @property
-    def peak(self) -> int:
-        """The index of the event after which most bytes were alive."""
-        return max(range(len(self.totals)), key=self.totals.__getitem__)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the figures as `memory.json` holds them, in bytes."""
-        phases: dict[str, int] = {}
-        for moment, total in zip(self.moments, self.totals, strict=True):
-            phases[moment.phase] = max(total, phases.get(moment.phase, 0))
-        return {
-            "peak_bytes": self.totals[self.peak],
-            "peak_phase": self.moments[self.peak].phase,
-            "components": {name: max(curve) for name, curve in self.curves.items()},
-            "at_peak": {name: curve[self.peak] for name, curve in self.curves.items()},
-            "phases": phases,
-            "host_bytes": self.host_bytes,
-            "disk_bytes": self.disk_bytes,
-        }
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -125,7 +66,7 @@ class MemoryTracker(TorchDispatchMode):
         self._born: list[weakref.ref[Block]] = []  # of the forward (or recomputation) under way
         self._sent: list[Sent] = []  # by each micro-batch so far
         self._gathered: set[nn.Parameter] = set()
-        self._previous: Any = None  # operator
+        self._previous: Any = torch.ops.prim.device.default  # operator
         self._whole_gradients: set[Block | None] = set()  # not yet summed over ranks
         for parameter in model.parameters():
             self._see(local_of(parameter), "parameters")
@@ -213,8 +154,8 @@ class MemoryTracker(TorchDispatchMode):
             operator = torch.ops.aten.view.default  # the same to storages, and fake tensors cache it
         result = self._run(operator, args, kwargs or {})
         previous, self._previous = self._previous, operator
-        if previous in BETWEEN_RANKS and operator is torch.ops.aten.split.Tensor:
-            return result  # of gloo's own copy of gradients: a workspace, which one of its threads frees
+        if operator is torch.ops.aten.split.Tensor and previous.namespace == "c10d":
+            return result  # of gloo's own copy of what came: a workspace, which one of its threads frees
         recomputing = self._moment.phase == "backward" and torch.is_grad_enabled()
         if self._moment.phase == "backward" and not recomputing and self._born:
             self._settle_activations()  # recomputation is over, and backward uses what it left

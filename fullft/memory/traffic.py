@@ -59,12 +59,15 @@ def own_sizes_of(config: Config, facts: Facts) -> Sizes:
     return Sizes(*(getattr(whole, each.name) // count for each in fields(Sizes)))
 
 
-def held_bytes(config: Config, facts: Facts) -> dict[str, int]:
-    """Return what each tier holds of a rank's at the optimizer step: no choice of checkpointing needs less.
+def held_bytes(config: Config, facts: Facts, activations: int = 0) -> dict[str, int]:
+    """Return what each tier holds at the optimizer step: no choice of checkpointing needs less.
+
+    Of a sharded model it is what a rank holds then, or at the end of forward if that is more.
 
     Args:
         config: its number formats, placement and ranks are read.
         facts: of the model.
+        activations: that several ranks each keep in forward, if that is known.
     """
     sizes, placement = own_sizes_of(config, facts), config.placement
     held = dict.fromkeys(TIERS, 0)
@@ -73,13 +76,19 @@ def held_bytes(config: Config, facts: Facts) -> dict[str, int]:
     held["device" if placement.optimizer == "paged" else placement.optimizer] += sizes.states
     if placement.gradients != "released":
         held[placement.gradients] += sizes.gradients
-    if config.gpus > 1 and config.shard != "full":
-        # Before that, whole weights are there, and perhaps whole sums, but not yet the sums of this rank's rows.
-        whole = sizes_of(config, facts)
-        adds_whole = config.accumulates and config.shard in ("none", "optimizer")
-        before = whole.weights + (whole.gradients if adds_whole else 0)
-        held["device"] += max(0, before - (sizes.gradients if placement.gradients == "device" else 0))
+    if config.gpus > 1:
+        in_step = sizes.gradients if placement.gradients == "device" else 0
+        held["device"] += max(0, _held_in_forward(config, facts, in_step) + activations - in_step)
     return held
+
+
+def _held_in_forward(config: Config, facts: Facts, in_step: int) -> int:
+    """Return the bytes of whole weights and of sums when the last forward of a step ends."""
+    whole = sizes_of(config, facts)
+    weights = 0 if config.shard == "full" else whole.weights
+    if not config.accumulates:
+        return weights
+    return weights + (whole.gradients if config.shard in ("none", "optimizer") else in_step)
 
 
 @dataclass(frozen=True)

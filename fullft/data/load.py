@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets
@@ -18,6 +18,7 @@ from fullft.data.rows import Rows
 from fullft.data.sources import load_held_out_rows, load_rows
 from fullft.data.tokenise import tokenise
 from fullft.errors import DataError
+from fullft.ranks import first_on_this_machine, require_same
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Data:
             accumulation: micro-batches of one step. The second one finds gradients already there; more change nothing.
         """
         held_out = self.evaluation.largest() if self.evaluation is not None else None
-        return [self.train.largest()] * min(2, accumulation), held_out
+        last = self.train.largest()
+        return [replace(last, is_last=False), last][-accumulation:], held_out
 
     @property
     def longest(self) -> int:
@@ -54,7 +56,7 @@ class Data:
 
 
 def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, num_embeddings: int | None = None) -> Data:
-    """Load, tokenise, split and batch the rows.
+    """Load, tokenise, split and batch the rows; of several ranks, the first one of each machine fills the cache.
 
     Args:
         config: the options of the group "model and data", the seed and the batch sizes are read.
@@ -62,8 +64,14 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, num_embeddings
         num_embeddings: of the model; None if it has one for every token of the tokenizer.
 
     Raises:
-        DataError: the data cannot be read, fits no format, or leaves nothing to train on.
+        DataError: the data cannot be read, fits no format, or leaves nothing to train on; or ranks have unlike rows.
     """
+    data = first_on_this_machine(lambda: _load(config, tokenizer, num_embeddings))
+    require_same("the fingerprint of the tokenised rows", data.fingerprint)
+    return data
+
+
+def _load(config: Config, tokenizer: PreTrainedTokenizerBase, num_embeddings: int | None) -> Data:
     rows, row_format, tokenised = tokenise_rows(config, tokenizer)
     train_rows, held_out = _split(tokenised, len(rows), config)
     largest_token_id, num_held_out = max(tokenised["largest_token_id"][:]), len(held_out)

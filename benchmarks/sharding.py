@@ -141,9 +141,7 @@ def _report(runs: dict[tuple[str, int], Runs], counts: list[int]) -> int:
     """Print the tables, and return the exit code."""
     one = runs["one process", 1]
     has_failed = False
-    print(
-        "\n| ranks | system | loss, relative difference to one process | tokens/s | times DDP | resident, largest rank |"
-    )
+    print("\n| ranks | system | loss, relative difference to one process | tokens/s | times DDP | resident, largest |")
     print("|---|---|---|---|---|---|")
     for (system, ranks), each in runs.items():
         differences = [abs(a - b) / b for a, b in zip(each.losses, one.losses, strict=True)]

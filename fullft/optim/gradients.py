@@ -19,7 +19,7 @@ from fullft.cpu.sums import TILE, add_, sum_in_order, sum_of_squares
 from fullft.ranks import add_in_rank_order
 from fullft.storage.disk import DiskArray, paged
 from fullft.storage.stream import ChunkStream, Field
-from fullft.storage.tiers import CHUNK, Array, Storage, local_of
+from fullft.storage.tiers import CHUNK, Array, Storage, local_of, sharded_like
 from fullft.storage.workers import Workers, mark_computed
 from fullft.tracing import standing_for_all
 
@@ -123,7 +123,8 @@ class Gradients:
     def pretend(self) -> None:
         """Make a gradient of unknown values arrive for every parameter, as from a micro-batch; for plans."""
         for parameter in reversed(self.parameters):
-            parameter.grad = torch.empty_like(parameter, dtype=_arriving_in(parameter))
+            arriving = torch.empty_like(local_of(parameter), dtype=_arriving_in(parameter))
+            parameter.grad = sharded_like(parameter, arriving)
             if self._gathers(parameter):
                 self._gather(parameter)
 
@@ -131,7 +132,7 @@ class Gradients:
     def _release(self, parameter: nn.Parameter) -> None:
         """Use a gradient up, and free it."""
         assert parameter.grad is not None
-        flat = local_of(parameter.grad.detach()).view(-1)
+        flat = local_of(parameter.grad).detach().view(-1)
         self._released[id(parameter)] = [sum_of_squares(chunk) for chunk in flat.split(CHUNK)]
         self.use(parameter)
         parameter.grad = None
@@ -165,7 +166,8 @@ class Gradients:
             raise ValueError("no parameter has a gradient")
         total = sum_in_order(sums) if sums else torch.zeros((), dtype=torch.float64, device=self._storage.device)
         if isinstance(rows := self.parameters[0], DTensor):  # the ranks of a group have the others
-            total = add_in_rank_order(total, rows.device_mesh.get_group("shard"))
+            mesh = rows.device_mesh
+            total = add_in_rank_order(total, mesh.get_group(mesh.ndim - 1))
         return total.sqrt()
 
 

@@ -70,6 +70,19 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
+def sharded_like(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Return rows as part of a tensor that is sharded as another one is; as they are, where that one is whole.
+
+    Args:
+        tensor: sharded, or whole.
+        rows: this rank's, of the same shape as those of `tensor`.
+    """
+    if not isinstance(tensor, DTensor):
+        return rows
+    mesh, placements = tensor.device_mesh, tensor.placements
+    return DTensor.from_local(rows, mesh, placements, shape=tensor.shape, stride=tensor.stride())
+
+
 def row_range(num_rows: int, index: int, count: int) -> tuple[int, int]:
     """Return which rows of a tensor are whose: ceil(n / W) of n for each of W ranks in order, and what is left.
 

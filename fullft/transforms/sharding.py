@@ -34,7 +34,7 @@ from fullft.config.config import Config
 from fullft.errors import ModelError
 from fullft.model.parts import decoder_layers, decoder_of, replace_parameters
 from fullft.model.precision import dtype_of
-from fullft.storage.tiers import Storage
+from fullft.storage.tiers import Storage, sharded_like
 
 _SHARDINGS: "WeakKeyDictionary[nn.Module, Sharding]" = WeakKeyDictionary()
 
@@ -182,8 +182,9 @@ class Sharding:
         try:
             yield
         finally:
-            for unit in self._units:
-                unit.reshard()
+            # Besides, it forgets the order of a forward that no backward follows: the next backward would fetch a wrong
+            # layer ahead.
+            self._root.reset_iter_state()
 
 
 def _put_rows_in_place(model: nn.Module, unsharded: dict[str, nn.Parameter], storage: Storage) -> None:
@@ -191,9 +192,7 @@ def _put_rows_in_place(model: nn.Module, unsharded: dict[str, nn.Parameter], sto
     filled: dict[nn.Parameter, nn.Parameter] = {}
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor) and (rows := storage.rows.pop(unsharded[name], None)) is not None:
-            mesh, where, shape = parameter.device_mesh, parameter.placements, parameter.shape
-            tensor = DTensor.from_local(rows, mesh, where, shape=shape, stride=parameter.stride())
-            filled[parameter] = nn.Parameter(tensor)
+            filled[parameter] = nn.Parameter(sharded_like(parameter, rows))
             if (remainder := storage.remainders.pop(unsharded[name], None)) is not None:
                 storage.remainders[filled[parameter]] = remainder
     replace_parameters(model, filled)

@@ -24,8 +24,8 @@ for step in range(1, 100):
 
 @pytest.fixture
 def job(fork_server: ForkServer, tmp_path: Path) -> Start:
-    def start(code: str, count: int = 2, words: str = "", **environment: str) -> Job:
-        return Job(fork_server, tmp_path, code, count, words, **environment)
+    def start(code: str, count: int = 2, words: str = "", before: str = "") -> Job:
+        return Job(fork_server, tmp_path, code, count, words, before)
 
     return start
 
@@ -132,6 +132,23 @@ with StopRequest() as stop:
     assert ended.codes == [143, 143, 143]
     assert ended.errors[0].startswith("error: stopped by SIGTERM after step 3; ") and len(ended.errors) == 1
     assert ended.stderr.count("finishing the step") == 1
+
+
+@pytest.mark.slow
+def test_hang_is_found_while_main_threads_wait_for_devices(job: Start) -> None:
+    """NCCL raises nothing: its failure is found in the background. The lines of the main threads tell who waits."""
+    before = "began = []\njoining._find_failed_collective = lambda: 'timeout' if began and rank != 1 else None"
+    code = """
+def read_number(): time.sleep(50)
+began.append(True)
+if rank == 1:
+    time.sleep(50)
+read_number()
+"""
+    ended = job(code, 3, "--ddp_timeout 30", before=before).end()
+    assert ended.codes == [1, 1, 1]
+    (line,) = ended.errors
+    assert line.startswith("error: rank 1 did not answer for 30 s: it hangs at <string>:") and ended.seconds < 15
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,15 @@
 
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.distributed as dist
 from fork_server import ForkServer
 from rank_jobs import Ended, Job, free_port
+
+from fullft.run import joining
 
 ADDRESS = "127.0.0.1"
 
@@ -75,3 +80,41 @@ def test_port_of_another_program_is_named(
     assert ended.codes == [1]
     (line,) = ended.errors
     assert message in line and str(port) in line and "MASTER_PORT" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("errors", "kind"),
+    [
+        ([], None),
+        ([None, "SUCCESS"], None),
+        (["SUCCESS", "TIMEOUT"], "timeout"),
+        (["REMOTE_ERROR"], "lost"),
+        (["COMM_ERROR"], "lost"),
+    ],
+)
+def test_failures_of_nccl_are_found(
+    errors: list[str | None], kind: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backend without errors is gloo's."""
+
+    def group(error: str | None) -> SimpleNamespace:
+        backend = SimpleNamespace() if error is None else SimpleNamespace(get_error=lambda: SimpleNamespace(name=error))
+        return SimpleNamespace(_device_types=[torch.device("cuda")], _get_backend=lambda device: backend)
+
+    monkeypatch.setattr(joining, "_groups", lambda: [group(error) for error in errors])
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    assert joining._find_failed_collective() == kind
+
+
+@pytest.mark.slow
+def test_timeout_of_steps_reaches_all_groups(fork_server: ForkServer, tmp_path: Path) -> None:
+    code = """
+import torch.distributed as dist
+group = dist.new_group([0, 1], timeout=timedelta(days=1))
+joining.begin_steps(config)
+if rank == 1: time.sleep(50)
+dist.all_reduce(torch.ones(1), group=group)
+"""
+    ended = Job(fork_server, tmp_path, "from datetime import timedelta" + code, words="--ddp_timeout 1").end()
+    assert ended.codes == [1, 1] and ended.seconds < 20
+    assert ended.errors[0].startswith("error: rank 1 did not answer for 1 s: it hangs at <string>:")

@@ -47,7 +47,7 @@ def test_ranks_write_the_files_of_one_process(
 ) -> None:
     (first, *others) = finish(start_ranks(count, *WORDS, "many", "--shard", stage))
     assert first[0] == 0, first[2]
-    assert all(code == 0 and stdout == "" and stderr == "" for code, stdout, stderr in others)
+    assert all(each == (0, "", "") for each in others), others
     assert f"x {count} ranks" in first[1] and "it gives the same logits" in first[1]
     many = tmp_path / "many"
     names = ["model.safetensors", *(f"checkpoint-{step}/model.safetensors" for step in (3, 6))]

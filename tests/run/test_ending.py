@@ -112,6 +112,7 @@ def test_stopped_first_rank_is_named(job: Start) -> None:
     assert len(ended.errors) == 1 and ended.errors[0].startswith("error: rank 0 hangs, or ended without a word")
 
 
+@pytest.mark.slow
 def test_set_up_outlasts_the_timeout_of_steps(job: Start) -> None:
     """The rank that hangs, above, is the negative control."""
     ended = job("joining.end_steps()\nby_first_rank(lambda: time.sleep(2))", words="--ddp_timeout 1").end()

@@ -206,7 +206,7 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
 ready()
 while not got: time.sleep(0.01)
 time.sleep(0.3)
-os.write(1, f"got {list(map(int, got))}\n".encode())
+os.write(1, f"got {list(map(int, got))}\\n".encode())
 """
 
 

@@ -49,7 +49,8 @@ def take_worst_step(
         The live bytes, event by event.
     """
     micro_batches = [
-        replace(micro_batch, is_last=number == len(micro_batches)) for number, micro_batch in enumerate(micro_batches, 1)
+        replace(micro_batch, is_last=number == len(micro_batches))
+        for number, micro_batch in enumerate(micro_batches, 1)
     ]
     with _random_state_restored(model.device), Rehearsal(optimizer) as rehearsal:
         with MemoryTracker(model, optimizer) as tracker:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fork_server import Forked, Run
 from safetensors.torch import load_file
 
@@ -108,3 +109,18 @@ def test_a_signal_to_one_rank_stops_all(tmp_path: Path, start_ranks: StartRanks)
     steps = int(checkpoint.name.removeprefix("checkpoint-")) + 2
     resumed = [*WORDS, "run", "--max_steps", str(steps), "--resume_from_checkpoint", "--allow_changes"]
     assert [code for code, *_ in finish(start_ranks(2, *resumed))] == [0, 0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("stage", ["none", "optimizer", "gradients", "full"])
+def test_two_gpus_train_as_one(tmp_path: Path, run_cold: Run, stage: str) -> None:
+    """Over NCCL, started as users start it; a GPU's sums differ in their order."""
+    for name, words in (("one", []), ("two", ["--gpus", "2", "--shard", stage])):
+        done = run_cold(*WORDS, name, *words)
+        assert done.returncode == 0, done.stderr
+    for ours, theirs in zip(log_of(tmp_path / "two"), log_of(tmp_path / "one"), strict=True):
+        for name in {"loss", "eval_loss"} & ours.keys():
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-2), name
+    memory = json.loads((tmp_path / "two" / "memory.json").read_text())
+    assert memory["planned"]["peak_bytes"] == memory["measured"]["peak_bytes"]

@@ -154,6 +154,7 @@ def main() -> None:
     answers.close()
     words = _become(request)
     sys.argv = ["-c"] if words[0] == "-c" else [str(ROOT / "train.py"), *words]
+    sys.orig_argv = [sys.executable, *(words if words[0] == "-c" else sys.argv)]  # with --gpus it is started anew
     # An exception that leaves this reaches the interpreter, as it would without the server.
     if words[0] == "-c":
         exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from fullft import hardware
+from fullft.config.ranks import Place
+from fullft.errors import OptionsError
 from fullft.hardware import available_host_bytes
 
 
@@ -46,6 +48,47 @@ def test_process_figures_are_those_of_the_allocator(
     assert "pinned_host_peak_bytes" not in hardware.process_figures(pretended_cuda)
     monkeypatch.delattr(torch.cuda, "host_memory_stats")  # an older torch
     assert "pinned_host_peak_bytes" not in hardware.process_figures(pretended_cuda)
+
+
+@pytest.mark.parametrize(
+    ("available", "local_rank", "slurm", "index"),
+    [(4, 0, False, 0), (4, 3, False, 3), (1, 3, True, 0), (4, 3, True, 3)],
+)
+def test_each_rank_gets_a_gpu(
+    available: int, local_rank: int, slurm: bool, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = pretend_gpus(available, slurm, monkeypatch)
+    place = Place(rank=local_rank, count=4, local_rank=local_rank, local_count=4)
+    assert hardware.pick_device(place) == torch.device("cuda", index) and chosen == [index]
+
+
+@pytest.mark.parametrize(("available", "slurm"), [(2, False), (1, False), (2, True)])
+def test_too_few_gpus_are_refused(available: int, slurm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = pretend_gpus(available, slurm, monkeypatch)
+    with pytest.raises(OptionsError, match=f"4 ranks were started on this machine, which has {available} GPU"):
+        hardware.pick_device(Place(rank=3, count=4, local_rank=3, local_count=4))
+    assert chosen == []
+
+
+def test_one_rank_chooses_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pretend_gpus(4, False, monkeypatch) == []
+    assert hardware.pick_device() == torch.device("cuda")
+
+
+def test_ranks_without_gpus_compute_on_cpus() -> None:
+    assert hardware.pick_device(Place(rank=3, count=4, local_rank=3, local_count=4)) == torch.device("cpu")
+
+
+def pretend_gpus(count: int, slurm: bool, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Pretend that there are GPUs; return the list of those that become the current one."""
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    if slurm:
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+    return chosen
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="of Linux, where a process inherits its parent's peak")

@@ -44,6 +44,7 @@ TRACING, TRACKER = "fullft/tracing.py", "fullft/memory/tracker.py"
 COMPILATION, CHECKPOINTING = "fullft/transforms/compilation.py", "fullft/transforms/activation_checkpointing.py"
 FILES = "fullft/model/weight_files.py"
 SNAPSHOT = "fullft/memory/snapshot.py"
+JOINING, GROUPS = "fullft/run/joining.py", "torch.distributed.distributed_c10d"
 
 PRIVATE = {
     "FakeTensor": Private("torch", TRACING, "tells fake tensors from real ones", lambda: module(FAKE).FakeTensor),
@@ -92,6 +93,16 @@ PRIVATE = {
         lambda: torch.cuda.memory._record_memory_history,
     ),
     "_dump_snapshot": Private("torch", SNAPSHOT, "documented there too", lambda: torch.cuda.memory._dump_snapshot),
+    "_set_pg_timeout": Private(
+        "torch", JOINING, "steps wait less long for other ranks", lambda: module(GROUPS)._set_pg_timeout
+    ),
+    "_world": Private("torch", JOINING, "all groups that a rank is in", lambda: module(GROUPS)._world.pg_map),
+    "_device_types": Private(
+        "torch", JOINING, "whether a group has NCCL", lambda: torch.distributed.ProcessGroup._device_types
+    ),
+    "_get_backend": Private(
+        "torch", JOINING, "NCCL's part of a group", lambda: torch.distributed.ProcessGroup._get_backend
+    ),
     "_attn_implementation": Private(
         "transformers",
         CHOICE,
@@ -167,9 +178,15 @@ PUBLIC_LOOKING = {
         "reads positions, of which a plan has no values",
         lambda: transformers.masking_utils.find_packed_sequence_indices,
     ),
+    "get_error": Private(
+        "torch",
+        JOINING,
+        "a collective of NCCL that has failed or timed out; CPU builds have only the kinds",
+        lambda: [getattr(module("torch._C._distributed_c10d").ErrorType, kind) for kind in ("SUCCESS", "TIMEOUT")],
+    ),
 }
 ALL = PRIVATE | PUBLIC_LOOKING
-PUBLIC = {"_fields", "_replace"}  # of named tuples: documented
+PUBLIC = {"_fields", "_replace", "_exit", "_current_frames"}  # of named tuples, os and sys: documented
 
 
 def hub_argument(name: str) -> inspect.Parameter:

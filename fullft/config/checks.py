@@ -10,6 +10,7 @@ from typing import Any
 from fullft.config.config import accumulation_of, output_dir_of, ranks_of
 from fullft.config.options import NEWEST, UNDECIDED, Options
 from fullft.config.placement import Placement
+from fullft.config.ranks import find_place
 from fullft.config.sizes import parse_size
 
 
@@ -28,6 +29,7 @@ def find_problems(options: Options, given: Mapping[str, Any]) -> list[str]:
     problems += _package_problems(options)
     problems += _offload_problems(options)
     problems += _best_problems(options)
+    problems += _node_problems(options)
     if options.device_memory is not None:
         try:
             parse_size(options.device_memory)
@@ -61,15 +63,25 @@ def find_idle_flags(options: Options, flags: Mapping[str, Any]) -> list[str]:
 
     In a file they may stay: a run's own config.yaml holds every option.
     """
-    return [
+    idle = [
         f"--{flag} does nothing with {strategy} {getattr(options, strategy)}: add --{strategy} steps"
         for flag, strategy in (("eval_steps", "eval_strategy"), ("save_steps", "save_strategy"))
         if flag in flags and strategy not in flags and getattr(options, strategy) != "steps"
-    ] + [
+    ]
+    idle += [
         f"--{flag} does nothing without {' or '.join(f'--{question}' for question in questions)}: add it"
         for flag, questions in (("json", ("plan", "preview")), ("gpu_hour_price", ("plan",)))
         if flags.get(flag) and not any(getattr(options, question) for question in questions)
     ]
+    return [*idle, *_idle_rank_flags(options, flags)]
+
+
+def _idle_rank_flags(options: Options, flags: Mapping[str, Any]) -> Iterator[str]:
+    started = find_place().count
+    if not options.plan and started > 1 and flags.get("gpus", started) != started:
+        yield f"--gpus {flags['gpus']} does nothing where {started} ranks have been started: leave it out"
+    if "shard_nodes" in flags and options.shard == "none":
+        yield "--shard_nodes does nothing with shard none: leave it out"
 
 
 def _offload_problems(options: Options) -> Iterator[str]:
@@ -96,6 +108,24 @@ def _offload_problems(options: Options) -> Iterator[str]:
             f"offload: parameters={placement.parameters} drops each layer's weights after use, so that backward must "
             "recompute it: add --activation_checkpointing full"
         )
+    if placement.streams_layers and (ranks := ranks_of(options)) > 1:
+        yield (
+            f"offload: parameters={placement.parameters} brings layers from one rank's {placement.parameters}, and "
+            f"{ranks} ranks gather them from each other: leave it out; --shard full keeps 1/{ranks} of them on each"
+        )
+
+
+def _node_problems(options: Options) -> Iterator[str]:
+    """A plan may be for any number of nodes."""
+    place, asked = find_place(), options.shard_nodes
+    if asked is None or options.plan:
+        return
+    if place.count % place.local_count:
+        yield f"shard_nodes {asked} needs as many ranks on every node: leave it out, or start them so"
+    elif place.machines % asked:
+        divisors = [str(number) for number in range(1, place.machines + 1) if place.machines % number == 0]
+        nodes = f"{place.machines} node{'s' if place.machines > 1 else ''}"
+        yield f"shard_nodes {asked} does not divide {nodes}: choose {' or '.join(divisors)}, or leave it out"
 
 
 def _best_problems(options: Options) -> Iterator[str]:

@@ -85,7 +85,7 @@ class LossSum:
         chunks = _chunks(len(places))[: self._most_chunks]
         if torch.is_grad_enabled():
             self._sharding.before_backward(micro_batch.is_last)
-            parameters = [getattr(*place) for place in self._places]
+            parameters = [getattr(module, name) for module, name in self._places]
             loss: torch.Tensor = _Fused.apply(head, self._linear, chunks, hidden, labels[places], *parameters)  # type: ignore[no-untyped-call]
             return loss
         total = torch.zeros((), device=hidden.device)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from fullft.config.ranks import LAUNCHER, Place
-from fullft.errors import FullftError, OptionsError, StoppedBySignal, tell_through
+from fullft.errors import FullftError, StoppedBySignal, tell_through
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
@@ -33,17 +33,18 @@ if TYPE_CHECKING:
 _POLL_SECONDS = 0.5
 _FAST_POLL_SECONDS = 0.05  # once something has happened
 _HEAD_START_SECONDS = 0.3  # for rank 0, where all ranks fail alike: it need not name itself
-_CAUSE_SECONDS = 3.0  # for a rank that has lost another one to learn why
+_CAUSE_SECONDS = 2.0  # for a rank that has lost another one to learn why
 _ROLL_SECONDS = 3.0
 _UNWIND_SECONDS = 3.0  # for the main thread to end by itself, which closes what is open
 _STORE_SECONDS = 5.0  # for rank 0 to take a message
+_SEEN_SECONDS = 1.5  # for the others to see the cause
 _LAUNCHER_SECONDS = 3.0  # for the launcher to report that rank 0 was killed, and to end this rank
 
 # Keys of the store; the last two have the rank behind them.
 _CAUSE, _TOLD, _SEEN, _ROLL, _HERE, _HOST = "cause", "told", "seen", "roll", "here/", "host/"
 
 # What all ranks of a machine find by themselves before they have met: the first one alone reports it.
-_FOUND_BY_ALL = (OptionsError, ImportError, KeyboardInterrupt)
+_FOUND_BY_ALL = (FullftError, ImportError, KeyboardInterrupt)
 _INTACT = "the checkpoints saved so far are intact"
 
 
@@ -133,6 +134,7 @@ class Ending:
             self._wait_for_end()
         self._is_over.set()
         self._has_news.set()
+        self._thread.join(_STORE_SECONDS)  # an interpreter that ends kills threads, and C++ code in one then aborts
 
     def _tell(self, error: BaseException, user_error: FullftError, before: str) -> int:
         """Hand an error that has ended the main thread over to the thread, which ends the process.
@@ -255,7 +257,7 @@ class Ending:
         self._is_main_done.wait(_UNWIND_SECONDS)  # it may be in a collective, which ends when the other rank does
         if speaks:  # and perhaps serves the store
             with suppress(RuntimeError):
-                _wait_for(lambda: store.add(_SEEN, 0) >= self.place.count, _UNWIND_SECONDS)
+                _wait_for(lambda: store.add(_SEEN, 0) >= self.place.count, _SEEN_SECONDS)
         _exit(cause.exit_code)
 
     def _end_without_store(self) -> NoReturn:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fullft.data.batches import Batches
@@ -100,7 +101,13 @@ class Samples:
             ids = ids[-(max(1, positions - _MAX_NEW_TOKENS)) :]  # what is generated needs positions too
             prompt = torch.tensor([ids], device=model.device)
             with probing(model), _generating_by(model, generation), autocast:
-                output = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=generation)
+                output = model.generate(
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    generation_config=generation,
+                    # A rank that ended a token before the others would leave them waiting for its rows of the weights.
+                    synced_gpus=dist.is_initialized(),
+                )
             text = self.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
             setattr(sample, "after" if after else "before", text)
 

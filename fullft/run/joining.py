@@ -55,7 +55,7 @@ def join_ranks(config: Config) -> torch.device:
     device = pick_device(place)
     excepthook = sys.excepthook  # torch replaces it by one that prefixes every line
     dist.init_process_group(
-        "cpu:gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl",
+        "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl",
         store=PrefixStore("group", store),
         rank=place.rank,
         world_size=place.count,
@@ -96,8 +96,11 @@ def _groups() -> list[dist.ProcessGroup]:
 
 def _leave_ranks(ending: Ending) -> None:
     """Leave together at the end of a run, since rank 0 serves the others."""
-    end_steps()
-    ending.leave(wait_for_all)
+    try:
+        end_steps()
+        ending.leave(wait_for_all)
+    except BaseException as error:  # Python would print it and exit with 0
+        sys.excepthook(type(error), error, error.__traceback__)
     dist.destroy_process_group()
 
 
@@ -236,8 +239,9 @@ def _find_failed_collective() -> str | None:
     if not dist.is_initialized():
         return None
     for group in _groups():
-        if torch.device("cuda") in group._device_types:
-            error = group._get_backend(torch.device("cuda")).get_error().name
+        backend = group._get_backend(torch.device("cuda")) if torch.device("cuda") in group._device_types else None
+        if backend is not None and hasattr(backend, "get_error"):  # gloo, which serves CUDA too, has none
+            error = backend.get_error().name
             if error != "SUCCESS":
                 return "timeout" if error == "TIMEOUT" else "lost"
     return None

@@ -4,7 +4,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from command_lines import problems_of
+from command_lines import problems_of, write_yaml
 
 from fullft.config.parse import parse_config
 
@@ -39,6 +39,42 @@ def test_the_batch_is_dealt_over_the_ranks(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert parse_config([]).gpus == 2
+
+
+def test_another_number_of_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("RANK", "0")
+    assert problems_of("--gpus", "4") == ["--gpus 4 does nothing where 8 ranks have been started: leave it out"]
+    assert parse_config(["--gpus", "8"]).gpus == parse_config([]).gpus == 8
+    assert parse_config(["--config", write_yaml("gpus: 4")]).gpus == 8  # a run's own config.yaml has it
+    assert parse_config(["--gpus", "4", "--plan"]).gpus == 4
+
+
+def test_streamed_layers_need_one_rank() -> None:
+    offload = ["--offload", "parameters=host"]
+    for shard in ("full", "none", "auto"):
+        (line,) = problems_of("--gpus", "4", "--shard", shard, *offload)
+        assert line.startswith("offload: parameters=host brings layers from one rank's host") and "1/4 of them" in line
+    assert parse_config(["--shard", "full", *offload]).gpus == 1
+    assert parse_config(["--gpus", "4", "--shard", "full", "--offload", "optimizer=host"]).gpus == 4
+
+
+def test_nodes_divide_into_equal_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert problems_of("--shard_nodes", "2", "--gpus", "4") == [
+        "shard_nodes 2 does not divide 1 node: choose 1, or leave it out"
+    ]
+    for name, value in {"WORLD_SIZE": "32", "RANK": "0", "LOCAL_WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    assert problems_of("--shard_nodes", "3") == [
+        "shard_nodes 3 does not divide 4 nodes: choose 1 or 2 or 4, or leave it out"
+    ]
+    assert parse_config(["--shard_nodes", "2"]).shard_nodes == 2
+    assert parse_config(["--shard_nodes", "3", "--plan", "--gpus", "24"]).shard_nodes == 3
+    assert problems_of("--shard_nodes", "2", "--shard", "none") == [
+        "--shard_nodes does nothing with shard none: leave it out"
+    ]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
+    assert "as many ranks on every node" in problems_of("--shard_nodes", "1")[0]
 
 
 def test_a_missing_package_is_reported_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fork_server import ROOT, Run
+from fork_server import ROOT, Run, run_code
 from small_runs import OUT, SMALL, words_of
 
 from fullft.run.printing import keep_printing
@@ -111,6 +111,24 @@ def test_a_pipe_that_does_not_block_loses_nothing(tmp_path: Path) -> None:
     assert program.wait(60) == 0
     reader.join()
     assert received == [b"a" * 1_000_000 + b"\n"]
+
+
+def test_silenced_ranks_print_errors_alone() -> None:
+    code = """
+from fullft.run.printing import keep_printing, silence
+if QUIET: silence()
+keep_printing()
+import os, sys, warnings
+from tqdm import tqdm
+print("printed")
+os.write(1, b"written")
+warnings.warn("warned")
+for _ in tqdm(range(3), desc="bar"): pass
+print("told", file=sys.stderr)
+"""
+    quiet, loud = (run_code(code.replace("QUIET", word)) for word in ("True", "False"))
+    assert (quiet.stdout, quiet.stderr) == ("", "told\n")
+    assert all(word in loud.stdout + loud.stderr for word in ("printed", "written", "warned", "bar", "told"))
 
 
 def test_streams_of_a_notebook_stay(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,6 +105,35 @@ def test_a_hangup_sent_twice_ends_no_faster() -> None:
     assert end.value.exit_code == 129 and "after step 7" in str(end.value)
 
 
+def test_asking_tells_of_a_signal() -> None:
+    former = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with StopRequest() as stop:
+            assert not stop.was_asked()
+            stop.end_run_if_asked(1)
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.was_asked() and stop.was_asked()
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+def test_other_ranks_do_not_announce_the_end(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """tests/run/test_ending.py has several real ranks."""
+    former = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        for rank in ("0", "1"):
+            monkeypatch.setenv("RANK", rank)
+            monkeypatch.setenv("WORLD_SIZE", "2")
+            with StopRequest() as stop:
+                signal.raise_signal(signal.SIGTERM)
+                assert stop.was_asked()
+            assert ("finishing the step" in capfd.readouterr().err) is (rank == "0")
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
 def test_a_second_signal_ends_at_once(capfd: pytest.CaptureFixture[str]) -> None:
     former = signal.getsignal(signal.SIGTERM)
     interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for what they start with &

@@ -182,8 +182,8 @@ def step_seconds(config: Config, facts: Facts, batch: Batch, speeds: Speeds) -> 
 def choices(config: Config, plans: Plans, batch: Batch, device: Device, speeds: Speeds) -> list[Choice]:
     """List what may be set in place of auto, the fastest first by estimate.
 
-    Each choice gives the same losses: to the bit or, where layers are compiled, up to rounding. Nothing is offloaded to
-    the host where the device shares the host's memory. Ranks that share a model do not stream its layers too.
+    Each choice gives the same losses: to the bit or, compiled or on several ranks, up to rounding. Nothing is offloaded
+    to the host where the device shares the host's memory. Ranks that share a model do not stream its layers too.
 
     Args:
         config: what it leaves open is chosen.
@@ -291,7 +291,8 @@ def _explained(
     costs = choice.seconds / min(each.seconds for each in ranked)
     time = f" ({costs:.2g} x the time of the fastest)" if costs > 1.05 else ""
     spare = f"{unit.amount(device.memory_bytes - _taken(planned, device))} to spare"
-    exact = "" if config.compiles else "exact "  # graphs that recompute more may round otherwise
+    # Graphs that recompute more may round otherwise, and stages add up gradients in other orders.
+    exact = "" if config.compiles or config.gpus > 1 else "exact "
     line = f"{choice.describe()}{time}: the fastest {exact}choice to fit {device.name}, {spare}"
     kept = [
         f"{unit.amount(planned[name])} on {where}"

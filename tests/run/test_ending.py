@@ -60,6 +60,7 @@ def test_debug_shows_one_traceback(job: Start) -> None:
     assert ended.stderr.count("Traceback") == 1 and ended.stderr.count("ValueError: mine") == 2
 
 
+@pytest.mark.slow
 def test_ranks_that_wait_for_each_other_say_so(job: Start) -> None:
     code = """
 import torch.distributed as dist

@@ -21,7 +21,6 @@ from fullft.config.steps import Steps
 from fullft.cpu.reuse import reuse_memory
 from fullft.data.load import load_data
 from fullft.errors import out_of_memory_advice
-from fullft.hardware import pick_device
 from fullft.memory.run import measure_run, plan_run, record_memory
 from fullft.model.checks import check_model
 from fullft.model.load import load_model
@@ -31,16 +30,20 @@ from fullft.model.precision import autocast_of
 from fullft.model.source import find_config, find_model, load_tokenizer
 from fullft.optim.build import build_optimizer, describe_optimizer
 from fullft.optim.schedule import build_schedule
+from fullft.ranks import describe_ranks
 from fullft.run.evaluation import Samples, evaluate
+from fullft.run.joining import begin_steps, join_ranks
 from fullft.run.log import Log, describe_results
 from fullft.run.signals import StopRequest
 from fullft.saving.best import BestCheckpoint
-from fullft.saving.checkpoint import open_checkpoint, restore, save_checkpoint
+from fullft.saving.checkpoint import save_checkpoint
 from fullft.saving.export import check_export, export_model
 from fullft.saving.output_dir import prepare_output_dir
+from fullft.saving.resuming import open_checkpoint, restore
 from fullft.storage.tiers import Storage
 from fullft.transforms.activation_checkpointing import apply_activation_checkpointing
 from fullft.transforms.compilation import apply_compilation
+from fullft.transforms.sharding import apply_sharding
 from fullft.transforms.streaming import apply_layer_streaming
 
 
@@ -54,7 +57,7 @@ def main(config: Config) -> None:
         FullftError: with a message and an exit code for the user.
     """
     # --- The data, the plan, the model, the optimizer. Cheap checks come first.
-    device = pick_device()
+    device = join_ranks(config)  # those that --gpus, torchrun or Slurm has started; alone, there is nobody to join
     source, model_config = find_model(config), find_config(config)
     checkpoint = open_checkpoint(config)
     best = BestCheckpoint(config, checkpoint)  # for --load_best_model_at_end
@@ -63,12 +66,13 @@ def main(config: Config) -> None:
     print(data.description)
     plan = plan_run(config, model_config, data, device, checkpoint)
     config = plan.config  # the plan has decided what was left open
-    print(plan.description)
+    print(plan.description, *describe_ranks(config), sep="\n")
     with out_of_memory_advice(plan.advice):
         storage = Storage(device, config.output_dir)  # for what --offload keeps elsewhere
         model = load_model(config, source if checkpoint is None else str(checkpoint.folder), storage)
         apply_activation_checkpointing(model, config)
         apply_compilation(model, config)
+        apply_sharding(model, config, storage)
         apply_layer_streaming(model, storage)
         choose_attention(model, config.packing)
         check_model(model, data.largest_token_id, data.longest, config.packing)
@@ -79,11 +83,11 @@ def main(config: Config) -> None:
         learning_rate_at = build_schedule(config, steps.total)
         autocast = autocast_of(config.numerics, device)
         print(f"{describe_model(config, model)}\nOptimizer: {describe_optimizer(config)}\n{steps.describe()}")
+        begin_steps(config)  # from here on a rank that keeps the others waiting ends the run
         worst_step = measure_run(plan, model, loss_sum, optimizer, data, autocast)  # no weight moves
 
         # --- Evaluate before training; a resumed run already has.
         samples = Samples(data, tokenizer, model)
-        torch.manual_seed(config.seed)  # dropout draws from here on
         last_step = restore(checkpoint, config, steps, model, optimizer, data.fingerprint)
         log = Log(config, steps, model, data.train.mean_length, first_step=last_step + 1)
         # --overwrite_output_dir only sets an earlier run aside: a run that fails before it has saved puts it back.
@@ -120,7 +124,7 @@ def main(config: Config) -> None:
                 log.step(step, learning_rate_at(step), batch.num_tokens, batch.num_target_tokens)
                 if steps.evaluation_due(step):
                     log.evaluation(step, evaluate(model, loss_sum, data.evaluation, autocast))
-                if steps.checkpoint_due(step) or stop.received:
+                if steps.checkpoint_due(step) or stop.was_asked():
                     noted = best.including(step, log.eval_losses)
                     saved = save_checkpoint(config, steps, step, model, tokenizer, optimizer, data.fingerprint, noted)
                     log.checkpoint(saved)

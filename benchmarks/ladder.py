@@ -194,7 +194,7 @@ def global_batch(config: Config, length: int) -> GlobalBatch:
     """Make micro-batches of random tokens, the same ones for every rung."""
     generator, vocabulary = torch.Generator().manual_seed(length), model_config().vocab_size
     count = config.gradient_accumulation_steps
-    return GlobalBatch(
+    return GlobalBatch.of(
         [MicroBatch.of(torch.randint(0, vocabulary, (1, length), generator=generator)) for _ in range(count)]
     )
 
@@ -225,7 +225,7 @@ def visit(rung: Rung, weights: dict[str, torch.Tensor], length: int, is_first: b
     loss_sum = LossSum(model)
     if is_first:
         rung.planned = plan_step(config, model_config(), Batch(1, length))
-        micro_batches, autocast = global_batch(config, length).micro_batches, autocast_of(config.numerics, CPU)
+        micro_batches, autocast = list(global_batch(config, length)), autocast_of(config.numerics, CPU)
         profile = take_worst_step(model, loss_sum, optimizer, micro_batches, None, autocast, config.max_grad_norm)
         rung.tracked = profile.to_dict()
     take_step(loss_sum, optimizer, config, WARM_UP_TOKENS)

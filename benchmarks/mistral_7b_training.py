@@ -81,7 +81,7 @@ def train(size: str, weights: str, folder: Path, steps: int) -> None:
 def global_batch(vocabulary: int, tokens: int) -> GlobalBatch:
     """Make the micro-batches of every step: random tokens, all of them targets."""
     ids = torch.randint(0, vocabulary, (ACCUMULATION, 1, tokens), generator=torch.Generator().manual_seed(0))
-    return GlobalBatch([MicroBatch.of(each) for each in ids])
+    return GlobalBatch.of([MicroBatch.of(each) for each in ids])
 
 
 def results_file(folder: Path) -> Path:

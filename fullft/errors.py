@@ -71,6 +71,10 @@ class StoppedBySignal(FullftError):
         super().__init__(message)
         self.exit_code = 128 + signal_number
 
+    def __reduce__(self) -> tuple[type, tuple[str, int]]:
+        """Return what `pickle` makes a copy from, for other ranks."""
+        return StoppedBySignal, (str(self), self.exit_code - 128)
+
 
 def general_advice() -> str:
     """Say what usually helps when memory runs out."""

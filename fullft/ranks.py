@@ -4,6 +4,7 @@ How they meet is in `run/joining.py`, and what moves weights and gradients betwe
 run on one device is a group of one: everything here then does nothing, or does what was asked at once.
 """
 
+import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ import torch.distributed as dist
 
 from fullft.config.config import Config
 from fullft.config.ranks import find_place
-from fullft.errors import DataError
+from fullft.errors import DataError, as_user_error
 
 Result = TypeVar("Result")
 
@@ -30,17 +31,54 @@ def by_first_rank(work: Callable[[], Result]) -> Result:
     """
     if not dist.is_initialized():
         return work()
-    outcome: list[tuple[Result | None, BaseException | None]] = [(None, None)]
-    if is_first():
-        try:
-            outcome = [(work(), None)]
-        except Exception as error:
-            outcome = [(None, error)]
+    outcome = [_attempt(work) if is_first() else (None, None)]
     dist.broadcast_object_list(outcome, src=0)
     result, failure = outcome[0]
     if failure is not None:
         raise failure
     return result  # type: ignore[return-value]
+
+
+def by_each_rank(work: Callable[[], Result]) -> list[Result]:
+    """Let every rank do its part; all results, or the error of the first rank that failed, reach all ranks.
+
+    So no rank goes on, or waits, where another one has failed.
+
+    Args:
+        work: called on every rank; what it returns must be picklable.
+
+    Returns:
+        The results in the order of the ranks.
+    """
+    if not dist.is_initialized():
+        return [work()]
+    outcomes: list[_Outcome] = [(None, None)] * dist.get_world_size()
+    mine = _attempt(work)
+    dist.all_gather_object(outcomes, mine)
+    outcomes[dist.get_rank()] = mine  # not a copy: it knows where it was raised
+    for _, failure in outcomes:
+        if failure is not None:
+            raise failure
+    return [result for result, _ in outcomes]
+
+
+_Outcome = tuple[Any, Exception | None]
+
+
+def _attempt(work: Callable[[], object]) -> _Outcome:
+    try:
+        return work(), None
+    except Exception as error:
+        return None, _portable(error)
+
+
+def _portable(error: Exception) -> Exception:
+    """Return an error as it can be sent: one that cannot would leave the other ranks waiting."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return as_user_error(error)
+    return error
 
 
 def first_on_this_machine(work: Callable[[], Result]) -> Result:
@@ -67,10 +105,7 @@ def require_same(name: str, value: Any) -> None:
     Raises:
         DataError: on every rank, naming the first one that has another value than rank 0.
     """
-    if not dist.is_initialized():
-        return
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    values = by_each_rank(lambda: value)
     for rank, other in enumerate(values):
         if other != values[0]:
             raise DataError(
@@ -86,9 +121,9 @@ def sum_over_ranks(numbers: torch.Tensor) -> torch.Tensor:
         numbers: [n], or a scalar.
 
     Returns:
-        float64, of the same shape.
+        float64, of the same shape; on one rank the numbers themselves.
     """
-    return add_in_rank_order(numbers, None) if dist.is_initialized() else numbers.double()
+    return add_in_rank_order(numbers, None) if dist.is_initialized() else numbers
 
 
 def add_in_rank_order(numbers: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
@@ -98,11 +133,10 @@ def add_in_rank_order(numbers: torch.Tensor, group: dist.ProcessGroup | None) ->
         numbers: [n], or a scalar.
         group: None for all ranks.
     """
-    mine = numbers.detach().double().reshape(-1)
-    count = dist.get_world_size(group)
-    everyone = mine.new_empty(count * mine.numel())
-    dist.all_gather_single(everyone, mine, group=group)
-    return everyone.view(count, -1).sum(dim=0).view(numbers.shape)
+    mine = numbers.detach().double()
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, mine, group=group)
+    return torch.stack(everyone).sum(dim=0)
 
 
 def max_over_ranks(number: int) -> int:

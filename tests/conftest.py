@@ -1,10 +1,11 @@
 """What all tests share: an own cache, no hub, one thread, small chunks, a way to run the command line."""
 
 import os
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before any library reads them.
@@ -13,7 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from fork_server import ROOT, ForkServer, Run
+from fork_server import ROOT, Forked, ForkServer, Run
 from models import tiny_model
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -80,6 +81,22 @@ def run(tmp_path: Path, fork_server: ForkServer) -> Run:
         return fork_server.run(*words, cwd=tmp_path, environment=_environment(environment))
 
     return run_forked
+
+
+@pytest.fixture
+def start_ranks(tmp_path: Path, fork_server: ForkServer) -> Callable[..., list[Forked]]:
+    """Start `train.py` with the given words as each of several ranks, in an empty folder."""
+
+    def start(count: int, *words: str) -> list[Forked]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        together = {"WORLD_SIZE": f"{count}", "LOCAL_WORLD_SIZE": f"{count}"}
+        together |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
+        environments = [_environment({**together, "RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}) for rank in range(count)]
+        return [Forked(fork_server, list(words), tmp_path, environment) for environment in environments]
+
+    return start
 
 
 @pytest.fixture

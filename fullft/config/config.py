@@ -11,12 +11,13 @@ from typing import Any
 from fullft.config.numerics import Numerics
 from fullft.config.options import DEFAULT_DATASET, DEFAULT_DATASET_SPLIT, DEMO_ROWS, UNDECIDED, Options
 from fullft.config.placement import Placement
-from fullft.config.ranks import find_place
+from fullft.config.ranks import Group, Place, find_place, group_of
 from fullft.config.recomputation import Recomputation
 from fullft.config.sizes import parse_size
 
 DEFAULT_MICRO_BATCHES = 16  # per step, over all ranks
 DEFAULT_VAL_SIZE = 0.05
+_PLANNED_PER_NODE = 8  # GPUs, in a plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,16 @@ class Config(Options):
     def adds_gradients(self) -> bool:
         """Whether a step's gradients are sums: over micro-batches, or over ranks."""
         return self.accumulates or self.gpus > 1
+
+    @cached_property
+    def place(self) -> Place:
+        """This process among the ranks; in a plan, the first one of those planned for."""
+        return Place(0, self.gpus, 0, min(self.gpus, _PLANNED_PER_NODE)) if self.plan else find_place()
+
+    @property
+    def group(self) -> Group:
+        """The ranks that share out a copy of the model; as long as `shard` is at auto, all of them."""
+        return group_of(self.place, self.shard, self.shard_nodes)
 
     @cached_property
     def numerics(self) -> Numerics:

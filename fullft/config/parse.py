@@ -40,7 +40,7 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
     base = {} if given.get("model") is not None else read_yaml(Options, str(DEMO_FOLDER / "demo.yaml"), problems)
     if "output_dir" in given:
         base.pop("overwrite_output_dir", None)  # the demo overwrites its own folder, never one that the user names
-    options = replace(Options(), **(base | given))
+    options = replace(Options(), **(_beaten_by(given, base) | given))
     problems += find_problems(options, given)
     problems += find_idle_flags(options, flags)
     if problems:

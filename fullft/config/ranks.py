@@ -47,6 +47,35 @@ class Place:
 ALONE = Place()
 
 
+@dataclass(frozen=True)
+class Group:
+    """The ranks that share out one copy of a model among them, and this one of them.
+
+    Attributes:
+        index: this rank's, from 0.
+        count: of ranks in the group.
+        copies: how many such groups there are. Ranks with the same index hold the same rows.
+    """
+
+    index: int = 0
+    count: int = 1
+    copies: int = 1
+
+
+def group_of(place: Place, shard: str, shard_nodes: int | None) -> Group:
+    """Return the group that a rank shares a model with; groups are of consecutive ranks.
+
+    Args:
+        place: of the rank.
+        shard: the option's word; with `none` each rank is a group of its own.
+        shard_nodes: how many nodes a group spans; None for all.
+    """
+    count = place.count if shard_nodes is None else min(place.count, shard_nodes * place.local_count)
+    if shard == "none":
+        count = 1
+    return Group(place.rank % count, count, place.count // count)
+
+
 def find_place() -> Place:
     """Return this process's place; alone, it is the only rank."""
     slurm = _read(_SLURM)

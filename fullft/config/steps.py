@@ -61,8 +61,14 @@ class Steps:
     def describe(self) -> str:
         """Say what one step consists of, and how many there are."""
         config = self.config
-        return (
-            f"{config.per_device_train_batch_size} x {config.gradient_accumulation_steps} x 1 device = "
-            f"{config.global_batch_size} sequences per step, {self.steps_per_epoch} steps per epoch, "
-            f"{self.total} steps"
+        ranks = f"{config.gpus} ranks" if config.gpus > 1 else "1 device"
+        micro_batch, accumulation, whole = (
+            config.per_device_train_batch_size,
+            config.gradient_accumulation_steps,
+            config.global_batch_size,
         )
+        product = f"{micro_batch} x {accumulation} x {ranks}"
+        is_even = micro_batch * accumulation * config.gpus == whole
+        return (
+            f"{product} = {whole} sequences per step" if is_even else f"{whole} sequences per step, at most {product}"
+        ) + f", {self.steps_per_epoch} steps per epoch, {self.total} steps"

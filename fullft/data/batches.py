@@ -25,10 +25,11 @@ class Batches:
     def __init__(self, rows: Dataset, config: Config, pad_token_id: int) -> None:
         self.rows = rows
         self.lengths: list[int] = rows["num_tokens"][:]
+        self.num_targets: list[int] = rows["num_target_tokens"][:]
         self.documents = pack(self.lengths, config.max_length) if config.packing else [[i] for i in range(len(rows))]
         self.packing = config.packing
         self.pad_token_id = pad_token_id
-        self.seed = config.seed
+        self.seed, self.place = config.seed, config.place
         self.batch_size = config.per_device_train_batch_size
         self.sequences_per_step = config.global_batch_size
         self.steps_per_epoch = math.ceil(len(self.documents) / self.sequences_per_step)
@@ -48,25 +49,36 @@ class Batches:
             self._order = (epoch, order.tolist())
         start = position * self.sequences_per_step
         sequences = self._order[1][start : start + self.sequences_per_step]
+        groups = [sequences[first : first + self.batch_size] for first in range(0, len(sequences), self.batch_size)]
         # Packed sequences, nearly all full, are padded to one length, which one compiled graph serves.
-        return GlobalBatch(list(self._micro_batches(sequences, at_least=self._longest if self.packing else 0)))
+        mine = self._dealt(groups, at_least=self._longest if self.packing else 0)
+        rows = [row for sequence in sequences for row in self.documents[sequence]]
+        return GlobalBatch(
+            self.seed,
+            step,
+            dict(mine),
+            num_tokens=sum(self.lengths[row] for row in rows),
+            num_target_tokens=sum(self.num_targets[row] for row in rows),
+        )
 
     def by_length(self) -> Iterator[MicroBatch]:
-        """Make micro-batches of all sequences, the shortest first, for evaluation.
+        """Make this rank's micro-batches of all sequences, the shortest first, for evaluation.
 
         More short ones come together, but no more tokens, padding included, than `largest` has.
         """
         sequences = sorted(range(len(self.documents)), key=self._length)
         room, start = self.batch_size * self._longest, 0
+        groups = []
         for end in range(1, len(sequences) + 1):
             if end == len(sequences) or (end + 1 - start) * self._length(sequences[end]) > room:
-                yield self._collate([self.documents[i] for i in sequences[start:end]])
+                groups.append(sequences[start:end])
                 start = end
+        return (micro_batch for _, micro_batch in self._dealt(groups))
 
     def largest(self) -> MicroBatch:
         """Make a micro-batch of the longest sequences: none of the run takes more memory."""
         longest = sorted(range(len(self.documents)), key=lambda number: -self._length(number))
-        micro_batch = next(self._micro_batches(longest[: self.batch_size]))
+        micro_batch = self._collate(longest[: self.batch_size])
         # Another one may have more targets, but at most all tokens.
         ids = micro_batch.inputs["input_ids"]
         return replace(micro_batch, labels=ids.clone(), num_target_tokens=ids[:, 1:].numel())
@@ -79,14 +91,24 @@ class Batches:
         """Tokens of the average sequence."""
         return sum(self.lengths) / len(self.documents)
 
-    def _micro_batches(self, sequences: Sequence[int], at_least: int = 0) -> Iterator[MicroBatch]:
-        for start in range(0, len(sequences), self.batch_size):
-            yield self._collate([self.documents[i] for i in sequences[start : start + self.batch_size]], at_least)
+    def _dealt(self, groups: list[list[int]], at_least: int = 0) -> Iterator[tuple[int, MicroBatch]]:
+        """Yield this rank's micro-batches, with their places among all, where ranks take turns at groups of sequences.
 
-    def _collate(self, batch: list[list[int]], at_least: int = 0) -> MicroBatch:
+        All ranks have as many: one that has none left gets a micro-batch without targets.
+        """
+        rank, count = self.place.rank, self.place.count
+        end = -(-len(groups) // count) * count
+        for number in range(rank, end, count):
+            # Of a shape that is there anyway: another one could need another graph.
+            micro_batch = self._collate(groups[min(number, len(groups) - 1)], at_least)
+            if number >= len(groups):
+                micro_batch = micro_batch.without_targets()
+            yield number, replace(micro_batch, is_last=number + count >= end)
+
+    def _collate(self, group: Sequence[int], at_least: int = 0) -> MicroBatch:
         """Join each sequence's documents, and pad to the longest sequence of the micro-batch, or to so many tokens."""
-        sequences = [self.rows[documents] for documents in batch]
-        shape = (len(batch), max(at_least, *(sum(sequence["num_tokens"]) for sequence in sequences)))
+        sequences = [self.rows[self.documents[number]] for number in group]
+        shape = (len(group), max(at_least, *(sum(sequence["num_tokens"]) for sequence in sequences)))
         input_ids = torch.full(shape, self.pad_token_id)
         labels = torch.full(shape, IGNORED)
         # Padding gets positions of its own from 0: to the model it is one more document, which no token sees.

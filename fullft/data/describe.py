@@ -9,50 +9,45 @@ from transformers import PreTrainedTokenizerBase
 
 from fullft.config.config import Config
 from fullft.config.options import DEMO_ROWS
-from fullft.data.formats import RowFormat
 from fullft.data.micro_batch import IGNORED
-from fullft.data.rows import Rows
 from fullft.data.template import ChatTemplate
+from fullft.data.tokenise import TokenisedRows
 
 
 def describe_data(
-    rows: Rows,
-    row_format: RowFormat,
-    tokenised: Dataset,
+    own: TokenisedRows,
+    elsewhere: TokenisedRows | None,
     num_held_out: int,
-    elsewhere: tuple[Rows, RowFormat, Dataset] | None,
     tokenizer: PreTrainedTokenizerBase,
     config: Config,
 ) -> str:
     """Sum the data up in two lines, say what of it is not trained on, and show how the first row is learned.
 
     Args:
-        rows: as read.
-        row_format: that was recognised.
-        tokenised: what is left of them, pieces of long texts apart.
+        own: the rows of `--dataset`.
+        elsewhere: held-out rows that have a source of their own.
         num_held_out: rows that are not trained on.
-        elsewhere: those of them that have a source of their own, in the same three forms.
         tokenizer: decodes the example.
         config: the options that are named.
     """
+    rows, row_format, tokenised = own
     tokens, targets = sum(tokenised["num_tokens"][:]), sum(tokenised["num_target_tokens"][:])
     name = "the built-in demo" if config.dataset == DEMO_ROWS else config.dataset
     learned = "every token" if config.train_on_prompt or row_format.name == "text" else "the response"
-    notes = notes_on(rows, tokenised, row_format, tokenizer, config)
+    notes = notes_on(own, tokenizer, config)
     if elsewhere is not None:
-        given, its_format, its_tokenised = elsewhere
-        changes = count_changes(given, its_tokenised, config)
-        notes.append(f"held out: {given.name}, split {given.split}, {len(given):,} rows; {changes}")
-        if shared := _num_shared(tokenised, its_tokenised):
+        given, changes = elsewhere.rows, count_changes(elsewhere, config)
+        notes.append(f"held out: {given.name}, split {given.split}, {_counted(len(given), 'row')}; {changes}")
+        if shared := _num_shared(tokenised, elsewhere.tokens):
             notes.append(
                 f"held out: {_counted(shared, 'row')} of them may be trained on as well: the rows are the same"
             )
-        its_notes = notes_on(given, its_tokenised, its_format, tokenizer, config)
+        its_notes = notes_on(elsewhere, tokenizer, config)
         notes += [f"held out: {note}" for note in its_notes if note not in notes]
     lines = [
         f"Data: {name}, format {row_format.name} ({', '.join(row_format.columns)}); the loss counts {learned} and EOS",
-        f"      {len(rows):,} rows, {tokens:,} tokens, {targets / tokens:.0%} trained; "
-        f"{count_changes(rows, tokenised, config)}; longest {max(tokenised['num_tokens'][:])} tokens, "
+        f"      {_counted(len(rows), 'row')}, {tokens:,} tokens, {targets / tokens:.0%} trained; "
+        f"{count_changes(own, config)}; longest {max(tokenised['num_tokens'][:])} tokens, "
         f"mean {tokens / len(tokenised):.0f}; {num_held_out:,} held out",
         *(f"      {note}" for note in notes),
         f"Example, with what is learned in [brackets]: {show_row(tokenised[0], tokenizer, most=240)}",
@@ -60,14 +55,14 @@ def describe_data(
     return "\n".join(lines)
 
 
-def count_changes(rows: Rows, tokenised: Dataset, config: Config) -> str:
+def count_changes(source: TokenisedRows, config: Config) -> str:
     """Count the rows that are not trained on as they stand in the data.
 
     Args:
-        rows: as read.
-        tokenised: what is left of them.
+        source: of the rows.
         config: `max_length` is named.
     """
+    rows, _, tokenised = source
     counts = [f"{len(rows) - len(set(tokenised['row'][:]))} dropped (nothing to learn)"]
     if split := _rows_where(tokenised, "is_split"):
         counts.append(f"{len(set(split)):,} split per turn into {len(split):,}")
@@ -84,18 +79,15 @@ def _rows_where(tokenised: Dataset, column: str) -> list[int]:
     return [row for row, is_so in zip(tokenised["row"][:], tokenised[column][:], strict=True) if is_so]
 
 
-def notes_on(
-    rows: Rows, tokenised: Dataset, row_format: RowFormat, tokenizer: PreTrainedTokenizerBase, config: Config
-) -> list[str]:
+def notes_on(source: TokenisedRows, tokenizer: PreTrainedTokenizerBase, config: Config) -> list[str]:
     """Say, each once, what a user might not expect: why rows were split, and what is not read.
 
     Args:
-        rows: as read.
-        tokenised: what is left of them.
-        row_format: that was recognised.
+        source: of the rows.
         tokenizer: has the template.
         config: the options that are named.
     """
+    rows, row_format, tokenised = source
     notes = []
     if any(tokenised["is_split"][:]):
         notes.append("split per turn: the chat template writes earlier turns differently once others follow")

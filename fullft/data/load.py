@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets
@@ -12,12 +12,13 @@ from transformers import PreTrainedTokenizerBase
 from fullft.config.config import Config
 from fullft.data.batches import Batches
 from fullft.data.describe import describe_data
-from fullft.data.formats import RowFormat, find_format
+from fullft.data.formats import find_format
 from fullft.data.micro_batch import MicroBatch
 from fullft.data.rows import Rows
 from fullft.data.sources import load_held_out_rows, load_rows
-from fullft.data.tokenise import tokenise
+from fullft.data.tokenise import TokenisedRows, tokenise
 from fullft.errors import DataError
+from fullft.ranks import first_on_this_machine, require_same
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Data:
             accumulation: micro-batches of one step. The second one finds gradients already there; more change nothing.
         """
         held_out = self.evaluation.largest() if self.evaluation is not None else None
-        return [self.train.largest()] * min(2, accumulation), held_out
+        last = self.train.largest()
+        return [replace(last, is_last=False), last][-accumulation:], held_out
 
     @property
     def longest(self) -> int:
@@ -54,7 +56,7 @@ class Data:
 
 
 def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, num_embeddings: int | None = None) -> Data:
-    """Load, tokenise, split and batch the rows.
+    """Load, tokenise, split and batch the rows; of several ranks, the first one of each machine fills the cache.
 
     Args:
         config: the options of the group "model and data", the seed and the batch sizes are read.
@@ -62,19 +64,22 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, num_embeddings
         num_embeddings: of the model; None if it has one for every token of the tokenizer.
 
     Raises:
-        DataError: the data cannot be read, fits no format, or leaves nothing to train on.
+        DataError: the data cannot be read, fits no format, or leaves nothing to train on; or ranks have unlike rows.
     """
-    rows, row_format, tokenised = tokenise_rows(config, tokenizer)
-    train_rows, held_out = _split(tokenised, len(rows), config)
-    largest_token_id, num_held_out = max(tokenised["largest_token_id"][:]), len(held_out)
-    given, fingerprint, elsewhere = load_held_out_rows(config), _fingerprint(tokenised), None
-    if given is not None:
-        elsewhere = (given, *_tokenise(given, tokenizer, config))
-        tokenised_given = elsewhere[-1]
-        held_out = concatenate_datasets([held_out, tokenised_given]) if len(held_out) else tokenised_given
-        largest_token_id = max(largest_token_id, *tokenised_given["largest_token_id"][:])
+    data = first_on_this_machine(lambda: _load(config, tokenizer, num_embeddings))
+    require_same("the fingerprint of the tokenised rows", data.fingerprint)
+    return data
+
+
+def _load(config: Config, tokenizer: PreTrainedTokenizerBase, num_embeddings: int | None) -> Data:
+    own = tokenise_rows(config, tokenizer)
+    sources, (train_rows, held_out) = [own.tokens], _split(own.tokens, len(own.rows), config)
+    num_held_out, elsewhere = len(held_out), None
+    if (given := load_held_out_rows(config)) is not None:
+        elsewhere = _tokenise(given, tokenizer, config)
+        sources.append(elsewhere.tokens)
+        held_out = concatenate_datasets([held_out, elsewhere.tokens]) if len(held_out) else elsewhere.tokens
         num_held_out += len(given)
-        fingerprint = _fingerprint(tokenised, tokenised_given)
     pad = tokenizer.pad_token_id
     # Nothing depends on padding, so any id serves. A tokenizer may name one that the model has no embedding for.
     if pad is None or not 0 <= pad < (num_embeddings or math.inf):
@@ -82,13 +87,13 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, num_embeddings
     return Data(
         train=Batches(train_rows, config, pad),
         evaluation=Batches(held_out, config, pad) if len(held_out) else None,
-        largest_token_id=largest_token_id,
-        fingerprint=fingerprint,
-        description=describe_data(rows, row_format, tokenised, num_held_out, elsewhere, tokenizer, config),
+        largest_token_id=max(max(tokens["largest_token_id"][:]) for tokens in sources),
+        fingerprint=_fingerprint(*sources),
+        description=describe_data(own, elsewhere, num_held_out, tokenizer, config),
     )
 
 
-def tokenise_rows(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[Rows, RowFormat, Dataset]:
+def tokenise_rows(config: Config, tokenizer: PreTrainedTokenizerBase) -> TokenisedRows:
     """Load and tokenise the rows that training is to have, held-out ones included.
 
     Args:
@@ -96,16 +101,15 @@ def tokenise_rows(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[R
         tokenizer: fast, with an EOS token.
 
     Returns:
-        The rows as read, their format, and the tokenised rows, of which there is at least one.
+        The rows, of which at least one teaches something.
 
     Raises:
         DataError: as from `load_data`.
     """
-    rows = load_rows(config)
-    return rows, *_tokenise(rows, tokenizer, config)
+    return _tokenise(load_rows(config), tokenizer, config)
 
 
-def _tokenise(rows: Rows, tokenizer: PreTrainedTokenizerBase, config: Config) -> tuple[RowFormat, Dataset]:
+def _tokenise(rows: Rows, tokenizer: PreTrainedTokenizerBase, config: Config) -> TokenisedRows:
     row_format = find_format(rows.column_names, rows.name)
     tokenised = tokenise(rows, row_format, tokenizer, config)
     if len(tokenised) == 0:
@@ -113,7 +117,7 @@ def _tokenise(rows: Rows, tokenizer: PreTrainedTokenizerBase, config: Config) ->
             f"{rows.name}: none of the {len(rows)} rows has a token to learn: responses are empty, or "
             f"--max_length {config.max_length} cuts them off"
         )
-    return row_format, tokenised
+    return TokenisedRows(rows, row_format, tokenised)
 
 
 def _split(tokenised: Dataset, num_rows: int, config: Config) -> tuple[Dataset, Dataset]:

@@ -1,7 +1,8 @@
 """The micro-batch, which one forward and backward pass works on, and the global batch, of which a step consists."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,12 +20,14 @@ class MicroBatch:
         labels: [batch, sequence] int64, the input ids where a token is a target, -100 elsewhere.
         num_tokens: tokens that are not padding.
         num_target_tokens: labels that are not -100.
+        is_last: whether it is the last one of its step on this rank.
     """
 
     inputs: dict[str, torch.Tensor]
     labels: torch.Tensor
     num_tokens: int
     num_target_tokens: int
+    is_last: bool = True
 
     @staticmethod
     def of(input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> "MicroBatch":
@@ -41,31 +44,53 @@ class MicroBatch:
     def to(self, device: torch.device) -> "MicroBatch":
         """Copy the tensors to a device."""
         inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
-        return MicroBatch(inputs, self.labels.to(device), self.num_tokens, self.num_target_tokens)
+        return replace(self, inputs=inputs, labels=self.labels.to(device))
+
+    def without_targets(self) -> "MicroBatch":
+        """Return one of the same shape that teaches nothing."""
+        return replace(self, labels=torch.full_like(self.labels, IGNORED), num_tokens=0, num_target_tokens=0)
 
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """The micro-batches of one optimizer step, on the CPU.
+    """The micro-batches of one optimizer step, on the CPU: this rank's, and what those of all ranks hold.
 
     Attributes:
-        micro_batches: in the order of the computation.
+        seed: of the run.
+        step: counted from 1.
+        micro_batches: this rank's, in the order of the computation, by their places in the step over all ranks.
+        num_tokens: of the step over all ranks, without padding.
+        num_target_tokens: of the step over all ranks. They divide every micro-batch's loss: all tokens weigh alike.
     """
 
-    micro_batches: Sequence[MicroBatch]
+    seed: int
+    step: int
+    micro_batches: Mapping[int, MicroBatch]
+    num_tokens: int
+    num_target_tokens: int
+
+    @staticmethod
+    def of(micro_batches: Sequence[MicroBatch], seed: int = 0, step: int = 1) -> "GlobalBatch":
+        """Make a global batch of which one rank has everything."""
+        return GlobalBatch(
+            seed,
+            step,
+            dict(enumerate(micro_batches)),
+            sum(micro_batch.num_tokens for micro_batch in micro_batches),
+            sum(micro_batch.num_target_tokens for micro_batch in micro_batches),
+        )
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        return iter(self.micro_batches)
+        """Yield the micro-batches, each with a random stream of its own: dropout does not depend on who computes it."""
+        for number, micro_batch in self.micro_batches.items():
+            torch.manual_seed(_seed_of(self.seed, self.step, number))
+            yield micro_batch
 
     def __len__(self) -> int:
         return len(self.micro_batches)
 
-    @property
-    def num_tokens(self) -> int:
-        """The tokens of the step, without padding."""
-        return sum(micro_batch.num_tokens for micro_batch in self.micro_batches)
 
-    @property
-    def num_target_tokens(self) -> int:
-        """The target tokens of the step. They divide every micro-batch's loss, so that all tokens weigh alike."""
-        return sum(micro_batch.num_target_tokens for micro_batch in self.micro_batches)
+def _seed_of(seed: int, step: int, number: int) -> int:
+    """Return the seed of a micro-batch's random stream."""
+    key = repr((seed, step, number)).encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little", signed=True)

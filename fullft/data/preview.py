@@ -19,7 +19,8 @@ def show_preview(config: Config) -> None:
     """
     find_config(config)  # names what is wrong with the model; its weights need not be there
     tokenizer = load_tokenizer(config, config.model or str(DEMO_MODEL))
-    rows, row_format, tokenised = tokenise_rows(config, tokenizer)
+    source = tokenise_rows(config, tokenizer)
+    rows, _, tokenised = source
     chosen = tokenised.select(range(min(config.preview, len(tokenised))))
     if config.json:
         for row in chosen:
@@ -32,8 +33,8 @@ def show_preview(config: Config) -> None:
             print(json.dumps(told))
         return
     print(f"{len(chosen)} of {len(tokenised):,} rows as they are trained on; [what is learned] stands in brackets")
-    print(f"of {len(rows):,} rows read: {count_changes(rows, tokenised, config)}")
-    for note in notes_on(rows, tokenised, row_format, tokenizer, config):
+    print(f"of {len(rows):,} rows read: {count_changes(source, config)}")
+    for note in notes_on(source, tokenizer, config):
         print(note)
     for row in chosen:
         cut = f", cut at {config.max_length}" if row["truncated"] else ""

@@ -45,6 +45,14 @@ _TOKENISED = Features(
 )
 
 
+class TokenisedRows(NamedTuple):
+    """Rows of one source: as read, the format that was recognised, and the tokens of what is left of them."""
+
+    rows: Rows
+    format: RowFormat
+    tokens: Dataset
+
+
 def tokenise(rows: Rows, row_format: RowFormat, tokenizer: PreTrainedTokenizerBase, config: Config) -> Dataset:
     """Tokenise all rows, or take them from the cache of `datasets`.
 

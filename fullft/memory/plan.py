@@ -11,7 +11,7 @@ import gc
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from fullft.attention.choice import attend_by_document
 from fullft.config.config import Config
 from fullft.data.micro_batch import MicroBatch
 from fullft.hardware import pick_device
+from fullft.memory.communication import Sent, sent_in_step
+from fullft.memory.planned_ranks import planned_ranks
 from fullft.memory.planned_storage import PlannedStorage
 from fullft.memory.tracker import COMPONENTS, Profile
 from fullft.memory.worst_step import take_worst_step
@@ -32,6 +34,7 @@ from fullft.model.precision import autocast_of, dtype_of
 from fullft.optim.build import build_optimizer
 from fullft.tracing import tracing
 from fullft.transforms.activation_checkpointing import apply_activation_checkpointing
+from fullft.transforms.sharding import apply_sharding
 from fullft.transforms.streaming import apply_layer_streaming
 
 _structures: dict[str, list[tuple[Any, ...]]] = {}  # of a config's layers, which a plan asks for many times
@@ -75,6 +78,7 @@ class _Trace:
         maxima: per slot, each component's own largest.
         host_bytes: kept in the host's memory.
         disk_bytes: kept on disk.
+        sent: to other ranks, by each micro-batch that was tracked.
     """
 
     num_parameters: int
@@ -82,6 +86,7 @@ class _Trace:
     maxima: dict[Slot, dict[str, int]]
     host_bytes: int
     disk_bytes: int
+    sent: tuple[Sent, ...]
 
 
 def plan_step(config: Config, model_config: PreTrainedConfig, batch: Batch) -> dict[str, Any]:
@@ -93,18 +98,21 @@ def plan_step(config: Config, model_config: PreTrainedConfig, batch: Batch) -> d
         batch: the largest micro-batches.
 
     Returns:
-        The figures of `memory.json`, in bytes, and `num_parameters`.
+        The figures of `memory.json`, in bytes, and `num_parameters`; for several ranks those of the first one, which
+        has the most rows, and `sent`: by kind, what it sends to others in a step.
     """
     layers = num_layers(model_config)
     first, period = layer_pattern(model_config)
     period = math.lcm(period, config.recomputation.every or 1)
-    few = first + 2 * period + (layers - first) % period
+    # Sharded weights are fetched one layer ahead, and gradients leave one layer later: two layers at each end differ.
+    ends = period * (2 if config.gpus > 1 else 1)
+    few = first + 2 * ends + (layers - first) % period
     with _paused_garbage_collection():
         if few + period >= layers:
-            return _figures(trace(config, model_config, batch, layers, first, period))
-        small = trace(config, model_config, batch, few, first, period)
-        large = trace(config, model_config, batch, few + period, first, period)
-    return _figures(_extend(small, large, (layers - few) // period))
+            return _figures(config, trace(config, model_config, batch, layers, first, ends))
+        small = trace(config, model_config, batch, few, first, ends)
+        large = trace(config, model_config, batch, few + period, first, ends)
+    return _figures(config, _extend(small, large, (layers - few) // period))
 
 
 def num_layers(model_config: PreTrainedConfig) -> int:
@@ -152,7 +160,7 @@ def _per_layer_lists(model_config: PreTrainedConfig, layers: int) -> dict[str, l
 # ---------------------------------------------------------------------------------------------- tracing
 
 
-def trace(config: Config, model_config: PreTrainedConfig, batch: Batch, layers: int, first: int, period: int) -> _Trace:
+def trace(config: Config, model_config: PreTrainedConfig, batch: Batch, layers: int, first: int, ends: int) -> _Trace:
     """Track the worst step of a model with so many layers, on fake tensors.
 
     Args:
@@ -161,10 +169,10 @@ def trace(config: Config, model_config: PreTrainedConfig, batch: Batch, layers: 
         batch: the largest micro-batches.
         layers: of the model to build.
         first: how many layers are of kinds of their own.
-        period: how many layers behind them, and at the end, have slots of their own as these do.
+        ends: how many layers behind them, and at the end, have slots of their own as these do.
     """
     device = torch.device("cpu")
-    with tracing(), _mask_as_for_real_tensors(config.packing), no_init_weights():
+    with planned_ranks(config) as mesh, tracing(), _mask_as_for_real_tensors(config.packing), no_init_weights():
         model = AutoModelForCausalLM.from_config(
             shortened(model_config, layers), dtype=dtype_of(config.numerics.weights)
         )
@@ -177,22 +185,26 @@ def trace(config: Config, model_config: PreTrainedConfig, batch: Batch, layers: 
             move_layers_home(model, config.placement.parameters, storage, with_values=False)
         apply_activation_checkpointing(model, config)
         apply_layer_streaming(model, storage)
+        apply_sharding(model, config, storage, mesh)
         optimizer = build_optimizer(model, config, storage)
         micro_batch = _micro_batch(batch.sequences, batch.length, config.packing)
         held_out_sequences = batch.evaluation_sequences or batch.sequences
         held_out = batch.evaluation_length and _micro_batch(held_out_sequences, batch.evaluation_length, config.packing)
+        is_alike = (
+            config.gpus == 1 or config.shard == "full"
+        )  # else the first one leaves weights, or whole sums, behind
         profile = take_worst_step(
             model,
             LossSum(model, most_chunks=2),
             optimizer,
-            [micro_batch],
+            [micro_batch] * (2 if config.accumulates and not is_alike else 1),
             held_out or None,
             autocast_of(config.numerics, device),
             config.max_grad_norm,
             # Of accumulated micro-batches the first needs least, since it finds no gradients: it is not worth the time.
-            pretend_earlier=config.accumulates,
+            pretend_earlier=config.accumulates and is_alike,
         )
-        return _by_slot(profile, count_parameters(model), layers, first + period, period)
+        return _by_slot(profile, count_parameters(model), layers, first + ends, ends)
 
 
 def shortened(model_config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
@@ -255,7 +267,7 @@ def _by_slot(profile: Profile, num_parameters: int, layers: int, begin: int, end
             largest[slot], totals[slot] = total, live
         known = maxima.setdefault(slot, live)
         maxima[slot] = {name: max(known[name], live[name]) for name in COMPONENTS}
-    return _Trace(num_parameters, totals, maxima, profile.host_bytes, profile.disk_bytes)
+    return _Trace(num_parameters, totals, maxima, profile.host_bytes, profile.disk_bytes, profile.sent)
 
 
 # ---------------------------------------------------------------------------------------------- extending
@@ -279,10 +291,11 @@ def _extend(small: _Trace, large: _Trace, times: int) -> _Trace:
         extended(small.maxima, large.maxima),
         continued(small.host_bytes, large.host_bytes),
         continued(small.disk_bytes, large.disk_bytes),
+        tuple(few + (more + few * -1) * times for few, more in zip(small.sent, large.sent, strict=True)),
     )
 
 
-def _figures(whole: _Trace) -> dict[str, Any]:
+def _figures(config: Config, whole: _Trace) -> dict[str, Any]:
     sums = {slot: sum(live.values()) for slot, live in whole.totals.items()}
     peak = max(sums, key=sums.__getitem__)
     phases: dict[str, int] = {}
@@ -297,4 +310,4 @@ def _figures(whole: _Trace) -> dict[str, Any]:
         "phases": phases,
         "host_bytes": whole.host_bytes,
         "disk_bytes": whole.disk_bytes,
-    }
+    } | ({} if config.gpus == 1 else {"sent": asdict(sent_in_step(whole.sent, config.gradient_accumulation_steps))})

@@ -26,6 +26,7 @@ from fullft.memory.worst_step import take_worst_step
 from fullft.model.loss import LossSum
 from fullft.optim.adamw import AdamW
 from fullft.optim.adamw_8bit import require_kernel
+from fullft.ranks import by_each_rank, by_first_rank
 from fullft.saving.checkpoint import Checkpoint
 from fullft.saving.files import write_text
 from fullft.transforms.compilation import choose_compilation
@@ -167,6 +168,8 @@ def measure_run(
 def record_memory(plan: RunPlan, measured: Profile, device: torch.device) -> str:
     """Write `memory.json` and `memory.png`; called before the first step, and again at the end.
 
+    Every rank calls it. The first one writes what it has measured, and the peaks of all.
+
     Args:
         plan: of this run.
         measured: its worst step.
@@ -175,13 +178,19 @@ def record_memory(plan: RunPlan, measured: Profile, device: torch.device) -> str
     Returns:
         Planned, measured and their difference per component, and the process's own peaks, as lines.
     """
-    folder = plan.config.output_dir
-    publish_recording(folder)
     figures, process = measured.to_dict(), process_figures(device)
     planned = plan.figures and {name: value for name, value in plan.figures.items() if name in figures}
-    record = {"planned": planned, "measured": figures, "process": process}
-    write_text(folder / "memory.json", json.dumps(record, indent=1))
-    plot_memory(measured, folder / "memory.png", folder.name, plan.device.memory_bytes)
+    record: dict[str, Any] = {"planned": planned, "measured": figures, "process": process}
+    if plan.config.gpus > 1:
+        record["ranks"] = by_each_rank(lambda: figures["peak_bytes"])
+
+    def write() -> None:
+        folder = plan.config.output_dir
+        publish_recording(folder)
+        write_text(folder / "memory.json", json.dumps(record, indent=1))
+        plot_memory(measured, folder / "memory.png", folder.name, plan.device.memory_bytes)
+
+    by_first_rank(write)
     peaks = ", ".join(
         f"{name.removesuffix('_bytes').replace('_', ' ')} {GIB.number(size)}" for name, size in process.items()
     )

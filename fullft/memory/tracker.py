@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
@@ -21,11 +23,14 @@ from transformers import PreTrainedModel
 from fullft.attention.documents import BODIES
 from fullft.data.micro_batch import MicroBatch
 from fullft.errors import ModelError
+from fullft.memory.collectives import BETWEEN_RANKS, gradients_in, sent_by, watching_resizes
+from fullft.memory.communication import Sent
 from fullft.model.parts import decoder_layers, decoder_of
 from fullft.optim.adamw import AdamW
-from fullft.storage.tiers import home_of, is_on_host
+from fullft.storage.tiers import home_of, is_on_host, local_of
 from fullft.tracing import is_fake
 from fullft.transforms.activation_checkpointing import tensors_in
+from fullft.transforms.sharding import sharding_of
 from fullft.transforms.streaming import stream_of
 
 COMPONENTS = ("parameters", "gradients", "optimizer_states", "activations", "logits", "temporaries", "other")
@@ -69,6 +74,7 @@ class Profile:
         modules_at_peak: (module, live bytes) at the peak, the largest first.
         host_bytes: the most that was kept in host memory besides.
         disk_bytes: what is kept on disk.
+        sent: to other ranks by each micro-batch in turn.
     """
 
     moments: list[Moment]
@@ -77,6 +83,7 @@ class Profile:
     modules_at_peak: list[tuple[str, int]]
     host_bytes: int = 0
     disk_bytes: int = 0
+    sent: tuple[Sent, ...] = ()
 
     @property
     def peak(self) -> int:
@@ -117,8 +124,10 @@ class MemoryTracker(TorchDispatchMode):
         self._in_loss = False
         self._modules: list[str] = []
         self._born: list[weakref.ref[Block]] = []  # of the forward (or recomputation) under way
+        self._sent: list[Sent] = []  # by each micro-batch so far
+        self._gathered: set[nn.Parameter] = set()
         for parameter in model.parameters():
-            self._see(parameter, "parameters")
+            self._see(local_of(parameter), "parameters")
             if isinstance(home := home_of(parameter), torch.Tensor):
                 self._see(home, "parameters")
         for buffer in model.buffers():
@@ -137,6 +146,7 @@ class MemoryTracker(TorchDispatchMode):
             micro_batch: its tensors count as `other`.
         """
         self._begin("forward")
+        self._sent.append(Sent())
         self._label_inputs(micro_batch)
 
     def backward(self) -> None:
@@ -194,6 +204,8 @@ class MemoryTracker(TorchDispatchMode):
         self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run an operator, and see what it returns."""
+        if DTensor in types:
+            return NotImplemented  # its operators on this rank's rows come here by themselves
         if operator is torch.ops.prim.device.default and is_fake(args[0]):
             return args[0].fake_device  # so frequent that answering here saves an eighth of a plan's time
         if operator is torch.ops.aten._unsafe_view.default and is_fake(args[0]):
@@ -203,12 +215,18 @@ class MemoryTracker(TorchDispatchMode):
                 result = body(*args, **(kwargs or {}))
         else:
             result = operator(*args, **(kwargs or {}))
+        if operator is torch.ops.aten.split.Tensor and self._component_of(args[0]) is None:
+            return result  # of gloo's own copy of gradients, a workspace that a thread of its own frees
+        if operator in BETWEEN_RANKS:
+            self._see_ranks(operator, args, kwargs or {})
         recomputing = self._moment.phase == "backward" and torch.is_grad_enabled()
         if self._moment.phase == "backward" and not recomputing and self._born:
             self._settle_activations()  # recomputation is over, and backward uses what it left
-        # Autocast's copy of a weight outlives the forward, but it is no activation.
-        is_copy = operator is torch.ops.aten._to_copy.default and self._component_of(args[0]) == "parameters"
+        copied = self._component_of(args[0]) if operator is torch.ops.aten._to_copy.default else None
+        is_copy = copied == "parameters"  # autocast's copy of a weight outlives the forward, but it is no activation
         component = "logits" if self._in_loss and not is_copy else "temporaries"
+        if copied == "gradients":
+            component = "gradients"  # whole ones that micro-batches add up
         for tensor in tensors_in(result):
             block = self._see(tensor, component)
             if block and not is_copy and (recomputing or self._moment.phase == "forward"):
@@ -231,7 +249,9 @@ class MemoryTracker(TorchDispatchMode):
             return None
         if tensor.device.type == "cpu" != self.model.device.type or is_on_host(tensor):
             component = HOST
-        block = Block(storage.nbytes(), component, self._modules[-1] if self._modules else "")
+        return self._count(storage, Block(storage.nbytes(), component, self._modules[-1] if self._modules else ""))
+
+    def _count(self, storage: torch.UntypedStorage, block: Block) -> Block:
         self._blocks[storage] = block
         self._references[id(block)] = weakref.ref(storage, self._release(block))
         self._events.append((1, block, self._moment))
@@ -270,6 +290,39 @@ class MemoryTracker(TorchDispatchMode):
                 if isinstance(value, torch.Tensor):
                     self._relabel(value, "optimizer_states")
 
+    # ------------------------------------------------------------------------------------------ ranks
+
+    def _watch_sharding(self) -> None:
+        if not any(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
+            return
+        for module in sharding_of(self.model).decoder.modules():
+            if isinstance(module, FSDPModule):
+                self._keep(module.register_forward_pre_hook(self._weights_gathered))
+        self._hooks.enter_context(watching_resizes(self._weights_resized))
+
+    def _weights_gathered(self, unit: nn.Module, _: Any) -> None:
+        for parameter in unit.parameters():
+            if not isinstance(parameter, DTensor) and parameter not in self._gathered:
+                self._gathered.add(parameter)
+                self._relabel(parameter, "parameters")
+                self._keep(parameter.register_post_accumulate_grad_hook(self._whole_gradient_arrived))
+
+    def _whole_gradient_arrived(self, parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None
+        self._relabel(parameter.grad, "gradients")
+
+    def _weights_resized(self, storage: torch.UntypedStorage) -> None:
+        if (former := self._blocks.get(storage)) is not None:
+            del self._references[id(former)]
+            self._events.append((-1, former, self._moment))
+        self._count(storage, Block(storage.nbytes(), "parameters", ""))
+
+    def _see_ranks(self, operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._sent and self._moment.phase != "evaluation":
+            self._sent[-1] += sent_by(operator, args)
+        for gradient in gradients_in(operator, args, kwargs):
+            self._relabel(gradient, "gradients")
+
     # ------------------------------------------------------------------------------------------ hooks
 
     def _add_hooks(self) -> None:
@@ -289,6 +342,7 @@ class MemoryTracker(TorchDispatchMode):
         self._keep(decoder.register_forward_hook(self._end_of_decoder))
         for parameter in self.model.parameters():
             self._keep(parameter.register_post_accumulate_grad_hook(self._gradient_arrived))
+        self._watch_sharding()
 
     def _keep(self, handle: Any) -> None:
         self._hooks.callback(handle.remove)
@@ -338,7 +392,8 @@ class MemoryTracker(TorchDispatchMode):
         moments = [moment for *_, moment in self._events]
         profile = Profile(moments, totals, curves, [])
         modules = self._modules_at(profile.peak)
-        return Profile(moments, totals, curves, modules, host_bytes, self.optimizer.storage.disk_bytes)
+        disk_bytes = self.optimizer.storage.disk_bytes
+        return Profile(moments, totals, curves, modules, host_bytes, disk_bytes, tuple(self._sent))
 
     def _modules_at(self, event: int) -> list[tuple[str, int]]:
         alive: dict[str, int] = {}

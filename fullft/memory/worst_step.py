@@ -6,6 +6,7 @@ compares the two files. The tracker watches it on real tensors, the plan on fake
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from fullft.data.micro_batch import MicroBatch
 from fullft.memory.tracker import MemoryTracker, Profile
 from fullft.model.loss import LossSum
+from fullft.model.probing import probing
 from fullft.optim.adamw import AdamW
 from fullft.optim.rehearsal import Rehearsal
 
@@ -46,6 +48,10 @@ def take_worst_step(
     Returns:
         The live bytes, event by event.
     """
+    micro_batches = [
+        replace(micro_batch, is_last=number == len(micro_batches))
+        for number, micro_batch in enumerate(micro_batches, 1)
+    ]
     with _random_state_restored(model.device), Rehearsal(optimizer) as rehearsal:
         with MemoryTracker(model, optimizer) as tracker:
             if pretend_earlier:
@@ -65,10 +71,8 @@ def take_worst_step(
             if evaluation is not None:
                 micro_batch = _copy(evaluation, model.device)
                 tracker.evaluation(micro_batch)
-                model.eval()
-                with torch.no_grad(), autocast:
+                with probing(model), autocast:
                     loss_sum(micro_batch)
-                model.train()
         return tracker.profile()
 
 
@@ -82,4 +86,4 @@ def _copy(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
     """Copy a micro-batch to the device, and on a CPU too: there as elsewhere one exists at a time."""
     inputs = {name: tensor.to(device, copy=True) for name, tensor in micro_batch.inputs.items()}
     labels = micro_batch.labels.to(device, copy=True)
-    return MicroBatch(inputs, labels, micro_batch.num_tokens, micro_batch.num_target_tokens)
+    return replace(micro_batch, inputs=inputs, labels=labels)

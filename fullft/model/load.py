@@ -4,13 +4,11 @@ Which model it is, and whether it can be trained, is decided in `source.py`.
 """
 
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.initialization import no_init_weights
@@ -21,17 +19,21 @@ from fullft.config.config import Config
 from fullft.errors import ModelError
 from fullft.hardware import available_host_bytes
 from fullft.model.homes import move_layers_home
-from fullft.model.precision import dtype_of, split
+from fullft.model.load_rows import load_rows, reload_rows
+from fullft.model.precision import dtype_of, split_into
 from fullft.model.source import DEMO_MODEL, loading
+from fullft.model.stored import WIDER, StoredTensor, stored_tensors, under_names_of
 from fullft.model.weight_files import require_trainable_numbers, safetensors_files
+from fullft.ranks import is_first
 from fullft.storage.tiers import Storage, fill, home_of, lives_elsewhere
 
-_PIECE = 1 << 20  # elements split at a time
 _READ = 1 << 24  # bytes read at a time
 
 
 def load_model(config: Config, source: str, storage: Storage) -> PreTrainedModel:
     """Load a model with every parameter trainable, in training mode.
+
+    Under several ranks its parameters have no memory yet, and `storage.rows` holds this rank's rows of them.
 
     Args:
         config: number formats, placement, `trust_remote_code` and, for the demo's random weights, `seed` are read.
@@ -43,25 +45,34 @@ def load_model(config: Config, source: str, storage: Storage) -> PreTrainedModel
     """
     dtype = dtype_of(config.numerics.weights)
     with loading(source):
-        if source == str(DEMO_MODEL):
-            torch.manual_seed(config.seed)
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=dtype)
+        model_config = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+        require_trainable_numbers(source, model_config)
+        if config.gpus > 1:
+            model = load_rows(config, source, storage, lambda dtype: _whole(config, source, dtype))
+        elif source == str(DEMO_MODEL):
+            model = _whole(config, source, dtype)
             if config.placement.streams_layers:
                 move_layers_home(model, config.placement.parameters, storage)
         else:
-            files = safetensors_files(source)
-            require_trainable_numbers(
-                source, AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
-            )
-            _read_through(files)
+            _read_through(safetensors_files(source))
             one_by_one = _one_by_one(config, source, dtype, storage)
             model = one_by_one or _from_pretrained(config, source, dtype)
             if config.numerics.splits and not one_by_one:
                 _keep_remainders(config, model, source, storage)
     transformers_logging.disable_progress_bar()  # loading may show one; saving would tear ours
-    model.to(storage.device)
+    if config.gpus == 1:
+        model.to(storage.device)
     model.requires_grad_(True)
     model.train()
+    return model
+
+
+def _whole(config: Config, source: str, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a whole model on the CPU."""
+    if source != str(DEMO_MODEL):
+        return _from_pretrained(config, source, dtype)
+    torch.manual_seed(config.seed)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=dtype)
     return model
 
 
@@ -99,14 +110,14 @@ def _one_by_one(config: Config, source: str, dtype: torch.dtype, storage: Storag
         ModelError: the files' tensors are not the model's parameters one by one: transformers must convert them.
     """
     is_split, is_streamed = config.numerics.splits, config.placement.streams_layers
-    tensors = _tensors(source) if is_streamed or is_split else {}
-    if not is_streamed and not any(each.dtype in _WIDER for each in tensors.values()):
+    tensors = stored_tensors(source) if is_streamed or is_split else {}
+    if not is_streamed and not any(each.dtype in WIDER for each in tensors.values()):
         return None
     model_config = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
     with no_init_weights():  # pages that are never written take no memory
         model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=config.trust_remote_code)
     model.tie_weights()
-    stored = _stored(tensors, model)
+    stored = under_names_of(model, tensors)
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
         if name in stored and stored[name].shape == list(parameter.shape):
@@ -127,7 +138,7 @@ def _one_by_one(config: Config, source: str, dtype: torch.dtype, storage: Storag
         return None
     targets = dict(model.named_buffers()) | parameters
     for name, each in sorted(stored.items(), key=lambda item: (item[1].file, item[1].name)):  # in the disk's order
-        if is_split and each.dtype in _WIDER and name in parameters and parameters[name].dtype == torch.bfloat16:
+        if is_split and each.dtype in WIDER and name in parameters and parameters[name].dtype == torch.bfloat16:
             _keep(parameters[name], each.read(), config.placement.optimizer, storage)
         else:
             fill(home_of(targets[name]), each.read().to(targets[name].dtype))
@@ -140,14 +151,14 @@ def _one_by_one(config: Config, source: str, dtype: torch.dtype, storage: Storag
 def _keep_remainders(config: Config, model: PreTrainedModel, source: str, storage: Storage) -> None:
     """Where files hold wider weights, let the optimizer's masters start from these, not from their bf16 copies."""
     tier = config.placement.optimizer
-    stored = _stored(_tensors(source), model)
+    stored = under_names_of(model, stored_tensors(source))
     unknown: dict[str, nn.Parameter] = {}
     for name, parameter in model.named_parameters():
         if parameter.dtype != torch.bfloat16:
             continue
         if name not in stored:
             unknown[name] = parameter
-        elif stored[name].dtype in _WIDER:
+        elif stored[name].dtype in WIDER:
             _keep(parameter, stored[name].read(), tier, storage)
     if unknown and _is_wider(config, source, stored):  # transformers has converted what is in the files
         wide = dict(_from_pretrained(config, source, torch.float32).named_parameters())
@@ -158,13 +169,7 @@ def _keep_remainders(config: Config, model: PreTrainedModel, source: str, storag
 def _keep(parameter: nn.Parameter, values: torch.Tensor, tier: str, storage: Storage) -> None:
     """Split a wide tensor into a weight and the remainder that the optimizer will take."""
     remainders = storage.zeros(tier, values.numel(), torch.int16)
-    # In pieces that stay in the processor's cache: new memory for whole tensors would cost more than reading.
-    for number, piece in enumerate(values.flatten().split(_PIECE)):
-        master = piece.to(torch.float32, copy=True)
-        weights, remainder = torch.empty_like(piece, dtype=torch.bfloat16), torch.empty_like(piece, dtype=torch.int16)
-        split(master, weights, remainder)
-        fill(home_of(parameter), weights, number * _PIECE)
-        fill(remainders, remainder, number * _PIECE)
+    split_into(home_of(parameter), remainders, values)
     storage.remainders[parameter] = remainders
 
 
@@ -176,7 +181,9 @@ def reload_weights(config: Config, model: PreTrainedModel, folder: Path) -> None
         model: changed in place.
         folder: of its checkpoint.
     """
-    targets, stored = saved_tensors(model), _tensors(str(folder))
+    if config.gpus > 1:
+        return reload_rows(model, folder, lambda dtype: _from_pretrained(config, str(folder), dtype))
+    targets, stored = saved_tensors(model), stored_tensors(str(folder))
     memory = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     # What is saved is the model's own memory, unless transformers has converted it.
     if all(lives_elsewhere(target) or target.untyped_storage().data_ptr() in memory for target in targets.values()):
@@ -193,48 +200,9 @@ def reload_weights(config: Config, model: PreTrainedModel, folder: Path) -> None
             parameter.copy_(weights.pop(name))
 
 
-# ---------------------------------------------------------------------------------------------- files
-
-_WIDER = ("F32", "F16")  # than bf16, in range or in precision
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """A tensor in a safetensors file."""
-
-    file: Path
-    name: str
-    dtype: str
-    shape: list[int]
-    tensors: Any  # the file, open
-
-    def read(self) -> torch.Tensor:
-        tensor: torch.Tensor = self.tensors.get_tensor(self.name)  # mapped: nothing is read until it is used
-        return tensor
-
-
-def _tensors(source: str) -> dict[str, _Stored]:
-    """List the tensors of the safetensors files under the names that they have there."""
-    found = {}
-    for file in safetensors_files(source):
-        tensors: Any = safe_open(file, framework="pt", device="cpu")
-        for name in tensors.keys():  # noqa: SIM118 (no mapping)
-            part = tensors.get_slice(name)
-            found[name] = _Stored(file, name, str(part.get_dtype()), list(part.get_shape()), tensors)
-    return found
-
-
-def _stored(found: dict[str, _Stored], model: PreTrainedModel) -> dict[str, _Stored]:
-    """Return tensors of files under the model's names; files of a base model lack its prefix."""
-    prefix = f"{model.base_model_prefix}."
-    names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
-    known = {name: name if name in found else name.removeprefix(prefix) for name in names}
-    return {name: found[there] for name, there in known.items() if there in found}
-
-
-def _is_wider(config: Config, source: str, stored: dict[str, _Stored]) -> bool:
+def _is_wider(config: Config, source: str, stored: dict[str, StoredTensor]) -> bool:
     if stored:
-        return any(each.dtype in _WIDER for each in stored.values())
+        return any(each.dtype in WIDER for each in stored.values())
     model_config = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
     return model_config.dtype in (torch.float32, torch.float16)
 
@@ -253,6 +221,10 @@ def _read_through(files: list[Path]) -> None:
 def saved_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Return what `save_pretrained` writes: tied weights under one name, converted weights as the files had them.
 
+    Every rank must call it if the model is sharded. Then weights that were converted while loading, such as fused
+    experts, are gathered one by one, since only whole ones can be converted back: the first rank gets them in its
+    host's memory, the others get tensors without bytes. All other weights stay sharded.
+
     Args:
         model: its weights may have homes elsewhere.
     """
@@ -262,4 +234,25 @@ def saved_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         return dict(model.named_parameters()) | buffers
     ignored = model._keys_to_ignore_on_save or ()
     kept = {name: tensor for name, tensor in state.items() if name not in ignored}
+    if any(isinstance(tensor, DTensor) for tensor in kept.values()):
+        return _saved_shards(model, kept)
     return dict(revert_weight_conversion(model, remove_tied_weights_from_state_dict(kept, model)))
+
+
+def _saved_shards(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    # Names and shapes come from tensors without bytes: shards may be empty, and tell nothing of what is tied.
+    shapes = {name: torch.empty(each.shape, dtype=each.dtype, device="meta") for name, each in state.items()}
+    shapes = remove_tied_weights_from_state_dict(shapes, model)
+    names = {id(shape): name for name, shape in shapes.items()}
+    saved = dict(revert_weight_conversion(model, dict(shapes)))
+    unchanged = {names[id(shape)] for shape in saved.values() if id(shape) in names}
+    whole = {name: _gather(state[name], shapes[name]) for name in sorted(shapes.keys() - unchanged)}
+    converted = revert_weight_conversion(model, whole) if whole else {}
+    return {name: state[names[id(shape)]] if id(shape) in names else converted[name] for name, shape in saved.items()}
+
+
+def _gather(tensor: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
+    """Return a whole tensor on the first rank's CPU, and on other ranks one without bytes."""
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()
+    return tensor.to("cpu", copy=True) if is_first() else shape  # a copy has no padding, which would count as its size

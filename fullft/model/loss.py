@@ -24,6 +24,7 @@ from fullft.data.micro_batch import IGNORED, MicroBatch
 from fullft.model.head import Head, Product, find_linear
 from fullft.model.parts import decoder_of
 from fullft.tracing import standing_for_all
+from fullft.transforms.sharding import sharding_of
 
 # Target tokens whose logits exist at a time. Each chunk adds one more gradient of the head's matrix.
 CHUNK_TOKENS = 1024
@@ -46,14 +47,23 @@ class LossSum:
 
     def __init__(self, model: PreTrainedModel, most_chunks: int | None = None) -> None:
         self._model, self._decoder, self._most_chunks = model, decoder_of(model), most_chunks
+        self._sharding = sharding_of(model)
+        self._run = self._sharding.decoder
         head = model.get_output_embeddings()
         own = {id(parameter) for parameter in self._decoder.parameters()}
         if head is not None:
             own -= {id(parameter) for parameter in head.parameters()}  # tied to the embeddings
         self._linear = find_linear(model)
         matrix = None if self._linear is None else self._linear.weight
-        found = [each for each in model.parameters() if id(each) not in own and each.requires_grad]
-        self._parameters = sorted(found, key=lambda each: each is not matrix)  # the head's matrix comes first
+        # Places, not parameters: of a sharded model other tensors are there while it computes.
+        places = {
+            parameter: (module, name)
+            for module in model.modules()
+            for name, parameter in module.named_parameters(recurse=False)
+            if id(parameter) not in own and parameter.requires_grad
+        }
+        # The head's matrix comes first.
+        self._places = [place for _, place in sorted(places.items(), key=lambda each: each[0] is not matrix)]
 
     def __call__(self, micro_batch: MicroBatch) -> torch.Tensor:
         """Run the model, and sum the cross entropy of every target token.
@@ -65,7 +75,7 @@ class LossSum:
             A scalar, in nats. Where gradients are recorded, those of the head exist already.
         """
         # Without a cache: it serves generation, and in training it would hide the boundaries of packed documents.
-        outputs = self._decoder(**micro_batch.inputs, use_cache=False)
+        outputs = self._run(**micro_batch.inputs, use_cache=False)
         # The labels are shifted, not the hidden states: position t predicts token t + 1.
         labels = pad(micro_batch.labels[:, 1:], (0, 1), value=IGNORED).flatten()
         # The number of targets is known, so that nothing has to wait for the device to count them.
@@ -74,7 +84,9 @@ class LossSum:
         head = Head(self._model, self._decoder, type(outputs))
         chunks = _chunks(len(places))[: self._most_chunks]
         if torch.is_grad_enabled():
-            loss: torch.Tensor = _Fused.apply(head, self._linear, chunks, hidden, labels[places], *self._parameters)  # type: ignore[no-untyped-call]
+            self._sharding.before_backward(micro_batch.is_last)
+            parameters = [getattr(module, name) for module, name in self._places]
+            loss: torch.Tensor = _Fused.apply(head, self._linear, chunks, hidden, labels[places], *parameters)  # type: ignore[no-untyped-call]
             return loss
         total = torch.zeros((), device=hidden.device)
         for start, end in chunks:
@@ -121,6 +133,8 @@ class _Fused(torch.autograd.Function):
             None if total is None else total.to(parameter.dtype)
             for total, parameter in zip(sums, parameters, strict=True)
         ]
+        if not chunks:  # a rank without targets: the others expect as many gradients from it
+            ctx.gradients = [torch.zeros_like(parameter) for parameter in parameters]
         return total
 
     @staticmethod

@@ -1,5 +1,6 @@
 """The parts of a model: decoder, decoder layers, and counts of parameters and operations."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -54,6 +55,19 @@ def describe_model(config: Config, model: PreTrainedModel) -> str:
         lines.append("warning: this GPU has no bf16 units and emulates them slowly: --precision fp32 may be faster")
     lines += describe_left_out(model.config)
     return "\n".join(lines)
+
+
+def replace_parameters(model: nn.Module, others: Mapping[nn.Parameter, nn.Parameter]) -> None:
+    """Put other parameters in the places of some, in every module that shares one.
+
+    Args:
+        model: changed in place.
+        others: by the parameters that they replace.
+    """
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = others.get(parameter, parameter)
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

@@ -7,6 +7,7 @@ bytes of fp32, and lose no bit of it.
 import torch
 
 from fullft.config.numerics import Format, Numerics
+from fullft.storage.tiers import Array, fill
 
 _DTYPES = {Format.FP32: torch.float32, Format.BF16: torch.bfloat16, Format.EIGHT_BIT: torch.uint8}
 
@@ -29,6 +30,7 @@ def autocast_of(numerics: Numerics, device: torch.device) -> torch.autocast:
 # A float32 is 1 sign, 8 exponent and 23 fraction bits; a bfloat16 is its upper half.
 _HALF_BITS = 16
 _ROUND_UP = 1 << 15
+_PIECE = 1 << 20  # elements split at a time
 
 
 def split(master: torch.Tensor, weights: torch.Tensor, remainder: torch.Tensor) -> None:
@@ -46,6 +48,23 @@ def split(master: torch.Tensor, weights: torch.Tensor, remainder: torch.Tensor) 
     remainder.copy_(bits)  # the cast keeps the lower half
     bits.add_(_ROUND_UP).bitwise_right_shift_(_HALF_BITS)
     weights.view(torch.int16).copy_(bits)
+
+
+def split_into(weights: Array, remainders: Array, values: torch.Tensor) -> None:
+    """Split stored numbers into bf16 weights and remainders, wherever these live.
+
+    Args:
+        weights: [n] bfloat16, set.
+        remainders: [n] int16, set.
+        values: n numbers on the CPU, in fp32 or what converts to it exactly.
+    """
+    # In pieces that stay in the processor's cache: new memory for whole tensors would cost more than reading.
+    for number, piece in enumerate(values.flatten().split(_PIECE)):
+        master = piece.to(torch.float32, copy=True)
+        upper, lower = torch.empty_like(piece, dtype=torch.bfloat16), torch.empty_like(piece, dtype=torch.int16)
+        split(master, upper, lower)
+        fill(weights, upper, number * _PIECE)
+        fill(remainders, lower, number * _PIECE)
 
 
 def join(weights: torch.Tensor, remainder: torch.Tensor, master: torch.Tensor) -> None:

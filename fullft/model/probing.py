@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from fullft.errors import ModelError
 from fullft.model.parts import decoder_layers
+from fullft.transforms.sharding import sharding_of
 
 # Token ids that every vocabulary has, and the positions of two packed documents of as many tokens.
 DOCUMENT = list(range(1, 33))
@@ -23,7 +24,7 @@ TWO_DOCUMENTS = list(range(len(DOCUMENT))) * 2
 
 @contextmanager
 def probing(model: PreTrainedModel) -> Iterator[None]:
-    """Switch dropout and gradients off for some probes.
+    """Switch dropout and gradients off for some probes, and let a sharded model be called by itself.
 
     Args:
         model: its training mode is restored.
@@ -31,7 +32,7 @@ def probing(model: PreTrainedModel) -> Iterator[None]:
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), sharding_of(model).gathered():
             yield
     finally:
         model.train(training)

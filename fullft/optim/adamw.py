@@ -22,7 +22,7 @@ from fullft.model.precision import join, round_stochastically, split
 from fullft.optim import adamw_8bit
 from fullft.optim.gradients import Gradients
 from fullft.storage.stream import ChunkStream, Field
-from fullft.storage.tiers import CHUNK, Array, Storage, home_of
+from fullft.storage.tiers import CHUNK, Array, Storage, first_element, home_of, local_of
 
 # Elements that a CPU updates at a time: few enough for its cache. An eager split step runs at 84 million parameters/s
 # over tiles of 4 million elements, and at 1,200 to 1,400 over these. An accelerator would only launch more kernels.
@@ -141,8 +141,9 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _update(self, parameters: Iterable[nn.Parameter]) -> None:
+        parameters = [parameter for parameter in parameters if self.gradients.of(parameter) is not None]
+        self._updated.update(map(id, parameters))  # also those of which this rank has no rows
         jobs = [job for parameter in parameters for job in self.jobs_of(parameter)]
-        self._updated.update(id(job.parameter) for job in jobs)
         for tile in self.tiles_of(jobs):
             self.update_tile(tile, self._generator(tile) if self._masters == "stochastic" else None)
 
@@ -157,14 +158,15 @@ class AdamW(torch.optim.Optimizer):
             return
         states = self.states_of(parameter)
         step = self.num_steps - self.missed.get(id(parameter), 0) + 1
-        for start in range(0, parameter.numel(), CHUNK):
-            count = min(CHUNK, parameter.numel() - start)
+        weights = home_of(parameter)
+        for start in range(0, weights.numel(), CHUNK):
+            count = min(CHUNK, weights.numel() - start)
             fields = {
-                "weights": Field(home_of(parameter), start, count, is_written=True),
+                "weights": Field(weights, start, count, is_written=True),
                 "gradient": Field(gradient, start, count, is_written=False),
             }
             for name, array in states.items():
-                block = _block(name)
+                block = block_of(name)
                 fields[name] = Field(array, start // block, -(-count // block), is_written=True)
             yield Job(parameter, start, count, step, fields)
 
@@ -236,7 +238,8 @@ class AdamW(torch.optim.Optimizer):
     def _generator(self, tile: "Tile") -> torch.Generator:
         """Return the random stream of one tile: the same in every placement, and after every resume."""
         job = tile.job
-        key = (self._seed, self.num_steps, self._numbers[id(job.parameter)], job.start + tile.start)
+        start = first_element(job.parameter) + job.start + tile.start
+        key = (self._seed, self.num_steps, self._numbers[id(job.parameter)], start)
         seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
         return torch.Generator(self.storage.device).manual_seed(seed)
 
@@ -262,7 +265,7 @@ class AdamW(torch.optim.Optimizer):
 
     def kinds(self) -> list[nn.Parameter]:
         """Return one parameter of each size and kind; the updates of others of its kind take the same memory."""
-        kinds = {(p.numel(), p.dtype, self._moments(p), home_of(p) is p): p for p in self.parameters}
+        kinds = {(home_of(p).numel(), p.dtype, self._moments(p), home_of(p) is local_of(p)): p for p in self.parameters}
         return list(kinds.values())
 
     def close(self) -> None:
@@ -275,16 +278,27 @@ def state_layout(parameter: nn.Parameter, moments: torch.dtype, masters: str) ->
     """Return the number of elements and the dtype of each of a parameter's states.
 
     Args:
-        parameter: its size and dtype are read.
+        parameter: its size and dtype are read; of a sharded one, those of this rank's rows.
         moments: their dtype; uint8 for blocks of 8-bit numbers.
         masters: `split` keeps the lower halves of bf16 weights' masters.
     """
-    count = parameter.numel()
+    return layout_of(local_of(parameter).numel(), parameter.dtype, moments, masters)
+
+
+def layout_of(count: int, dtype: torch.dtype, moments: torch.dtype, masters: str) -> dict[str, tuple[int, torch.dtype]]:
+    """Return what `state_layout` does, for any number of elements.
+
+    Args:
+        count: of a parameter, or of this rank's rows of it.
+        dtype: of the parameter.
+        moments: their dtype; uint8 for blocks of 8-bit numbers.
+        masters: `split` keeps the lower halves of bf16 weights' masters.
+    """
     layout = {"exp_avg": (count, moments), "exp_avg_sq": (count, moments)}
     if moments == torch.uint8:
         scales = (-(-count // adamw_8bit.BLOCK), torch.float32)
         layout |= {"exp_avg" + _ABSMAX: scales, "exp_avg_sq" + _ABSMAX: scales}
-    if masters == "split" and parameter.dtype == torch.bfloat16:
+    if masters == "split" and dtype == torch.bfloat16:
         layout["remainder"] = (count, torch.int16)
     return layout
 
@@ -319,11 +333,15 @@ class Tile:
     scratch: torch.Tensor
 
 
-def _block(name: str) -> int:
-    """Return how many elements of a parameter one element of a field stands for."""
+def block_of(name: str) -> int:
+    """Return how many elements of a parameter one element of a field stands for.
+
+    Args:
+        name: of the field.
+    """
     return adamw_8bit.BLOCK if name.endswith(_ABSMAX) else 1
 
 
 def _cut(fields: dict[str, torch.Tensor], start: int, end: int) -> dict[str, torch.Tensor]:
     """Cut a tile out of a chunk; tiles start at multiples of blocks."""
-    return {name: view[start // _block(name) : -(-end // _block(name))] for name, view in fields.items()}
+    return {name: view[start // block_of(name) : -(-end // block_of(name))] for name, view in fields.items()}

@@ -12,7 +12,7 @@ from torch import dtype, float32, nn
 from fullft.config.config import Config
 from fullft.config.numerics import Format, Numerics
 from fullft.model.precision import dtype_of
-from fullft.optim.adamw import AdamW, state_layout
+from fullft.optim.adamw import AdamW, layout_of
 from fullft.storage.tiers import Storage
 from fullft.transforms.streaming import stream_of
 
@@ -111,15 +111,15 @@ def describe_optimizer(config: Config) -> str:
 
 
 def estimate_state_bytes(model: nn.Module, numerics: Numerics) -> int:
-    """Count the bytes of the optimizer's states.
+    """Count the bytes of the optimizer's states, those of all ranks together.
 
     Args:
-        model: its parameters are counted.
+        model: its parameters are counted, as whole ones.
         numerics: the run's formats.
     """
     moments = moments_of(model, numerics)
     return sum(
         numel * dtype.itemsize
         for parameter in model.parameters()
-        for numel, dtype in state_layout(parameter, moments(parameter), numerics.masters).values()
+        for numel, dtype in layout_of(parameter.numel(), parameter.dtype, moments(parameter), numerics.masters).values()
     )

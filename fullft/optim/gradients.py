@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from fullft.cpu import reuse
 from fullft.cpu.sums import TILE, add_, sum_in_order, sum_of_squares
+from fullft.ranks import add_in_rank_order
 from fullft.storage.disk import DiskArray, paged
 from fullft.storage.stream import ChunkStream, Field
-from fullft.storage.tiers import CHUNK, Array, Storage
+from fullft.storage.tiers import CHUNK, Array, Storage, local_of, sharded_like
 from fullft.storage.workers import Workers, mark_computed
 from fullft.tracing import standing_for_all
 
@@ -59,22 +61,22 @@ class Gradients:
 
     def _gathers(self, parameter: nn.Parameter) -> bool:
         """Return whether autograd's own sum, `parameter.grad`, will not do."""
-        return self._tier != "device" or self._dtypes[id(parameter)] != parameter.dtype
+        return self._tier != "device" or self._dtypes[id(parameter)] != _arriving_in(parameter)
 
     def _largest_chunk(self) -> int:
         """Return the bytes of the largest chunk, in the widest dtype of all gradients and sums."""
-        count = min(CHUNK, max(parameter.numel() for parameter in self.parameters))
-        dtypes = {parameter.dtype for parameter in self.parameters} | set(self._dtypes.values())
+        count = min(CHUNK, max(local_of(parameter).numel() for parameter in self.parameters))
+        dtypes = {_arriving_in(parameter) for parameter in self.parameters} | set(self._dtypes.values())
         return paged(count * max(dtype.itemsize for dtype in dtypes))
 
     def of(self, parameter: nn.Parameter) -> Array | None:
-        """Return the sum of a parameter's gradients, or None if backward has brought none.
+        """Return the sum of a parameter's gradients, of this rank's rows; None if backward has brought none.
 
         Args:
             parameter: one of those trained.
         """
         if parameter.grad is not None:
-            return parameter.grad
+            return local_of(parameter.grad)
         return self._sums[id(parameter)] if id(parameter) in self._begun else None
 
     def clear(self) -> None:
@@ -97,8 +99,8 @@ class Gradients:
     @torch.no_grad()
     def _gather(self, parameter: nn.Parameter) -> None:
         """Add a gradient that backward has just finished to its sum, and free it."""
-        gradient, key = parameter.grad, id(parameter)
-        assert gradient is not None
+        assert parameter.grad is not None
+        gradient, key = local_of(parameter.grad), id(parameter)
         is_first = key not in self._begun
         if key not in self._sums:
             self._sums[key] = self._new_sum(gradient.numel(), self._dtypes[key])
@@ -121,7 +123,8 @@ class Gradients:
     def pretend(self) -> None:
         """Make a gradient of unknown values arrive for every parameter, as from a micro-batch; for plans."""
         for parameter in reversed(self.parameters):
-            parameter.grad = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+            arriving = torch.empty_like(local_of(parameter), dtype=_arriving_in(parameter))
+            parameter.grad = sharded_like(parameter, arriving)
             if self._gathers(parameter):
                 self._gather(parameter)
 
@@ -129,7 +132,7 @@ class Gradients:
     def _release(self, parameter: nn.Parameter) -> None:
         """Use a gradient up, and free it."""
         assert parameter.grad is not None
-        flat = parameter.grad.detach().view(-1)
+        flat = local_of(parameter.grad).detach().view(-1)
         self._released[id(parameter)] = [sum_of_squares(chunk) for chunk in flat.split(CHUNK)]
         self.use(parameter)
         parameter.grad = None
@@ -159,9 +162,18 @@ class Gradients:
         for (key, _), chunk in zip(jobs, chunks, strict=True):
             squares[key].append(sum_of_squares(chunk["gradient"][: None if sample is None else TILE]))
         sums = [sum_in_order(each) for each in squares.values() if each]
-        if not sums:
+        if not any(self.of(parameter) is not None for parameter in self.parameters) and not sums:
             raise ValueError("no parameter has a gradient")
-        return sum_in_order(sums).sqrt()
+        total = sum_in_order(sums) if sums else torch.zeros((), dtype=torch.float64, device=self._storage.device)
+        if isinstance(rows := self.parameters[0], DTensor):  # the ranks of a group have the others
+            mesh = rows.device_mesh
+            total = add_in_rank_order(total, mesh.get_group(mesh.ndim - 1))
+        return total.sqrt()
+
+
+def _arriving_in(parameter: nn.Parameter) -> torch.dtype:
+    """Return the dtype of the gradients that backward brings: of sharded weights, that of sums over ranks."""
+    return parameter.grad_dtype or parameter.dtype
 
 
 # ---------------------------------------------------------------------------------------------- off the device

@@ -138,7 +138,7 @@ class Ending:
             self._wait_for_end()
         self._is_over.set()
         self._has_news.set()
-        self._thread.join(_STORE_SECONDS)  # Python must not end while it is in an operation of the store
+        self._thread.join(_STORE_SECONDS)  # an interpreter that ends kills threads, and C++ code in one then aborts
 
     def _tell(self, error: BaseException, user_error: FullftError, before: str) -> int:
         """Hand an error that has ended the main thread over to the thread, which ends the process.

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fullft.data.batches import Batches
@@ -16,6 +17,7 @@ from fullft.data.load import Data
 from fullft.data.micro_batch import IGNORED
 from fullft.model.loss import LossSum
 from fullft.model.probing import probing
+from fullft.ranks import sum_over_ranks
 from fullft.transforms.streaming import stream_of
 
 _TEXT_PROMPT_TOKENS = 16
@@ -38,13 +40,13 @@ def evaluate(
     """
     if batches is None:
         return None
-    losses, num_target_tokens = [], 0
+    losses, num_target_tokens = [], torch.zeros((), dtype=torch.float64)
     with probing(model):
         for micro_batch in batches.by_length():
             with autocast:
                 losses.append(loss_sum(micro_batch.to(model.device)))
             num_target_tokens += micro_batch.num_target_tokens
-    return torch.stack(losses).sum() / num_target_tokens
+    return sum_over_ranks(torch.stack(losses).sum()) / sum_over_ranks(num_target_tokens).item()
 
 
 @dataclass
@@ -99,7 +101,13 @@ class Samples:
             ids = ids[-(max(1, positions - _MAX_NEW_TOKENS)) :]  # what is generated needs positions too
             prompt = torch.tensor([ids], device=model.device)
             with probing(model), _generating_by(model, generation), autocast:
-                output = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=generation)
+                output = model.generate(
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    generation_config=generation,
+                    # A rank that ended a token before the others would leave them waiting for its rows of the weights.
+                    synced_gpus=dist.is_initialized(),
+                )
             text = self.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
             setattr(sample, "after" if after else "before", text)
 

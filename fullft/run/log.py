@@ -1,9 +1,8 @@
-"""The log of a run: the progress bar, `log.jsonl`, `loss.png`, `train_results.json`. The loop says what happened.
+"""The log of a run: what happened, as the loop says, shown and recorded. All ranks know it.
 
-The loop's one wait for the device per step is here, in `require_finite`.
+The files are the business of `records.py`. The loop's one wait for the device per step is here, in `require_finite`.
 """
 
-import json
 import math
 import sys
 import time
@@ -15,16 +14,16 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from fullft.config.config import Config, to_yaml
+from fullft.config.config import Config
 from fullft.config.numerics import Format
 from fullft.config.steps import Steps
 from fullft.errors import NonFiniteError
 from fullft.hardware import peak_bytes, peak_flops
 from fullft.model.parts import count_parameters, flops_per_token
+from fullft.ranks import by_first_rank, is_first, sum_over_ranks
 from fullft.run.evaluation import Samples
-from fullft.run.trackers import open_trackers
+from fullft.run.records import records_of
 from fullft.saving.best import Exported
-from fullft.saving.files import write_text
 
 _NON_FINITE_REMEDY = (
     "resume from the last checkpoint with a lower --learning_rate or a longer --warmup_steps (--allow_changes), or "
@@ -47,11 +46,11 @@ class Log:
         self, config: Config, steps: Steps, model: PreTrainedModel, mean_length: float, first_step: int
     ) -> None:
         self.config, self.steps, self.device, self.first_step = config, steps, model.device, first_step
-        self.folder = config.output_dir
         self.num_parameters = count_parameters(model)
         self.flops_per_token = flops_per_token(model, mean_length)
         self.peak_flops = peak_flops(model.device) if config.numerics.computation is Format.BF16 else None
         self.records: list[dict[str, Any]] = []
+        self._kept = records_of(config)
         self.eval_losses: dict[int, float] = {}  # by step
         self.loss = self.grad_norm = math.nan
         self.seconds = self._interval_seconds = 0.0
@@ -59,12 +58,8 @@ class Log:
 
     def __enter__(self) -> "Log":
         """Open the log and the bar."""
-        write_text(self.folder / "config.yaml", to_yaml(self.config))
-        self._trackers = open_trackers(self.config)
-        self.records = [r for r in _read_log(self.folder / "log.jsonl") if r["step"] < self.first_step]
+        self.records = by_first_rank(lambda: self._kept.open(self.first_step))
         self.eval_losses = {record["step"]: record["eval_loss"] for record in self.records if "eval_loss" in record}
-        lines = "".join(json.dumps(record) + "\n" for record in self.records)
-        write_text(self.folder / "log.jsonl", lines)
         self._bar = tqdm(
             total=self.steps.total,
             initial=self.first_step - 1,
@@ -72,6 +67,7 @@ class Log:
             desc="Training",
             dynamic_ncols=True,
             mininterval=0.1 if sys.stderr.isatty() else 10.0,  # a log file wants few lines
+            disable=not is_first(),
         )
         if self.config.compiles:
             self._bar.set_postfix_str("compiling")
@@ -81,13 +77,7 @@ class Log:
     def __exit__(self, *_: object) -> None:
         """Close the bar, and draw the records so far, also when the run has failed."""
         self._bar.close()
-        if any("loss" in record for record in self.records):
-            try:
-                plot_loss(self.records, self.folder / "loss.png", title=self.folder.name)
-            except (
-                Exception
-            ) as error:  # a picture must neither hide why a run failed, nor cost the model of one that did not
-                print(f"warning: loss.png could not be drawn ({type(error).__name__}: {error})")
+        self._kept.draw(self.records)
 
     def say(self, text: str) -> None:
         """Print above the bar."""
@@ -103,13 +93,13 @@ class Log:
 
         Args:
             step: counted from 1.
-            loss: scalar, mean over the target tokens of the global batch.
-            grad_norm: scalar, before clipping.
+            loss: scalar, this rank's share of the mean over the target tokens of the global batch.
+            grad_norm: scalar, before clipping, of the gradients of all ranks.
 
         Raises:
             NonFiniteError: one of them is NaN or infinite.
         """
-        self.loss, self.grad_norm = loss.item(), grad_norm.item()
+        self.loss, self.grad_norm = sum_over_ranks(loss).item(), grad_norm.item()
         if not (math.isfinite(self.loss) and math.isfinite(self.grad_norm)):
             raise NonFiniteError(
                 f"step {step}: the loss is {self.loss}, the gradient norm {self.grad_norm}; the step was not taken\n"
@@ -122,7 +112,7 @@ class Log:
         Args:
             step: counted from 1.
             learning_rate: that the step was taken with.
-            num_tokens: without padding.
+            num_tokens: of all ranks, without padding.
             num_target_tokens: that the loss is the mean of.
         """
         elapsed = self._elapsed()
@@ -131,7 +121,8 @@ class Log:
         self.num_tokens += num_tokens
         self._interval_tokens += num_tokens
         speed = self._interval_tokens / self._interval_seconds
-        mfu = speed * self.flops_per_token / self.peak_flops if self.peak_flops else None
+        speed_of_each = speed / self.config.gpus
+        mfu = speed_of_each * self.flops_per_token / self.peak_flops if self.peak_flops else None
         memory = peak_bytes(self.device)
         self._bar.set_postfix_str(
             f"loss {self.loss:.4f}, {speed:,.0f} tokens/s, MFU {'unknown' if mfu is None else f'{mfu:.0%}'}, "
@@ -161,7 +152,7 @@ class Log:
 
         Args:
             step: the last finished step; 0 before training.
-            loss: scalar, mean over the held-out target tokens; None without held-out rows.
+            loss: scalar, mean over the held-out target tokens of all ranks; None without held-out rows.
 
         Raises:
             NonFiniteError: the loss is NaN or infinite.
@@ -203,20 +194,17 @@ class Log:
             "peak_memory_bytes": peak_bytes(self.device),
             "resumed_at_step": self.first_step - 1 or None,
         }
-        write_text(self.folder / "train_results.json", json.dumps(results, indent=1))
+        self._kept.write_results(results)
         return results
 
     def samples(self, results: dict[str, Any], samples: Samples) -> None:
         """Write the results once more, with prompts and what the model made of them."""
         completed = {"samples": [asdict(sample) for sample in samples.samples]}
-        write_text(self.folder / "train_results.json", json.dumps(results | completed, indent=1))
+        self._kept.write_results(results | completed)
 
     def _record(self, record: dict[str, Any]) -> None:
         self.records.append(record)
-        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as log:
-            log.write(json.dumps(record) + "\n")
-        for track in self._trackers:
-            track(record)
+        self._kept.add(record)
 
     def _elapsed(self) -> float:
         """Return the seconds since the last call."""
@@ -238,40 +226,3 @@ def describe_results(results: dict[str, Any]) -> str:
     speed = results["tokens_per_second"]
     pace = "" if speed is None else f", {speed:,.0f} tokens/s"
     return f"Done: {results['steps']} steps, {loss}{held_out}; {time_taken}{pace}"
-
-
-def _read_log(file: Path) -> list[dict[str, Any]]:
-    if not file.is_file():
-        return []
-    records = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break  # a crash cut the last line short
-    return records
-
-
-def plot_loss(records: list[dict[str, Any]], file: Path, title: str) -> None:
-    """Draw the training and the held-out loss over the steps.
-
-    Args:
-        records: lines of `log.jsonl`.
-        file: the PNG to write.
-        title: above the axes.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for name, label, style in (("loss", "training (each logged step)", "-"), ("eval_loss", "held out", "o--")):
-        points = [(record["step"], record[name]) for record in records if name in record]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
-    axes.set(title=title, xlabel="optimizer step", ylabel="loss (nats per target token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(file, dpi=120)
-    pyplot.close(figure)

@@ -1,7 +1,8 @@
 """The best checkpoint: the one with the lowest held-out loss, which `--load_best_model_at_end` exports.
 
 It is found anew each time, among the checkpoints that are there, by the losses in the log. `trainer_state.json` records
-it, so that a resumed run knows of one in another folder, and misses one that is gone.
+it, so that a resumed run knows of one in another folder, and misses one that is gone. The first rank looks: others may
+see a folder as it was a little earlier.
 """
 
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 from fullft.config.config import Config
 from fullft.errors import CheckpointError
 from fullft.model.load import reload_weights
+from fullft.ranks import by_first_rank
 from fullft.saving.checkpoint import Checkpoint, verify
 from fullft.saving.output_dir import manifest_names, own_checkpoints, step_of
 from fullft.transforms.streaming import stream_of
@@ -44,7 +46,7 @@ class BestCheckpoint:
         best = checkpoint.state.get("best") if checkpoint is not None and config.load_best_model_at_end else None
         if checkpoint is not None and best is not None:
             folder = checkpoint.folder.parent / best["checkpoint"]
-            if not manifest_names(folder):
+            if not by_first_rank(lambda: manifest_names(folder)):
                 raise CheckpointError(
                     f"the best checkpoint so far, {folder} (held-out loss {best['eval_loss']:.4f}), is gone: put it "
                     "back, or resume with --load_best_model_at_end false"
@@ -58,13 +60,17 @@ class BestCheckpoint:
             step: whose checkpoint is about to be saved.
             eval_losses: the held-out loss after each evaluated step.
         """
-        best = self._find(eval_losses, self._config.output_dir / f"checkpoint-{step}")
-        if best is None:
-            return None
-        folder, eval_loss = best
-        is_here = folder.parent.resolve() == self._config.output_dir.resolve()
-        place = folder.name if is_here else str(folder.resolve())
-        return {"checkpoint": place, "step": step_of(folder), "eval_loss": eval_loss}
+        output_dir = self._config.output_dir
+
+        def note() -> dict[str, Any] | None:
+            best = self._find(eval_losses, output_dir / f"checkpoint-{step}")
+            if best is None:
+                return None
+            folder, eval_loss = best
+            place = folder.name if folder.parent.resolve() == output_dir.resolve() else str(folder.resolve())
+            return {"checkpoint": place, "step": step_of(folder), "eval_loss": eval_loss}
+
+        return by_first_rank(note)
 
     def load(self, model: PreTrainedModel, last_step: int, eval_losses: Mapping[int, float]) -> Exported:
         """Put the weights of the best checkpoint into the model, and say so; the last weights may be the best.
@@ -80,7 +86,7 @@ class BestCheckpoint:
         last = Exported(last_step, eval_losses.get(last_step))
         if not self._config.load_best_model_at_end:
             return last
-        best = self._find(eval_losses)
+        best = by_first_rank(lambda: self._find(eval_losses))
         if best is None:
             print("warning: no checkpoint has a held-out loss: the last weights are exported")
             return last

@@ -1,30 +1,25 @@
-"""Checkpoints: saved so that no crash leaves half of one, verified before they are trusted, resumed to the bit.
+"""Checkpoints: saved so that no crash leaves half of one, verified before they are trusted.
 
-There is no pickle in one: tensors are in safetensors, the rest is JSON. `output_dir.py` installs a whole folder at
-once, `files.py` writes a whole file at once.
+There is no pickle in one: tensors are in safetensors, the rest is JSON. Any number of ranks writes the same files.
+`output_dir.py` installs a whole folder at once, `files.py` writes a whole file at once, `resuming.py` continues.
 """
 
-import base64
-import dataclasses
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from huggingface_hub import split_torch_state_dict_into_shards
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fullft.config.config import Config, to_words
-from fullft.config.declare import by_name
-from fullft.config.numerics import Format, Numerics
-from fullft.config.options import NEWEST, UNDECIDED, Options
 from fullft.config.steps import Steps
-from fullft.errors import CheckpointError, OptionsError
-from fullft.optim.adamw import AdamW
-from fullft.saving.files import staged_folder, sync_folder, write_tensors
+from fullft.errors import CheckpointError
+from fullft.optim.adamw import AdamW, block_of
+from fullft.ranks import by_first_rank
+from fullft.saving.files import hash_files, sha256, staged_folder, sync_folder
 from fullft.saving.output_dir import (
     MANIFEST,
     delete_checkpoint,
@@ -32,16 +27,14 @@ from fullft.saving.output_dir import (
     install_checkpoint,
     list_checkpoints,
     own_checkpoints,
-    recover,
     step_of,
 )
-from fullft.saving.weights import save_weights
-from fullft.storage.tiers import Array, fill
-from fullft.transforms.activation_checkpointing import recomputation_of
+from fullft.saving.tensors import Stretch, write_tensors, writes
+from fullft.saving.weights import MAX_SHARD_SIZE, save_weights
+from fullft.storage.tiers import first_element
 
 STATE = "trainer_state.json"
-OPTIMIZER = "optimizer.safetensors"
-_HASH_CHUNK = 1 << 24  # bytes
+OPTIMIZER = "optimizer{suffix}.safetensors"  # several if they are large, so that ranks share the hashing
 
 
 @dataclass(frozen=True)
@@ -67,13 +60,15 @@ def save_checkpoint(
 ) -> Path:
     """Save everything that the next step depends on, then delete checkpoints beyond `save_total_limit`.
 
+    Every rank calls it, and returns when the checkpoint is complete.
+
     Args:
         config: `output_dir` and `save_total_limit` are read. All options are saved, to be compared on resume.
         steps: says which epoch it is, and where in it.
         step: the last finished step.
         model: saved as `save_pretrained` does.
         tokenizer: saved next to it, so that the folder is a usable model.
-        optimizer: its states go into `optimizer.safetensors`.
+        optimizer: its states go into `optimizer*.safetensors`.
         data_fingerprint: of the tokenised rows.
         best: the best checkpoint with this one, which is kept; see `best.py`.
 
@@ -95,25 +90,33 @@ def save_checkpoint(
             "global_batch_size": config.global_batch_size,
         },
         "schedule": {"lr_scheduler_type": config.lr_scheduler_type, "last_step": step},
-        "rng": _random_states(model.device),
         "optimizer": _step_counts(optimizer, model),
         "options": to_words(config),
         "best": best,
     }
     with staged_folder(folder) as staging:
         hashes = save_weights(model, staging)
-        hashes[OPTIMIZER] = write_tensors(staging / OPTIMIZER, _optimizer_state(optimizer, model))
-        tokenizer.save_pretrained(staging)
-        (staging / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-        files = {str(path.relative_to(staging)): path for path in sorted(staging.rglob("*")) if path.is_file()}
-        hashes |= {name: _sha256(file) for name, file in files.items() if name not in hashes}  # of small ones
-        (staging / MANIFEST).write_text(json.dumps({"sha256": hashes}, indent=1), encoding="utf-8")
-        sync_folder(staging)
-        install_checkpoint(staging, folder)
-    discard_earlier_run(folder.parent)
-    for old in _surplus(config, step, best):
-        delete_checkpoint(old)
+        hashes |= write_tensors(_optimizer_files(optimizer, model, staging))
+
+        def complete() -> None:
+            tokenizer.save_pretrained(staging)
+            (staging / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+            _write_manifest(staging, hashes)
+            sync_folder(staging)
+            install_checkpoint(staging, folder)
+            discard_earlier_run(folder.parent)
+            for old in _surplus(config, step, best):
+                delete_checkpoint(old)
+
+        by_first_rank(complete)
     return folder
+
+
+def _write_manifest(folder: Path, hashes: dict[str, str]) -> None:
+    """List the sha256 of all files of a folder; the small ones are still to be hashed."""
+    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    hashes = hashes | {name: sha256(file) for name, file in files.items() if name not in hashes}
+    (folder / MANIFEST).write_text(json.dumps({"sha256": hashes}, indent=1), encoding="utf-8")
 
 
 def _surplus(config: Config, step: int, best: dict[str, Any] | None) -> list[Path]:
@@ -132,86 +135,50 @@ def _surplus(config: Config, step: int, best: dict[str, Any] | None) -> list[Pat
     return others[limit:]
 
 
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as content:  # read, not mapped: a truncated map ends the process with SIGBUS
-        while chunk := content.read(_HASH_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+# ---------------------------------------------------------------------------------------------- states
 
 
-def _optimizer_state(optimizer: AdamW, model: nn.Module) -> dict[str, Array]:
-    """Collect states as `<parameter>.<state>`, wherever they live."""
-    return {
-        f"{name}.{key}": array
-        for name, parameter in model.named_parameters()
-        for key, array in optimizer.states_of(parameter).items()
-    }
+def _optimizer_files(optimizer: AdamW, model: nn.Module, folder: Path) -> dict[Path, dict[str, Stretch]]:
+    """Lay states out as `<parameter>.<state>`, each a flat tensor, in files of at most 5 GB."""
+    states = {}
+    for name, parameter in named_parameters(optimizer, model).items():
+        for key, array in optimizer.states_of(parameter).items():
+            length, first = -(-parameter.numel() // block_of(key)), first_element(parameter) // block_of(key)
+            states[f"{name}.{key}"] = Stretch(array, (length,), first, writes(parameter))
+    sizes = {name: torch.empty(each.shape, dtype=each.array.dtype, device="meta") for name, each in states.items()}
+    plan = split_torch_state_dict_into_shards(sizes, filename_pattern=OPTIMIZER, max_shard_size=MAX_SHARD_SIZE)
+    return {folder / file: {name: states[name] for name in names} for file, names in plan.filename_to_tensors.items()}
+
+
+def named_parameters(optimizer: AdamW, model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the trained parameters under their names in the model.
+
+    Args:
+        optimizer: trains them.
+        model: theirs.
+
+    Raises:
+        KeyError: the model holds others in their place, such as gathered ones, which have no states.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {names[id(parameter)]: parameter for parameter in optimizer.parameters}
 
 
 def _step_counts(optimizer: AdamW, model: nn.Module) -> dict[str, Any]:
     """Return how many steps there were, and for each parameter how many of them it has missed, if any."""
     missed = {
         name: optimizer.missed[id(parameter)]
-        for name, parameter in model.named_parameters()
+        for name, parameter in named_parameters(optimizer, model).items()
         if id(parameter) in optimizer.missed
     }
     return {"num_steps": optimizer.num_steps, "missed": missed}
 
 
-def _random_states(device: torch.device) -> dict[str, str]:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        states[device.type] = torch.get_device_module(device).get_rng_state()
-    return {kind: base64.b64encode(state.numpy().tobytes()).decode() for kind, state in states.items()}
-
-
-# ---------------------------------------------------------------------------------------------- finding
-
-
-def open_checkpoint(config: Config) -> Checkpoint | None:
-    """Find and verify the checkpoint to resume from.
-
-    Args:
-        config: `resume_from_checkpoint`, `output_dir` and `allow_changes` are read.
-
-    Returns:
-        None when the run does not resume one.
-
-    Raises:
-        CheckpointError: it is missing or damaged; a bare flag passes over damaged ones to the newest good one.
-        OptionsError: it was made with other options, and `--allow_changes` is not given.
-    """
-    if config.resume_from_checkpoint is None:
-        return None
-    recover(config.output_dir)
-    if config.resume_from_checkpoint != NEWEST:
-        checkpoint = verify(Path(config.resume_from_checkpoint))
-    else:
-        checkpoint = _newest_good(config.output_dir)
-    _require_same_options(config, checkpoint)
-    return checkpoint
-
-
-def _require_same_options(config: Config, checkpoint: Checkpoint) -> None:
-    if not config.allow_changes and (changed := _changed_options(config, checkpoint.state["options"])):
-        raise OptionsError(
-            f"{checkpoint.folder} was made with other options: {'; '.join(changed)}\n"
-            "restore them, or pass --allow_changes"
-        )
-
-
-def _newest_good(output_dir: Path) -> Checkpoint:
-    for folder in list_checkpoints(output_dir):
-        try:
-            return verify(folder)
-        except CheckpointError as error:
-            print(f"warning: passing over {error}")
-    raise CheckpointError(f"{output_dir} has no good checkpoint: start without --resume_from_checkpoint")
+# ---------------------------------------------------------------------------------------------- verifying
 
 
 def verify(folder: Path) -> Checkpoint:
-    """Compare every file of a checkpoint with its manifest.
+    """Compare every file of a checkpoint with its manifest; the ranks share the files out among them.
 
     Args:
         folder: a `checkpoint-<step>` folder.
@@ -219,6 +186,16 @@ def verify(folder: Path) -> Checkpoint:
     Raises:
         CheckpointError: a file is missing or differs from what was written.
     """
+    written = by_first_rank(lambda: _read_manifest(folder))
+    found = hash_files([folder / name for name in written])
+    for (name, expected), actual in zip(written.items(), found, strict=True):
+        if actual != expected:
+            raise CheckpointError(f"checkpoint {folder}: {name} is damaged; resume from another one")
+    return by_first_rank(lambda: Checkpoint(folder, _read_json(folder / STATE)))
+
+
+def _read_manifest(folder: Path) -> dict[str, str]:
+    """Return the sha256 of a checkpoint's files, which are all there."""
     if not folder.is_dir():
         raise CheckpointError(f"there is no checkpoint folder {folder}")
     if inside := list_checkpoints(folder):
@@ -229,12 +206,10 @@ def verify(folder: Path) -> Checkpoint:
     hashes = _read_json(folder / MANIFEST).get("sha256")
     if not isinstance(hashes, dict):
         raise CheckpointError(f"{folder} is no checkpoint of this program: its {MANIFEST} lists no sha256")
-    for name, written in hashes.items():
+    for name in hashes:
         if not (folder / name).is_file():
             raise CheckpointError(f"checkpoint {folder} lacks {name}: resume from another one")
-        if _sha256(folder / name) != written:
-            raise CheckpointError(f"checkpoint {folder}: {name} is damaged; resume from another one")
-    return Checkpoint(folder, _read_json(folder / STATE))
+    return hashes
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -245,121 +220,3 @@ def _read_json(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"checkpoint {file.parent}: {file.name} is damaged ({error})") from error
     return dict(content)
-
-
-def _changed_options(config: Config, saved: dict[str, Any]) -> list[str]:
-    now = to_words(config)
-    fixed = [name for name, option in by_name(Options).items() if not option.metadata["may_change"]]
-    if config.compiles:  # graphs that recompute something else may round otherwise
-        decisive = ("activation_checkpointing", "offload")
-        before = dataclasses.replace(config, **{name: saved[name] for name in decisive})
-        fixed += decisive if recomputation_of(config) != recomputation_of(before) else ()
-    # What is still at auto is compared when it has been chosen.
-    return [
-        f"{name} was {saved.get(name)}, is {now[name]}"
-        for name in fixed
-        if now[name] not in (saved.get(name), UNDECIDED)
-    ]
-
-
-# ---------------------------------------------------------------------------------------------- resuming
-
-
-def restore(
-    checkpoint: Checkpoint | None,
-    config: Config,
-    steps: Steps,
-    model: PreTrainedModel,
-    optimizer: AdamW,
-    data_fingerprint: str,
-) -> int:
-    """Restore optimizer and random states. The weights are there already: the model was loaded from the checkpoint.
-
-    Our own checkpoints of later steps are deleted: they belong to a trajectory that this run leaves, and the next bare
-    `--resume_from_checkpoint` must not return to it.
-
-    Args:
-        checkpoint: None starts afresh.
-        config: `output_dir`, the number formats, the batch size and `allow_changes` are read.
-        steps: of the whole run.
-        model: on its device.
-        optimizer: filled in place, every state in the dtype that it was saved in.
-        data_fingerprint: of the rows as they are now.
-
-    Returns:
-        The last finished step; 0 for a new run.
-
-    Raises:
-        CheckpointError: the data or the optimizer is not the one that the checkpoint was made with.
-        OptionsError: what was left at auto has been chosen otherwise, or the run would end before the checkpoint.
-    """
-    if checkpoint is None:
-        return 0
-    _require_same_options(config, checkpoint)
-    state = checkpoint.state
-    _require_steps_enough(steps, checkpoint)
-    if state["data"]["fingerprint"] != data_fingerprint and not config.allow_changes:
-        raise CheckpointError(
-            f"the data has changed since {checkpoint.folder} was saved: restore it, or pass --allow_changes"
-        )
-    saved = state["options"]
-    if saved["optim"] != config.optim:
-        raise CheckpointError(
-            f"{checkpoint.folder} holds states of --optim {saved['optim']}: pass --optim {saved['optim']}"
-        )
-    masters = saved.get("master_weights", "none")
-    before = Numerics.of(saved["precision"], masters, saved["optim"], config.accumulates)
-    if config.numerics.weights is Format.BF16 and masters != config.master_weights:
-        raise CheckpointError(f"{checkpoint.folder} holds other master weights: pass --master_weights {masters}")
-    if before.weights is not config.numerics.weights:
-        raise CheckpointError(
-            f"{checkpoint.folder} holds weights of another format: pass --precision {saved['precision']}"
-        )
-    if saved["global_batch_size"] != config.global_batch_size:
-        print(
-            f"note: the first {state['step']} steps took {saved['global_batch_size']} sequences each, now it is "
-            f"{config.global_batch_size}: in this epoch some rows may repeat, others be left out"
-        )
-    optimizer.num_steps = int(state["optimizer"]["num_steps"])
-    parameters = dict(model.named_parameters())
-    optimizer.missed = {id(parameters[name]): count for name, count in state["optimizer"].get("missed", {}).items()}
-    _load_optimizer_states(optimizer, model, checkpoint.folder / OPTIMIZER)
-    for kind, encoded in state["rng"].items():
-        random_state = torch.frombuffer(bytearray(base64.b64decode(encoded)), dtype=torch.uint8)
-        if kind == "cpu":
-            torch.set_rng_state(random_state)
-        elif kind == model.device.type:
-            torch.get_device_module(model.device).set_rng_state(random_state)
-    _leave_later_checkpoints(config.output_dir, state["step"])
-    return int(state["step"])
-
-
-def _require_steps_enough(steps: Steps, checkpoint: Checkpoint) -> None:
-    done = checkpoint.state["step"]
-    if done > steps.total:
-        length = "max_steps" if steps.config.max_steps > 0 else "num_train_epochs"
-        raise OptionsError(
-            f"{checkpoint.folder} has done {done} steps, and this run is to end after {steps.total}: raise --{length}, "
-            "or resume an earlier checkpoint"
-        )
-
-
-def _leave_later_checkpoints(output_dir: Path, step: int) -> None:
-    """Delete our own checkpoints above a step, the latest first."""
-    later = [folder for folder in own_checkpoints(output_dir) if step_of(folder) > step]
-    if later:
-        print(f"Continuing from step {step}: deleting what was saved after it, {', '.join(f.name for f in later)}")
-    for folder in later:
-        delete_checkpoint(folder)
-
-
-def _load_optimizer_states(optimizer: AdamW, model: nn.Module, file: Path) -> None:
-    """Fill the states, wherever they live, in the dtype that they were saved in.
-
-    One tensor at a time: for 7B parameters the whole file would take 56 GB of host memory.
-    """
-    parameters = dict(model.named_parameters())
-    with safe_open(file, framework="pt", device="cpu") as tensors:
-        for full_name in tensors.keys():  # noqa: SIM118 (no mapping)
-            name, key = full_name.rsplit(".", 1)
-            fill(optimizer.states_of(parameters[name])[key], tensors.get_tensor(full_name))

@@ -13,19 +13,22 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from fullft.attention.choice import attention_of
 from fullft.config.config import Config
 from fullft.hardware import available_host_bytes
+from fullft.model.probing import probing
+from fullft.ranks import by_first_rank
 from fullft.saving.files import staged_folder, sync, sync_folder
 from fullft.saving.output_dir import WEIGHT_FILES, discard_earlier_run
 from fullft.saving.weights import save_weights
 
 _PROBE_TOKENS = 64
 _CONFIG = Path("config.json")
-_NOT_RELOADED = "not reloaded for a check, since there is no memory for a second copy"
 
 
 def export_model(
     config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, results: dict[str, Any]
 ) -> None:
     """Write weights, configs, tokenizer and card; each file appears whole or not at all.
+
+    Every rank calls it, and returns when the model is complete.
 
     Args:
         config: `output_dir`, and what the card says.
@@ -39,11 +42,15 @@ def export_model(
     output_dir = config.output_dir
     with staged_folder(output_dir / "export") as staging:
         save_weights(model, staging, is_hashed=False)
-        tokenizer.save_pretrained(staging)
-        (staging / "README.md").write_text(_card(config, results), encoding="utf-8")
-        sync_folder(staging)
-        _install(staging, output_dir)
-    discard_earlier_run(output_dir)
+
+        def complete() -> None:
+            tokenizer.save_pretrained(staging)
+            (staging / "README.md").write_text(_card(config, results), encoding="utf-8")
+            sync_folder(staging)
+            _install(staging, output_dir)
+            discard_earlier_run(output_dir)
+
+        by_first_rank(complete)
 
 
 def _install(staging: Path, output_dir: Path) -> None:
@@ -97,6 +104,8 @@ def _card(config: Config, results: dict[str, Any]) -> str:
 def check_export(config: Config, model: PreTrainedModel, token_ids: list[int]) -> str:
     """Reload the written model as a user would, and compare its logits with the trained one's.
 
+    All ranks take part in the trained model's logits; the first one alone reloads.
+
     Args:
         config: `output_dir` and `trust_remote_code` are read.
         model: the trained model; the optimizer's states should be gone by now, to make room.
@@ -106,9 +115,21 @@ def check_export(config: Config, model: PreTrainedModel, token_ids: list[int]) -
         A line for the user.
     """
     # Linux ends a process that outgrows the memory, rather than raising; loading goes by way of the host on any device.
-    if available_host_bytes() < 1.1 * sum(p.numel() * p.element_size() for p in model.parameters()):
-        return f"Saved {config.output_dir}; {_NOT_RELOADED}"
-    probe = torch.tensor([token_ids[:_PROBE_TOKENS]], device=model.device)
+    needed = 1.1 * sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    difference = None
+    if by_first_rank(lambda: available_host_bytes() >= needed):
+        probe = torch.tensor([token_ids[:_PROBE_TOKENS]], device=model.device)
+        with probing(model):
+            trained = model(input_ids=probe, use_cache=False).logits
+        difference = by_first_rank(lambda: _difference(config, model, probe, trained))
+    if difference is None:
+        return f"Saved {config.output_dir}; not reloaded for a check, since there is no memory for a second copy"
+    verdict = "the same logits" if difference == 0 else f"warning: its logits differ by up to {difference:.2e}"
+    return f"Saved {config.output_dir}; reloaded, it gives {verdict}"
+
+
+def _difference(config: Config, model: PreTrainedModel, probe: torch.Tensor, trained: torch.Tensor) -> float | None:
+    """Return by how much the written model's logits differ from the trained one's; None without memory for it."""
     try:
         reloaded = AutoModelForCausalLM.from_pretrained(
             config.output_dir,
@@ -117,9 +138,7 @@ def check_export(config: Config, model: PreTrainedModel, token_ids: list[int]) -
             trust_remote_code=config.trust_remote_code,
         ).to(model.device)
         with torch.no_grad():
-            trained = model.eval()(input_ids=probe, use_cache=False).logits
-            difference = (reloaded.eval()(input_ids=probe, use_cache=False).logits - trained).abs().max().item()
+            difference: float = (reloaded.eval()(input_ids=probe, use_cache=False).logits - trained).abs().max().item()
     except (torch.OutOfMemoryError, MemoryError):
-        return f"Saved {config.output_dir}; {_NOT_RELOADED}"
-    verdict = "the same logits" if difference == 0 else f"warning: its logits differ by up to {difference:.2e}"
-    return f"Saved {config.output_dir}; reloaded, it gives {verdict}"
+        return None
+    return difference

@@ -7,15 +7,20 @@ import json
 import os
 import re
 import shutil
+import time
+import uuid
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from torch import nn
 
 from fullft.config.config import Config
+from fullft.config.ranks import find_place
 from fullft.config.steps import Steps
 from fullft.errors import DiskError
 from fullft.optim.build import estimate_state_bytes
+from fullft.ranks import by_each_rank, by_first_rank, is_first
 from fullft.saving.files import sync
 
 MANIFEST = "manifest.json"  # it makes a folder `checkpoint-<step>` ours, and lists the files that we wrote there
@@ -38,7 +43,8 @@ OWN_FILES = (
 # there or back, so that after a kill it is known which of the files at the root belong to which run.
 _MOVING, _REPLACED = ".replacing", ".replaced"
 _FAILED = ".failed-run"  # the records of the run that was to replace it
-_STALE = re.compile(r"\.(checkpoint-\d+|export|config\.yaml|log\.jsonl)\.tmp")
+_LATEST = 90.0  # seconds. Source: nfs(5), acdirmax: what a folder holds may be known from a minute ago
+_STALE = re.compile(r"\.(checkpoint-\d+|export|config\.yaml|log\.jsonl|shared-\w+)\.tmp")
 _RETIRED = re.compile(r"\.(checkpoint-\d+)\.old")
 
 
@@ -146,10 +152,10 @@ class EarlierRun:
                 print(f"warning: the earlier run is still in {self.output_dir}, not put back: {error}")
 
 
-def prepare_output_dir(config: Config, steps: Steps, model: nn.Module) -> EarlierRun:
+def prepare_output_dir(config: Config, steps: Steps, model: nn.Module) -> AbstractContextManager[object]:
     """Make the output folder; check that this run's files will fit; set an earlier run's files aside.
 
-    Called when all else has been loaded, so that most mistakes show before anything moves.
+    Called when all else has been loaded, so that most mistakes show before anything moves. The first rank does it all.
 
     Args:
         config: `output_dir`, `resume_from_checkpoint` and the saving options are read.
@@ -157,11 +163,44 @@ def prepare_output_dir(config: Config, steps: Steps, model: nn.Module) -> Earlie
         model: its size, and the optimizer's, are estimated.
 
     Returns:
-        A context manager for the loop.
+        A context manager for the loop: an `EarlierRun` on the first rank, on others one that does nothing.
 
     Raises:
-        DiskError: the disk has less room than the run will need.
+        DiskError: the disk has less room than the run will need, or some ranks do not see the folder.
     """
+    by_first_rank(lambda: _prepare(config, steps, model))
+    _require_shared(config.output_dir)
+    return EarlierRun(config.output_dir) if is_first() else nullcontext()
+
+
+def _require_shared(folder: Path) -> None:
+    """Check that all ranks see what the first one writes: each is to write its part of every checkpoint there."""
+    if find_place().count == 1:
+        return
+    mark = folder / by_first_rank(lambda: f".shared-{uuid.uuid4().hex}.tmp")
+    by_first_rank(mark.touch)
+    try:
+        if not all(by_each_rank(lambda: _appears(mark))):
+            raise DiskError(
+                f"not all ranks see what the first one writes to {folder}: choose an --output_dir on a file system "
+                "that all machines share"
+            )
+    finally:
+        if is_first():
+            mark.unlink()
+
+
+def _appears(file: Path) -> bool:
+    """Return whether a file is there, or comes: a network file system may show it late."""
+    deadline = time.monotonic() + _LATEST
+    while not file.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _prepare(config: Config, steps: Steps, model: nn.Module) -> None:
     output_dir = config.output_dir
     output_dir.mkdir(parents=True, exist_ok=True)
     recover(output_dir)
@@ -170,7 +209,6 @@ def prepare_output_dir(config: Config, steps: Steps, model: nn.Module) -> Earlie
     if config.resume_from_checkpoint is None and (own := _own_files(output_dir)):
         _move(own, output_dir, output_dir / _MOVING)
         (output_dir / _MOVING).rename(output_dir / _REPLACED)
-    return EarlierRun(output_dir)
 
 
 def discard_earlier_run(output_dir: Path) -> None:

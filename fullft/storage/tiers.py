@@ -70,10 +70,36 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
-def first_row(tensor: torch.Tensor) -> int:
-    """Return where this rank's rows begin in the whole tensor: of n rows, each of W ranks has ceil(n / W), in order.
+def sharded_like(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Return rows as part of a tensor that is sharded as another one is; as they are, where that one is whole.
 
-    The last ranks have what is left, which may be nothing.
+    Args:
+        tensor: sharded, or whole.
+        rows: this rank's, of the same shape as those of `tensor`.
+    """
+    if not isinstance(tensor, DTensor):
+        return rows
+    mesh, placements = tensor.device_mesh, tensor.placements
+    return DTensor.from_local(rows, mesh, placements, shape=tensor.shape, stride=tensor.stride())
+
+
+def row_range(num_rows: int, index: int, count: int) -> tuple[int, int]:
+    """Return which rows of a tensor are whose: ceil(n / W) of n for each of W ranks in order, and what is left.
+
+    Args:
+        num_rows: n.
+        index: of the rank in its group.
+        count: W.
+
+    Returns:
+        The first row, and the one after the last; the last ranks may have none.
+    """
+    most = -(-num_rows // count)
+    return min(num_rows, index * most), min(num_rows, (index + 1) * most)
+
+
+def first_row(tensor: torch.Tensor) -> int:
+    """Return where this rank's rows begin in the whole tensor.
 
     Args:
         tensor: sharded over the last dimension of its mesh, or whole.
@@ -81,13 +107,12 @@ def first_row(tensor: torch.Tensor) -> int:
     if not isinstance(tensor, DTensor):
         return 0
     mesh = tensor.device_mesh
-    rows = -(-tensor.shape[0] // mesh.size(mesh.ndim - 1))
-    return min(tensor.shape[0], int(mesh.get_local_rank(mesh.ndim - 1)) * rows)
+    return row_range(tensor.shape[0], mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1))[0]
 
 
 def first_element(tensor: torch.Tensor) -> int:
     """Return where this rank's rows begin in the whole tensor, flattened."""
-    return first_row(tensor) * (tensor.numel() // tensor.shape[0] if tensor.dim() else 1)
+    return first_row(tensor) * tensor.shape[1:].numel()
 
 
 # ---------------------------------------------------------------------------------------------- storage
@@ -102,11 +127,13 @@ class Storage:
 
     Attributes:
         remainders: the lower halves of split master weights that loading has found, until the optimizer takes them.
+        rows: of weights that several ranks share, what loading has read for this one, until they are sharded.
     """
 
     def __init__(self, device: torch.device, folder: Path) -> None:
         self.device = device
         self.remainders: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self.rows: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._folder = folder
         self._file: DiskFile | None = None
         self._slab: torch.Tensor | None = None

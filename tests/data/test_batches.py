@@ -73,11 +73,46 @@ def test_a_step_depends_on_seed_and_number_alone(tmp_path: Path, tokenizer: PreT
     forward = {step: rows_of_step(first, step) for step in range(1, 25)}
     torch.manual_seed(1)
     again = load(tmp_path, numbered(50), tokenizer, **options).train
-    state = torch.get_rng_state()
     assert {step: rows_of_step(again, step) for step in reversed(range(1, 25))} == forward
-    assert torch.equal(torch.get_rng_state(), state)  # dropout's stream is left alone
     orders = [load(tmp_path, numbered(50), tokenizer, seed=seed).train.global_batch(1) for seed in (42, 43)]
     assert not torch.equal(*(batch.micro_batches[0].inputs["input_ids"] for batch in orders))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_ranks_share_the_same_global_batch(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, ranks: int, packing: bool
+) -> None:
+    """Each micro-batch has one rank; who has fewer gets some of the same shape that teach nothing."""
+    options = {"per_device_train_batch_size": 2, "global_batch_size": 10, "packing": packing, "max_length": 40}
+    whole = load(tmp_path, numbered(47), tokenizer, **options).train
+    loaded = [whole]
+    if ranks > 1:
+        monkeypatch.setenv("WORLD_SIZE", str(ranks))
+        loaded = []
+        for rank in range(ranks):
+            monkeypatch.setenv("RANK", str(rank))
+            loaded.append(load(tmp_path, numbered(47), tokenizer, **options).train)
+    for step in range(1, 8):
+        expected, batches = whole.global_batch(step), [each.global_batch(step) for each in loaded]
+        assert {len(batch) for batch in batches} == {-(-len(expected) // ranks)}
+        assert {(batch.num_tokens, batch.num_target_tokens) for batch in batches} == {
+            (expected.num_tokens, expected.num_target_tokens)
+        }
+        found = {number: each for batch in batches for number, each in batch.micro_batches.items()}
+        assert len(found) == ranks * len(batches[0])
+        for number, each in found.items():
+            if number < len(expected):
+                assert torch.equal(each.inputs["input_ids"], expected.micro_batches[number].inputs["input_ids"])
+                assert torch.equal(each.labels, expected.micro_batches[number].labels)
+            else:
+                assert (each.num_tokens, each.num_target_tokens) == (0, 0) and (each.labels == IGNORED).all()
+        for batch in batches:
+            assert [each.is_last for each in batch] == [False] * (len(batch) - 1) + [True]
+    held_out = [list(each.by_length()) for each in loaded]
+    assert len({len(each) for each in held_out}) == 1
+    targets = sum(micro_batch.num_target_tokens for each in held_out for micro_batch in each)
+    assert targets == sum(micro_batch.num_target_tokens for micro_batch in whole.by_length())
 
 
 def test_counts_exclude_padding(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,17 +1,25 @@
-"""A run that cannot fit stops before its weights are loaded, and after those that are missing."""
+"""A run that cannot fit stops before its weights are loaded, and after those that are missing; what is recorded."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
 from models import make_config
+from ranks import run_on_ranks
 from worst_steps import deep
 
+import fullft.memory.run
+from fullft.config.ranks import find_place
 from fullft.data.micro_batch import MicroBatch
 from fullft.errors import MemoryExhaustedError
+from fullft.memory.machine import Device
 from fullft.memory.plan import Batch, plan_step
-from fullft.memory.run import plan_run
+from fullft.memory.run import RunPlan, plan_run, record_memory
+from fullft.memory.tracker import COMPONENTS, Moment, Profile
 
 
 def test_run_that_cannot_fit_stops_before_loading() -> None:
@@ -29,3 +37,22 @@ def test_run_that_cannot_fit_stops_before_loading() -> None:
     assert plan.figures == plan_step(plan.config, model_config, Batch(1, 32))
     off = make_config(precision="bf16-mixed", device_memory="512.5MiB", fit="off")
     assert plan_run(off, model_config, data, cpu).figures == plan.figures
+
+
+def test_memory_json_has_the_peaks_of_all_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fullft.memory.run, "plot_memory", lambda *_: (tmp_path / "memory.png").touch())
+
+    def record() -> str:
+        rank = find_place().rank
+        config = make_config(output_dir=tmp_path if rank == 0 else Path("/none"))
+        plan = RunPlan(config, None, Device("a card", 2**30), "")
+        curves = {name: [7 + rank] for name in COMPONENTS}
+        profile = Profile([Moment(0, "forward", -1)], [700 + rank], curves, [])
+        return record_memory(plan, profile, torch.device("cpu"))
+
+    def written() -> dict[str, Any]:
+        return dict(json.loads((tmp_path / "memory.json").read_text()))
+
+    assert "Memory at the peak" in record() and "ranks" not in written()
+    run_on_ranks(3, record)
+    assert written()["ranks"] == [700, 701, 702] and written()["measured"]["peak_bytes"] == 700

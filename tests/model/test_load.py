@@ -50,7 +50,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def test_weights_split_while_loading_equal_those_split_afterwards(
     family: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fullft.model.load, "_PIECE", 4096)  # so that tensors have several, the last one shorter
+    monkeypatch.setattr(fullft.model.precision, "_PIECE", 4096)  # so that tensors have several, the last one shorter
     original = bf16_model(family).to(dtype)
     with torch.no_grad():
         for parameter in original.parameters():

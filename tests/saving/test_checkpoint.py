@@ -10,9 +10,11 @@ from models import make_config
 from small_runs import OUT, contents, steps_saved, train_small
 
 import fullft.saving.checkpoint
+import fullft.saving.files
 from fullft.config.config import to_words
 from fullft.errors import CheckpointError, OptionsError
-from fullft.saving.checkpoint import _changed_options, list_checkpoints, verify
+from fullft.saving.checkpoint import list_checkpoints, verify
+from fullft.saving.resuming import _changed_options
 
 # ---------------------------------------------------------------------------------------------- which checkpoints
 
@@ -109,8 +111,9 @@ def test_another_batch_size_is_reported_to_repeat_rows(
 
 def test_weights_and_states_are_hashed_while_written(monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[str] = []
-    of_file = fullft.saving.checkpoint._sha256
-    monkeypatch.setattr(fullft.saving.checkpoint, "_sha256", lambda file: hashed.append(file.name) or of_file(file))
+    of_file = fullft.saving.files.sha256
+    for module in (fullft.saving.files, fullft.saving.checkpoint):
+        monkeypatch.setattr(module, "sha256", lambda file: hashed.append(file.name) or of_file(file))
     train_small()
     assert "config.json" in hashed and not [name for name in hashed if name.endswith(".safetensors")]
     (checkpoint,) = list_checkpoints(OUT)

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from fullft.config.config import Config
 from fullft.config.steps import Steps
 from fullft.model.load import load_model
-from fullft.saving.checkpoint import restore, save_checkpoint, verify
+from fullft.saving.checkpoint import save_checkpoint, verify
+from fullft.saving.resuming import restore
 from fullft.storage.tiers import Storage
 
 EVERYWHERE = ["none", "optimizer=host", "optimizer=disk", "gradients=disk", "optimizer=disk,gradients=host"]

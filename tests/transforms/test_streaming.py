@@ -14,7 +14,8 @@ from fullft.model.load import load_model
 from fullft.model.parts import decoder_layers
 from fullft.optim.adamw import AdamW
 from fullft.optim.build import build_optimizer
-from fullft.saving.checkpoint import restore, save_checkpoint, verify
+from fullft.saving.checkpoint import save_checkpoint, verify
+from fullft.saving.resuming import restore
 from fullft.storage.tiers import Storage, home_of, host_pieces, lives_elsewhere
 from fullft.transforms.activation_checkpointing import apply_activation_checkpointing
 from fullft.transforms.streaming import LayerStream, apply_layer_streaming, stream_of

@@ -1,0 +1,159 @@
+"""Loading for several ranks: each reads its own rows of the files, and none ever holds the whole model.
+
+The parameters come without memory. `transforms/sharding.py` gives them the rows that are left in `storage.rows`.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from fullft.config.config import Config
+from fullft.errors import ModelError
+from fullft.model.precision import dtype_of, split_into
+from fullft.model.source import DEMO_MODEL
+from fullft.model.stored import WIDER, stored_tensors, under_names_of
+from fullft.storage.tiers import Storage, first_row, local_of, row_range
+
+
+class _Readable(Protocol):
+    """A tensor that can be read, also by rows."""
+
+    def read(self) -> torch.Tensor: ...
+    def read_rows(self, start: int, end: int) -> torch.Tensor: ...
+
+
+class _Whole:
+    """A tensor that is in memory."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor.detach()
+
+    def read(self) -> torch.Tensor:
+        return self._tensor
+
+    def read_rows(self, start: int, end: int) -> torch.Tensor:
+        return self._tensor[start:end]
+
+
+def load_rows(
+    config: Config, source: str, storage: Storage, load_whole: Callable[[torch.dtype], PreTrainedModel]
+) -> PreTrainedModel:
+    """Build a model whose parameters have no memory, and read this rank's rows of them.
+
+    Where the files do not hold the parameters one by one, as those of mixtures of experts, transformers must convert
+    them: then each rank loads the whole model into the host's memory first, and keeps its rows.
+
+    Args:
+        config: number formats, placement, ranks and `trust_remote_code` are read.
+        source: folder or hub id.
+        storage: gets the rows, and the remainders of split masters.
+        load_whole: loads the whole model on the CPU.
+
+    Raises:
+        ModelError: the family keeps some parameters in another dtype than the others, which cannot be sharded.
+    """
+    dtype = dtype_of(config.numerics.weights)
+    model_config = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+    with no_init_weights(), _parameters_without_memory():
+        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=config.trust_remote_code)
+    model.tie_weights()
+    if dtype == torch.bfloat16 and model._keep_in_fp32_modules_strict:
+        raise ModelError(
+            f"{type(model).__name__} keeps some of its parameters in fp32, and ranks share parameters of one dtype: "
+            "pass --precision bf16-mixed, or train it on one device"
+        )
+    stored = _readable(config, source, model, dtype, load_whole)
+    for name, parameter in model.named_parameters():
+        rows = stored[name].read_rows(*row_range(len(parameter), config.group.index, config.group.count))
+        storage.rows[parameter] = weights = torch.empty(rows.shape, dtype=dtype, device=storage.device)
+        if config.numerics.splits and rows.dtype in (torch.float32, torch.float16):
+            remainders = storage.zeros(config.placement.optimizer, rows.numel(), torch.int16)
+            split_into(weights, remainders, rows)
+            storage.remainders[parameter] = remainders
+        else:
+            weights.copy_(rows)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = buffer if buffer is None else buffer.to(storage.device)
+    for name, buffer in model.named_buffers():
+        if name in stored:
+            buffer.copy_(stored[name].read())
+    if model.can_generate() and source != str(DEMO_MODEL):
+        with suppress(OSError):  # there need not be one
+            model.generation_config = GenerationConfig.from_pretrained(source)
+    return model
+
+
+def reload_rows(model: PreTrainedModel, folder: Path, load_whole: Callable[[torch.dtype], PreTrainedModel]) -> None:
+    """Put this rank's rows of weights that `save_weights` wrote into the model that they were saved from.
+
+    Args:
+        model: sharded; changed in place.
+        folder: of its checkpoint.
+        load_whole: loads the whole model on the CPU.
+    """
+    stored = _one_by_one(str(folder), model) or _in_memory(load_whole(model.dtype))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            rows, start = local_of(parameter), first_row(parameter)
+            rows.copy_(stored[name].read_rows(start, start + len(rows)))
+
+
+def _readable(
+    config: Config,
+    source: str,
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    load_whole: Callable[[torch.dtype], PreTrainedModel],
+) -> Mapping[str, _Readable]:
+    if source == str(DEMO_MODEL):
+        return _in_memory(load_whole(dtype))
+    if (found := _one_by_one(source, model)) is not None:
+        return found
+    is_wider = any(each.dtype in WIDER for each in stored_tensors(source).values())
+    return _in_memory(load_whole(torch.float32 if config.numerics.splits and is_wider else dtype))
+
+
+def _one_by_one(source: str, model: PreTrainedModel) -> Mapping[str, _Readable] | None:
+    """Return the files' tensors under the model's names; None if they are not the parameters one by one."""
+    tensors = stored_tensors(source)
+    stored = under_names_of(model, tensors)
+    if any(name not in stored or stored[name].shape != list(each.shape) for name, each in model.named_parameters()):
+        return None
+    ignored = "|".join(model._keys_to_ignore_on_load_unexpected or ()) or "$."  # as from_pretrained does
+    extra = tensors.keys() - {each.name for each in stored.values()}
+    if unexpected := [name for name in extra if not re.search(ignored, name)]:
+        print(
+            f"warning: {source} has {len(unexpected)} tensors that its config.json has no place for, such as "
+            f"{min(unexpected)}"
+        )
+    return stored
+
+
+def _in_memory(model: PreTrainedModel) -> Mapping[str, _Readable]:
+    return {name: _Whole(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+
+
+@contextmanager
+def _parameters_without_memory() -> Iterator[None]:
+    """Put parameters on the `meta` device when a module registers them; buffers are as real as ever.
+
+    What buffers hold is often in no file, but computed when a model is built.
+    """
+    register = nn.Module.register_parameter
+
+    def without_memory(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(self, name, None if param is None else nn.Parameter(param.detach().to("meta"), param.requires_grad))
+
+    nn.Module.register_parameter = without_memory  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]

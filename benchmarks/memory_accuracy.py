@@ -59,7 +59,8 @@ from fullft.cpu.reuse import reuse_memory
 from fullft.data.micro_batch import MicroBatch
 from fullft.memory import worst_step
 from fullft.memory.plan import Batch, plan_step
-from fullft.memory.tracker import COMPONENTS, MemoryTracker
+from fullft.memory.profile import COMPONENTS
+from fullft.memory.tracker import MemoryTracker
 from fullft.memory.worst_step import take_worst_step
 from fullft.model.bundled import bundled_config
 from fullft.model.homes import move_layers_home

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import datasets
 import pytest
 import torch
+import torch.distributed.fsdp
 import transformers
 import transformers.core_model_loading
 import transformers.masking_utils
@@ -44,6 +45,7 @@ TRACING, TRACKER = "fullft/tracing.py", "fullft/memory/tracker.py"
 COMPILATION, CHECKPOINTING = "fullft/transforms/compilation.py", "fullft/transforms/activation_checkpointing.py"
 FILES = "fullft/model/weight_files.py"
 SNAPSHOT = "fullft/memory/snapshot.py"
+COLLECTIVES, RANKS = "fullft/memory/collectives.py", "fullft/memory/planned_ranks.py"
 JOINING, GROUPS = "fullft/run/joining.py", "torch.distributed.distributed_c10d"
 
 PRIVATE = {
@@ -86,6 +88,24 @@ PRIVATE = {
         "torch", CHECKPOINTING, "which arguments an operator overwrites", lambda: torch.ops.aten.mm.default._schema
     ),
     "_cdata": Private("torch", CHECKPOINTING, "names a storage", lambda: torch.empty(0).untyped_storage()._cdata),
+    "_allgather_base_": Private(
+        "torch", COLLECTIVES, "what ranks gather is counted", lambda: torch.ops.c10d._allgather_base_.default
+    ),
+    "_reduce_scatter_base_": Private(
+        "torch", COLLECTIVES, "so is what they sum", lambda: torch.ops.c10d._reduce_scatter_base_.default
+    ),
+    "FakeStore": Private(
+        "torch",
+        RANKS,
+        "ranks of a plan are not there",
+        lambda: module("torch.testing._internal.distributed.fake_pg").FakeStore,
+    ),
+    "_fsdp_param": Private(
+        "torch",
+        RANKS,
+        "a plan cuts each weight once, whatever the number of ranks",
+        lambda: module("torch.distributed.fsdp._fully_shard._fsdp_param")._chunk_with_empty,
+    ),
     "_record_memory_history": Private(
         "torch",
         SNAPSHOT,
@@ -171,6 +191,11 @@ PUBLIC_LOOKING = {
         LOAD,
         "tied weights are saved once",
         lambda: transformers.modeling_utils.remove_tied_weights_from_state_dict,
+    ),
+    "allreduce_": Private("torch", COLLECTIVES, "what ranks sum is counted", lambda: torch.ops.c10d.allreduce_.default),
+    "chunk_cat": Private("torch", COLLECTIVES, "gradients on their way", lambda: torch.ops.fsdp.chunk_cat.default),
+    "unbox": Private(
+        "torch", COLLECTIVES, "the ranks that an operator concerns", lambda: torch.distributed.ProcessGroup.unbox
     ),
     "find_packed_sequence_indices": Private(
         "transformers",

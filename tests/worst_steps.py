@@ -8,7 +8,7 @@ from fullft.attention.choice import attend_by_document
 from fullft.config.config import Config
 from fullft.data.micro_batch import MicroBatch
 from fullft.memory.plan import Batch
-from fullft.memory.tracker import Profile
+from fullft.memory.profile import Profile
 from fullft.memory.worst_step import take_worst_step
 from fullft.model.loss import LossSum
 from fullft.model.precision import autocast_of, dtype_of

@@ -16,7 +16,9 @@ from fullft.config.recomputation import Recomputation
 from fullft.memory.facts import Facts, find_facts
 from fullft.memory.machine import ASSUMED, Device, Speeds
 from fullft.memory.plan import Batch, plan_step
-from fullft.memory.traffic import estimate_seconds, held_bytes
+from fullft.memory.stages import possible_stages, require_stage
+from fullft.memory.step_time import estimate_seconds
+from fullft.memory.traffic import held_bytes
 from fullft.memory.units import GIB, Unit, unit_for
 
 # ---------------------------------------------------------------------------------------------- what is needed
@@ -33,6 +35,7 @@ class Plans:
         self.model_config = model_config
         self._known: dict[tuple[Any, ...], dict[str, Any]] = {}
         self._facts: dict[int, Facts] = {}
+        self._activations: dict[tuple[Any, ...], int] = {}
 
     def of(self, config: Config, batch: Batch) -> dict[str, Any]:
         """Plan a run.
@@ -43,18 +46,39 @@ class Plans:
         """
         key = self._key(config, batch)
         if key not in self._known:
-            self._known[key] = plan_step(config, self.model_config, batch)
+            planned = self._known[key] = plan_step(config, self.model_config, batch)
+            self._activations[_what_is_kept(config, batch)] = planned["components"]["activations"]
         return self._known[key]
 
-    def peak_bytes(self, config: Config, batch: Batch) -> int:
-        """Plan no more than a run's peak, which evaluation never is: it has no gradients and keeps no activations.
+    def least_bytes(self, config: Config, batch: Batch) -> dict[str, int]:
+        """Return what each tier has to hold at least, as far as that is known without another trace.
+
+        Activations are the same in every stage of sharding and in every placement of the rest.
 
         Args:
             config: as in `plan_step`.
             batch: the largest micro-batches.
         """
-        known = self._known.get(self._key(config, batch))
-        return int((known or self.of(config, replace(batch, evaluation_length=0)))["peak_bytes"])
+        known = self._activations.get(_what_is_kept(config, batch), 0)
+        return held_bytes(config, self.facts(batch.length), known)
+
+    def of_training(self, config: Config, batch: Batch) -> dict[str, Any]:
+        """Plan training alone, unless more is known: evaluation has no gradients, keeps no activations, and is no peak.
+
+        Args:
+            config: as in `plan_step`.
+            batch: the largest micro-batches.
+        """
+        return self._known.get(self._key(config, batch)) or self.of(config, replace(batch, evaluation_length=0))
+
+    def peak_bytes(self, config: Config, batch: Batch) -> int:
+        """Plan no more than a run's peak.
+
+        Args:
+            config: as in `plan_step`.
+            batch: the largest micro-batches.
+        """
+        return int(self.of_training(config, batch)["peak_bytes"])
 
     def known_peak(self, config: Config, batch: Batch) -> int:
         """Return a run's peak if it has been planned already, else 0.
@@ -67,7 +91,8 @@ class Plans:
 
     def _key(self, config: Config, batch: Batch) -> tuple[Any, ...]:
         layout = (config.numerics, config.placement, config.recomputation, config.compiles)
-        return (*layout, config.accumulates, config.packing, config.max_grad_norm > 0, batch)
+        ranks = (config.shard, config.group) if config.gpus > 1 else ()
+        return (*layout, *ranks, config.accumulates, config.packing, config.max_grad_norm > 0, batch)
 
     def facts(self, length: int) -> Facts:
         """Count what follows from the model's shapes alone.
@@ -78,6 +103,11 @@ class Plans:
         if length not in self._facts:
             self._facts[length] = find_facts(self.model_config, length)
         return self._facts[length]
+
+
+def _what_is_kept(config: Config, batch: Batch) -> tuple[Any, ...]:
+    """Return what activations depend on, besides the model."""
+    return (config.numerics.computation, config.recomputation, config.compiles, config.packing, batch)
 
 
 # ---------------------------------------------------------------------------------------------- choosing
@@ -94,21 +124,36 @@ class Choice:
     Attributes:
         activation_checkpointing: the option's word.
         placement: where things live.
+        shard: the option's word; None for a run on one device.
         seconds: of a step, estimated.
     """
 
     activation_checkpointing: str
     placement: Placement
-    seconds: float
+    shard: str | None = None
+    seconds: float = 0.0
+
+    @staticmethod
+    def of(config: Config) -> "Choice":
+        """Return what options say."""
+        return Choice(config.activation_checkpointing, config.placement, config.shard if config.gpus > 1 else None)
 
     def apply(self, config: Config) -> Config:
-        """Set both options."""
-        return replace(config, activation_checkpointing=self.activation_checkpointing, offload=str(self.placement))
+        """Set the options."""
+        changes = {} if self.shard is None else {"shard": self.shard}
+        changes |= {"activation_checkpointing": self.activation_checkpointing, "offload": str(self.placement)}
+        return replace(config, **changes)  # type: ignore[arg-type]
+
+    @property
+    def where(self) -> tuple[str | None, Placement]:
+        """Where things are: the same for several ways to recompute."""
+        return self.shard, self.placement
 
     def describe(self) -> str:
         """Name what it sets."""
+        shard = f"shard {self.shard}, " if self.shard is not None else ""
         offload = f", offload {self.placement}" if self.placement.offloaded else ""
-        return f"activation_checkpointing {self.activation_checkpointing}{offload}"
+        return f"{shard}activation_checkpointing {self.activation_checkpointing}{offload}"
 
 
 def recomputing_time(config: Config) -> float:
@@ -122,11 +167,23 @@ def recomputing_time(config: Config) -> float:
     return config.recomputation.share
 
 
+def step_seconds(config: Config, facts: Facts, batch: Batch, speeds: Speeds) -> float:
+    """Estimate a step's time.
+
+    Args:
+        config: nothing is left to the plan.
+        facts: of the model.
+        batch: the largest micro-batches.
+        speeds: of the machine.
+    """
+    return estimate_seconds(config, facts, batch.sequences * batch.length, speeds, recomputing_time(config))
+
+
 def choices(config: Config, plans: Plans, batch: Batch, device: Device, speeds: Speeds) -> list[Choice]:
     """List what may be set in place of auto, the fastest first by estimate.
 
-    Each choice gives the same losses: to the bit or, where layers are compiled, up to rounding. Nothing is offloaded to
-    the host where the device shares the host's memory.
+    Each choice gives the same losses: to the bit or, compiled or on several ranks, up to rounding. Nothing is offloaded
+    to the host where the device shares the host's memory. Ranks that share a model do not stream its layers too.
 
     Args:
         config: what it leaves open is chosen.
@@ -137,21 +194,22 @@ def choices(config: Config, plans: Plans, batch: Batch, device: Device, speeds: 
     """
     tiers = ("device", "disk") if device.is_host else ("device", "host", "disk")
     possible = list(placements(tiers)) if "offload" in config.undecided else [config.placement]
+    stages: list[str | None] = [config.shard if config.gpus > 1 else None]
+    if "shard" in config.undecided:
+        stages = [*possible_stages(config, plans.model_config)]
     modes = [config.activation_checkpointing]
     if "activation_checkpointing" in config.undecided:
         # `selective` saves about as much as recomputing every other layer, and takes less time.
         modes = ["none", "every_2" if config.compiles else "selective", "full"]
     facts = plans.facts(batch.length)
     found = []
-    for placement, mode in itertools.product(possible, modes):
-        if placement.streams_layers and mode != "full":
+    for stage, placement, mode in itertools.product(stages, possible, modes):
+        if placement.streams_layers and (mode != "full" or stage is not None):
             continue  # a layer whose weights have left the device must be recomputed
         if placement.optimizer != "device" and config.placement.optimizer == "paged":
             continue  # the driver places these states
-        each = Choice(mode, placement, 0.0).apply(config)
-        tokens = batch.sequences * batch.length
-        seconds = estimate_seconds(each, facts, tokens, speeds, recomputing_time(each))
-        found.append(Choice(mode, placement, seconds))
+        choice = Choice(mode, placement, stage)
+        found.append(replace(choice, seconds=step_seconds(choice.apply(config), facts, batch, speeds)))
     return sorted(found, key=lambda choice: (choice.seconds, len(choice.placement.offloaded)))
 
 
@@ -171,12 +229,18 @@ def choose(
 
     Returns:
         The options with nothing left open, and a line that says what was chosen and why.
+
+    Raises:
+        OptionsError: the model cannot be sharded as asked.
     """
-    if not config.undecided & {"activation_checkpointing", "offload"}:
-        return config, f"{Choice(config.activation_checkpointing, config.placement, 0.0).describe()}: as asked"
-    # Most runs fit without moving anything, and then nothing needs to be measured.
+    if config.gpus > 1 and "shard" not in config.undecided:
+        require_stage(config, plans.model_config)
+    if not config.undecided & {"activation_checkpointing", "offload", "shard"}:
+        return config, f"{Choice.of(config).describe()}: as asked"
+    # Most runs fit without moving anything, and then nothing needs to be measured, unless stages must be ranked.
     is_open = "offload" in config.undecided
-    ranked = choices(replace(config, offload="none") if is_open else config, plans, batch, device, ASSUMED)
+    known = speeds() if "shard" in config.undecided else ASSUMED
+    ranked = choices(replace(config, offload="none") if is_open else config, plans, batch, device, known)
     choice = _first_to_fit(ranked, config, plans, batch, device)
     if choice is None and is_open:
         ranked = choices(config, plans, batch, device, speeds())
@@ -185,24 +249,23 @@ def choose(
 
 
 def _first_to_fit(ranked: list[Choice], config: Config, plans: Plans, batch: Batch, device: Device) -> Choice | None:
-    facts = plans.facts(batch.length)
     hopeless = set()
     for choice in ranked:
         chosen = choice.apply(config)
-        if choice.placement in hopeless or not _has_room(device, held_bytes(chosen, facts)):
+        if choice.where in hopeless or not _has_room(device, plans.least_bytes(chosen, batch)):
             continue
         if fits(plans.of(chosen, batch), device):
             return choice
         # Where even recomputing everything is not enough, no other checkpointing needs to be tried.
-        least = replace(chosen, activation_checkpointing=_least(ranked, choice.placement))
+        least = replace(chosen, activation_checkpointing=_least(ranked, choice))
         if not fits(plans.of(least, batch), device):
-            hopeless.add(choice.placement)
+            hopeless.add(choice.where)
     return None
 
 
-def _least(ranked: list[Choice], placement: Placement) -> str:
+def _least(ranked: list[Choice], like: Choice) -> str:
     """Return the checkpointing that needs least memory of those that may be chosen."""
-    modes = [choice.activation_checkpointing for choice in ranked if choice.placement == placement]
+    modes = [choice.activation_checkpointing for choice in ranked if choice.where == like.where]
 
     def saving(mode: str) -> tuple[float, bool]:
         recomputation = Recomputation.parse(mode)
@@ -217,7 +280,7 @@ def _explained(
     if choice is None:
         facts = plans.facts(batch.length)
         modest = min(ranked, key=lambda each: (held_bytes(each.apply(config), facts)["device"], each.seconds))
-        least = replace(modest, activation_checkpointing=_least(ranked, modest.placement))
+        least = replace(modest, activation_checkpointing=_least(ranked, modest))
         lack = _lack(plans.of(least.apply(config), batch), device)
         return least.apply(
             config
@@ -228,7 +291,8 @@ def _explained(
     costs = choice.seconds / min(each.seconds for each in ranked)
     time = f" ({costs:.2g} x the time of the fastest)" if costs > 1.05 else ""
     spare = f"{unit.amount(device.memory_bytes - _taken(planned, device))} to spare"
-    exact = "" if config.compiles else "exact "  # graphs that recompute more may round otherwise
+    # Graphs that recompute more may round otherwise, and stages add up gradients in other orders.
+    exact = "" if config.compiles or config.gpus > 1 else "exact "
     line = f"{choice.describe()}{time}: the fastest {exact}choice to fit {device.name}, {spare}"
     kept = [
         f"{unit.amount(planned[name])} on {where}"
@@ -237,21 +301,25 @@ def _explained(
     ]
     line += f"; {', '.join(kept)}" if kept else ""
     if too_large := _too_large(ranked[:place], config, plans, batch, unit):
-        line += f"; faster, but too large: offload {too_large}"
+        line += f"; faster, but too large: {too_large}"
     return chosen, line
 
 
 def _too_large(faster: list[Choice], config: Config, plans: Plans, batch: Batch, unit: Unit) -> str:
-    """Say what faster choices need, as far as that is known: one of each placement."""
-    needs: dict[str, str] = {}
+    """Say what faster choices need, as far as that is known: one of each stage and placement."""
+    needs: dict[tuple[str | None, Placement], str] = {}
     for choice in faster:
         chosen = choice.apply(config)
-        held = held_bytes(chosen, plans.facts(batch.length))
+        held = plans.least_bytes(chosen, batch)
         device = max(held["device"], plans.known_peak(chosen, batch))
         elsewhere = {"host": held["host"], "disk": held["disk"]}
         needed = [unit.amount(device), *(f"{tier} {unit.amount(size)}" for tier, size in elsewhere.items() if size)]
-        needs.setdefault(str(choice.placement), f"{choice.placement} ({', '.join(needed)})")
-    return ", ".join(list(needs.values())[:_SHOWN])
+        name = str(choice.placement)
+        if choice.shard is not None:
+            name = choice.shard + (f" with {name}" if choice.placement.offloaded else "")
+        needs.setdefault(choice.where, f"{name} ({', '.join(needed)})")
+    shown = ", ".join(list(needs.values())[:_SHOWN])
+    return shown and f"{'offload' if config.gpus == 1 else 'shard'} {shown}"
 
 
 def fits(planned: Mapping[str, Any], device: Device) -> bool:

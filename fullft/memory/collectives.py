@@ -1,15 +1,56 @@
-"""Collectives, as the tracker sees them: what ranks send to each other, and where gathered weights come and go."""
+"""Collectives, as the tracker sees them: what a rank sends to others, and where gathered weights come and go."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.fsdp  # noqa: F401 (which defines its operators)
 
-from fullft.memory.communication import Sent
 from fullft.transforms.activation_checkpointing import tensors_in
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Bytes that one rank sends, by kind of collective.
+
+    Attributes:
+        all_gather: weights, of which each rank has some rows.
+        reduce_scatter: gradients, of which each rank gets the sums of its rows.
+        all_reduce: gradients, of which each rank gets all sums.
+    """
+
+    all_gather: int = 0
+    reduce_scatter: int = 0
+    all_reduce: int = 0
+
+    def __add__(self, other: "Sent") -> "Sent":
+        """Add two parts of a step."""
+        return Sent(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
+
+    def __mul__(self, times: int) -> "Sent":
+        """Repeat a part of a step."""
+        return Sent(*(getattr(self, each.name) * times for each in fields(self)))
+
+
+def sent_in_step(micro_batches: Sequence[Sent], accumulation: int) -> Sent:
+    """Add up what a step sends.
+
+    Args:
+        micro_batches: what the first and the last one send, or one that is like all others.
+        accumulation: how many there are.
+    """
+    first, last = micro_batches[0], micro_batches[-1]
+    if accumulation == 1:
+        return last
+    # Those between find what the last one finds, and leave what the first one leaves.
+    between = Sent(last.all_gather, first.reduce_scatter, first.all_reduce)
+    return first + between * (accumulation - 2) + last
+
+
+# ---------------------------------------------------------------------------------------------- operators
 
 _ALL_GATHER = torch.ops.c10d._allgather_base_.default
 _REDUCE_SCATTER = torch.ops.c10d._reduce_scatter_base_.default
@@ -63,7 +104,7 @@ def watching_resizes(seen: Callable[[torch.UntypedStorage], None]) -> Iterator[N
         seen(storage)
         return result
 
-    torch.UntypedStorage.resize_ = watched  # type: ignore[method-assign]
+    torch.UntypedStorage.resize_ = watched  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:

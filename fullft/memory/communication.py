@@ -1,42 +1,93 @@
-"""Communication: the bytes that a rank sends to others in a step, as collectives send them around a ring."""
+"""Communication: what ranks send to each other in a step, and the seconds that it takes, by arithmetic alone.
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+The tracker counts as much. Here nothing is traced, so that stages of sharding can be ranked.
+"""
 
-
-@dataclass(frozen=True)
-class Sent:
-    """Bytes that one rank sends, by kind of collective.
-
-    Attributes:
-        all_gather: weights, of which each rank has some rows.
-        reduce_scatter: gradients, of which each rank gets the sums of its rows.
-        all_reduce: gradients, of which each rank gets all sums.
-    """
-
-    all_gather: int = 0
-    reduce_scatter: int = 0
-    all_reduce: int = 0
-
-    def __add__(self, other: "Sent") -> "Sent":
-        """Add two parts of a step."""
-        return Sent(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
-
-    def __mul__(self, times: int) -> "Sent":
-        """Repeat a part of a step."""
-        return Sent(*(getattr(self, each.name) * times for each in fields(self)))
+from fullft.config.config import Config
+from fullft.memory.collectives import Sent
+from fullft.memory.facts import Facts
+from fullft.memory.machine import Speeds
+from fullft.memory.traffic import sizes_of
 
 
-def sent_in_step(micro_batches: Sequence[Sent], accumulation: int) -> Sent:
-    """Add up what a step sends.
+def estimate_sent(config: Config, facts: Facts, *, is_first: bool, is_last: bool) -> tuple[Sent, Sent]:
+    """Return what a rank sends in a micro-batch's forward, and in its backward.
+
+    With weights of w bytes, w' of them in the layers, and their gradients' sums of g bytes, on W ranks:
+
+    - `full` gathers w in forward and w' in backward, `optimizer` and `gradients` w in the first forward alone
+    - `optimizer` reduces g after the last micro-batch, `gradients` and `full` after each
+    - copies sum g / W as often; `none` has W = 1, and nothing but copies
+
+    To gather or reduce n bytes over W ranks each one sends n (W - 1) / W, and twice as much to sum them for all.
 
     Args:
-        micro_batches: what the first and the last one send, or one that is like all others.
-        accumulation: how many there are.
+        config: its number formats and ranks are read.
+        facts: of the model.
+        is_first: whether it is the step's first micro-batch.
+        is_last: whether it is the step's last.
+
+    Source: Rajbhandari et al., "ZeRO" (2020), section 7.
     """
-    first, last = micro_batches[0], micro_batches[-1]
+    sizes, group, is_full = sizes_of(config, facts), config.group, config.shard == "full"
+
+    def around(size: int, count: int) -> int:
+        return (count - 1) * size // count
+
+    gathered = around(sizes.weights, group.count) if is_full or is_first else 0
+    again = around(sizes.layer_weights, group.count) if is_full else 0
+    sums = sizes.gradients if is_last or config.shard in ("gradients", "full") else 0
+    backward = Sent(again, around(sums, group.count), 2 * around(sums // group.count, group.copies))
+    return Sent(gathered), backward
+
+
+def seconds_with_others(config: Config, facts: Facts, forward: float, backward: float, speeds: Speeds) -> float:
+    """Estimate the time of a step's micro-batches on several ranks.
+
+    Layers are gathered, and their gradients sent, while other layers compute. Nothing computes while the rest comes
+    (embeddings, last norm and head, in forward), or goes (in backward).
+
+    Args:
+        config: its number formats and ranks are read.
+        facts: of the model.
+        forward: time of a micro-batch's computing there.
+        backward: time of its computing there.
+        speeds: of the machine.
+    """
+    sizes, accumulation = sizes_of(config, facts), config.gradient_accumulation_steps
+    alone = 1 - sizes.layer_weights / sizes.weights if speeds.overlaps else 1.0
+    total = 0.0
+    for times, is_first, is_last in _turns(accumulation):
+        for computing, sent in zip(
+            (forward, backward), estimate_sent(config, facts, is_first=is_first, is_last=is_last), strict=True
+        ):
+            sending = seconds_to_send(sent, config, speeds)
+            total += times * (max(computing, (1 - alone) * sending) + alone * sending)
+    if config.shard in ("none", "optimizer") and accumulation > 1:  # whole gradients, added up in memory
+        total += accumulation * (sizes.weights + 2 * sizes.gradients) / speeds.memory
+    return total
+
+
+def _turns(accumulation: int) -> list[tuple[int, bool, bool]]:
+    """Return how many micro-batches there are that are the step's first one, or its last one, or neither."""
     if accumulation == 1:
-        return last
-    # Those between find what the last one finds, and leave what the first one leaves.
-    between = Sent(last.all_gather, first.reduce_scatter, first.all_reduce)
-    return first + between * (accumulation - 2) + last
+        return [(1, True, True)]
+    return [(1, True, False), (accumulation - 2, False, False), (1, False, True)]
+
+
+def seconds_to_send(sent: Sent, config: Config, speeds: Speeds) -> float:
+    """Return how long collectives take.
+
+    A ring through several machines crosses between two of them on as many network cards as these have ranks. The copies
+    of a hybrid have one ring for each of these cards.
+
+    Args:
+        sent: by each rank.
+        config: its ranks are read.
+        speeds: of the machine.
+    """
+    place, group = config.place, config.group
+    through_all = min(speeds.interconnect, speeds.network * place.local_count)
+    shared = speeds.interconnect if group.count <= place.local_count else through_all
+    copied = speeds.network if group.count > 1 else speeds.interconnect if place.machines == 1 else through_all
+    return (sent.all_gather + sent.reduce_scatter) / shared + sent.all_reduce / copied

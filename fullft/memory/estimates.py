@@ -1,4 +1,4 @@
-"""Estimates, by the formulas in their docstrings: LoRA and QLoRA, ZeRO on several GPUs, and the time of a run."""
+"""Estimates, by the formulas in their docstrings: LoRA and QLoRA, and the time of a run."""
 
 from dataclasses import dataclass, replace
 
@@ -7,13 +7,12 @@ from fullft.hardware import PEAK_FLOPS
 from fullft.memory.choose import Plans
 from fullft.memory.facts import Facts
 from fullft.memory.plan import Batch, num_layers
-from fullft.memory.tracker import COMPONENTS
 
 # ---------------------------------------------------------------------------------------------- adapters
 
 
 def estimate_adapters(config: Config, plans: Plans, batch: Batch) -> tuple[dict[str, int], dict[str, int]]:
-    """Estimate what LoRA and QLoRA (rank 8 on queries and values) need for the same batch, per component.
+    """Estimate what LoRA and QLoRA (rank 8 on queries and values) need for the same batch on one device, per component.
 
     With N parameters, M of them in the layers' matrices, and A in the adapters:
 
@@ -35,7 +34,8 @@ def estimate_adapters(config: Config, plans: Plans, batch: Batch) -> tuple[dict[
     """
     facts = plans.facts(batch.length)
     adapters = facts.lora_parameters
-    planned = plans.of(replace(config, precision="bf16-true", offload="none"), batch)
+    config = replace(config, gpus=1, offload="none")
+    planned = plans.of(replace(config, precision="bf16-true"), batch)
     own = planned["components"]
     accumulated = own["gradients"] if config.accumulates else 0
     in_forward = planned["phases"]["forward"] - own["parameters"] - own["optimizer_states"] - accumulated
@@ -59,35 +59,6 @@ def estimate_adapters(config: Config, plans: Plans, batch: Batch) -> tuple[dict[
         "temporaries": lora["temporaries"] + 2 * facts.layer_matrices // num_layers(plans.model_config),
     }
     return lora, qlora
-
-
-# ---------------------------------------------------------------------------------------------- several GPUs
-
-
-def estimate_zero(config: Config, plans: Plans, batch: Batch, stage: int, gpus: int) -> int:
-    """Estimate the bytes per GPU when ZeRO spreads a run's components over GPUs, each with its own micro-batch.
-
-    With weights P, gradients G, optimizer states O and the rest R at the peak of the plan: stage 1 needs
-    P + G + O/n + R, stage 2 P + (G + O)/n + R, stage 3 (P + G + O)/n + R', where R' holds the weights of two layers in
-    bf16 (one at work, one on its way) in place of autocast's copies of all.
-
-    Args:
-        config: nothing is left to the plan.
-        plans: of the model.
-        batch: the largest micro-batches of each GPU.
-        stage: 1, 2 or 3.
-        gpus: n.
-
-    Source: Rajbhandari et al., "ZeRO" (2020), section 5.
-    """
-    at_peak = plans.of(replace(config, offload="none"), batch)["at_peak"]
-    spread = ("optimizer_states", "gradients", "parameters")[:stage]
-    rest = sum(at_peak[name] for name in COMPONENTS if name not in spread)
-    if stage == 3 and gpus > 1:
-        facts = plans.facts(batch.length)
-        copies = 2 * facts.matrices if config.numerics.autocast else 0
-        rest += 2 * 2 * facts.layer_matrices // num_layers(plans.model_config) - min(copies, at_peak["temporaries"])
-    return int(rest + sum(at_peak[name] for name in spread) // gpus)
 
 
 # ---------------------------------------------------------------------------------------------- time

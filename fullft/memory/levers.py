@@ -10,6 +10,7 @@ from fullft.config.recomputation import Recomputation
 from fullft.memory.choose import Plans, recomputing_time
 from fullft.memory.machine import Device
 from fullft.memory.plan import Batch
+from fullft.memory.stages import possible_stages
 from fullft.transforms.activation_checkpointing import recomputation_of
 
 ALL = "all of these"
@@ -92,7 +93,7 @@ def _candidates(config: Config, plans: Plans, batch: Batch, tier: str) -> Iterat
     if numerics.weights is not Format.BF16:
         time = "a gain" if numerics.computation is Format.FP32 else "none"
         yield _Candidate("--precision bf16-true", {"precision": "bf16-true"}, {}, time, "computes in bf16")
-    if not config.has_8bit_moments and "optimizer" not in offloaded:
+    if not config.has_8bit_moments and "optimizer" not in offloaded and _may_have_8bit_moments(config, plans):
         yield _Candidate("--optim adamw_8bit", {"optim": "adamw_8bit"}, {}, "little", "coarser moments")
     if config.recomputation != Recomputation.parse("full") and share > 2 * _WORTH_IT:
         price = "may round otherwise" if config.compiles else "nothing"
@@ -104,9 +105,14 @@ def _candidates(config: Config, plans: Plans, batch: Batch, tier: str) -> Iterat
     yield from _offloads(config, offloaded, tier)
 
 
+def _may_have_8bit_moments(config: Config, plans: Plans) -> bool:
+    other = replace(config, optim="adamw_8bit")
+    return config.gpus == 1 or config.shard in possible_stages(other, plans.model_config)
+
+
 def _offloads(config: Config, placed: dict[str, str], tier: str) -> Iterator[_Candidate]:
     """Move one thing more to the host or to disk, as `--fit auto` does by itself."""
-    for what in ("optimizer", "gradients", "parameters"):
+    for what in ("optimizer", "gradients", "parameters") if config.gpus == 1 else ("optimizer", "gradients"):
         if what in placed or (what == "optimizer" and config.placement.optimizer == "paged"):
             continue
         placed = placed | {what: tier}

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fullft.memory.tracker import COMPONENTS, Profile
+from fullft.memory.profile import COMPONENTS, Profile
 from fullft.memory.units import GIB, unit_for
 
 # From what stays (cool, calm) to what comes and goes (warm). Source of the tones: ColorBrewer, "Paired".

@@ -22,10 +22,10 @@ from fullft.attention.choice import attend_by_document
 from fullft.config.config import Config
 from fullft.data.micro_batch import MicroBatch
 from fullft.hardware import pick_device
-from fullft.memory.communication import Sent, sent_in_step
+from fullft.memory.collectives import Sent, sent_in_step
 from fullft.memory.planned_ranks import planned_ranks
 from fullft.memory.planned_storage import PlannedStorage
-from fullft.memory.tracker import COMPONENTS, Profile
+from fullft.memory.profile import COMPONENTS, Profile
 from fullft.memory.worst_step import take_worst_step
 from fullft.model.homes import move_layers_home
 from fullft.model.loss import LossSum

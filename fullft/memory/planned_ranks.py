@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fullft.config.config import Config
@@ -14,13 +15,14 @@ from fullft.config.config import Config
 # Unlike those of real meshes: PyTorch caches what operators give on equal meshes, with the mesh in it, and a run would
 # then send to ranks that are not there.
 _NAMES = ("planned copies", "planned ranks")
+_CUT = "_chunk_with_empty"  # what FSDP cuts a weight with
 
 
 @contextmanager
 def planned_ranks(config: Config) -> Iterator[DeviceMesh | None]:
-    """Arrange ranks as `make_mesh` does, with this process as the first one, or the one that it is in a run.
+    """Arrange ranks as `make_mesh` does. Each one has as many rows as the first one, and none has more.
 
-    There it may be called by one rank alone: the others do not notice.
+    In a run it may be called by one rank alone: the others do not notice.
 
     Args:
         config: how many ranks there are, and what they share.
@@ -43,9 +45,17 @@ def planned_ranks(config: Config) -> Iterator[DeviceMesh | None]:
     # Real groups are made by all ranks together. With local synchronisation it is up to those in the group, and fake
     # ones do not synchronise.
     groups = [dist.new_group(each.tolist(), backend="fake", use_local_synchronization=True) for each in members]
+    whole_cut = getattr(_fsdp_param, _CUT)
+    setattr(_fsdp_param, _CUT, _first_rows)
     try:
         mesh = ranks[0] if group.copies == 1 else ranks
         yield DeviceMesh.from_group(groups, "cpu", mesh=mesh, mesh_dim_names=_NAMES[-mesh.ndim :])
     finally:
+        setattr(_fsdp_param, _CUT, whole_cut)
         for each in groups if has_ranks else [None]:
             dist.destroy_process_group(each)
+
+
+def _first_rows(weight: torch.Tensor, count: int, dim: int) -> list[torch.Tensor]:
+    """Cut the first rank's rows off, for all: FSDP would make as many fake tensors as there are ranks."""
+    return [weight.narrow(dim, 0, -(-weight.shape[dim] // count))] * count

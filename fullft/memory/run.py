@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,18 +16,18 @@ from fullft.errors import FullftError, MemoryExhaustedError, general_advice
 from fullft.hardware import process_figures
 from fullft.memory.choose import Plans, choose, fits
 from fullft.memory.levers import find_levers
-from fullft.memory.machine import Device, find_device, measure_speeds
+from fullft.memory.machine import Device, Speeds, find_device, least_of, measure_ring, measure_speeds
 from fullft.memory.picture import plot_memory
 from fullft.memory.plan import Batch
+from fullft.memory.profile import Profile
 from fullft.memory.screen import compare
 from fullft.memory.snapshot import publish_recording, recording
-from fullft.memory.tracker import Profile
 from fullft.memory.units import GIB, Unit, unit_for
 from fullft.memory.worst_step import take_worst_step
 from fullft.model.loss import LossSum
 from fullft.optim.adamw import AdamW
 from fullft.optim.adamw_8bit import require_kernel
-from fullft.ranks import by_each_rank, by_first_rank
+from fullft.ranks import by_each_rank, by_first_rank, is_first
 from fullft.saving.checkpoint import Checkpoint
 from fullft.saving.files import write_text
 from fullft.transforms.compilation import choose_compilation
@@ -60,6 +61,8 @@ def plan_run(
 ) -> RunPlan:
     """Plan a training run before its weights are loaded, and decide what was left open.
 
+    Every rank calls it. The first one decides for all.
+
     Args:
         config: resolved options.
         model_config: of the model to train.
@@ -72,47 +75,90 @@ def plan_run(
     """
     if config.has_8bit_moments:
         require_kernel(device)  # before weights are loaded
-    batch = Batch.of(*data.largest(accumulation=2))
-    asked, plans, there = config, Plans(model_config), find_device(config, device)
+    batch, plans = Batch.of(*data.largest(accumulation=2)), Plans(model_config)
+    # What fits on the rank with the least of everything fits on all.
+    there = least_of(by_each_rank(lambda: find_device(config, device)))
+    ring = measure_ring(config, device) if config.gpus > 1 and config.undecided & {"shard", "offload"} else 0.0
+
+    def decide() -> _Decision:
+        num_tokens, speeds = _num_tokens(config, data), partial(measure_speeds, config, device, ring)
+        return _decide(config, plans, batch, there, device, num_tokens, speeds, checkpoint)
+
+    decision = by_first_rank(decide)
+    config = replace(config, **decision.changes)
+    figures = decision.figures
+    if figures is None:
+        return RunPlan(config, None, there, decision.description)
+
+    def advice() -> str:
+        unit = unit_for(figures["peak_bytes"])
+        largest = sorted(figures["at_peak"].items(), key=lambda item: -item[1])[:4]
+        parts = ", ".join(f"{name.replace('_', ' ')} {unit.number(size)}" for name, size in largest)
+        return (
+            f"the plan was {unit.amount(figures['peak_bytes'])} ({parts}); saved checkpoints are intact; cheapest "
+            f"remedies: {_remedies(config, plans, batch, there, unit)}"
+        )
+
+    return RunPlan(config, figures, there, decision.description, advice)
+
+
+@dataclass(frozen=True)
+class _Decision:
+    """What the first rank has decided for all, as it can be sent.
+
+    Attributes:
+        changes: options that were left open.
+        figures: of the plan; None where the model cannot be planned.
+        description: lines that say what was chosen, and why.
+    """
+
+    changes: dict[str, Any]
+    figures: dict[str, Any] | None
+    description: str
+
+
+def _decide(
+    asked: Config,
+    plans: Plans,
+    batch: Batch,
+    there: Device,
+    device: torch.device,
+    num_tokens: float,
+    speeds: Callable[[], Speeds],
+    checkpoint: Checkpoint | None,
+) -> _Decision:
     try:
-        work = _num_tokens(config, data) * plans.facts(batch.length).flops_per_token
-        config, compilation = choose_compilation(config, work, device)
-        config = _with_the_same_graphs(config, checkpoint)
-        config, choice = choose(config, plans, batch, there, lambda: measure_speeds(asked, device))
+        work = num_tokens * plans.facts(batch.length).flops_per_token
+        config, compilation = choose_compilation(asked, work, device)
+        config = _rounding_as_before(config, checkpoint)
+        config, choice = choose(config, plans, batch, there, speeds)
         figures = plans.of(config, batch)
     except FullftError:
         raise
     except Exception as error:  # code that comes with a model may need values, which fake tensors lack
         line = f"warning: the memory of this model cannot be planned ({type(error).__name__}: {str(error)[:150]})"
-        return RunPlan(config, None, there, line)
-    peak = figures["peak_bytes"]
-    unit = unit_for(peak)
+        return _Decision({"shard": "full"} if "shard" in asked.undecided else {}, None, line)
+    unit = unit_for(figures["peak_bytes"])
     if config.must_fit and not fits(figures, there):
         raise MemoryExhaustedError(
             f"this run needs {_needs(figures)}, {there.name} has {_has(there, unit)} free\n"
             f"cheapest remedies: {_remedies(config, plans, batch, there, unit)}; --plan shows where every byte goes, "
             "--fit off runs anyway"
         )
-
-    def advice() -> str:
-        largest = sorted(figures["at_peak"].items(), key=lambda item: -item[1])[:4]
-        parts = ", ".join(f"{name.replace('_', ' ')} {unit.number(size)}" for name, size in largest)
-        return (
-            f"the plan was {unit.amount(peak)} ({parts}); saved checkpoints are intact; cheapest remedies: "
-            f"{_remedies(config, plans, batch, there, unit)}"
-        )
-
-    lines = (f"Plan: {unit.amount(peak)} at the peak; {choice}", compilation)
-    return RunPlan(config, figures, there, "\n".join(filter(None, lines)), advice)
+    lines = (f"Plan: {unit.amount(figures['peak_bytes'])} at the peak{_of_each(config)}; {choice}", compilation)
+    changes = {name: getattr(config, name) for name in asked.undecided}
+    return _Decision(changes, figures, "\n".join(filter(None, lines)))
 
 
-def _with_the_same_graphs(config: Config, checkpoint: Checkpoint | None) -> Config:
-    """Keep what the resumed run chose, if layers are compiled: graphs that recompute more may round otherwise."""
-    if checkpoint is None or not config.compiles:
-        return config
-    saved = checkpoint.state["options"]
-    left_open = config.undecided & {"activation_checkpointing", "offload"}
-    return replace(config, **{name: saved[name] for name in left_open})
+def _rounding_as_before(config: Config, checkpoint: Checkpoint | None) -> Config:
+    """Keep what the resumed run chose, where another choice may round otherwise.
+
+    Graphs that recompute more may; stages of sharding add up gradients over ranks and micro-batches in other orders.
+    """
+    saved = {} if checkpoint is None else checkpoint.state["options"]
+    kept = {"activation_checkpointing", "offload"} if config.compiles else set()
+    kept |= {"shard"} if saved.get("gpus") == config.gpus else set()
+    return replace(config, **{name: saved[name] for name in kept & config.undecided & saved.keys()})
 
 
 def _num_tokens(config: Config, data: Data) -> float:
@@ -129,6 +175,10 @@ def _needs(figures: dict[str, Any]) -> str:
         if figures[name]
     ]
     return f"{unit.amount(figures['peak_bytes'])} at its peak" + "".join(elsewhere)
+
+
+def _of_each(config: Config) -> str:
+    return f" of each of {config.gpus} ranks" if config.gpus > 1 else ""
 
 
 def _has(there: Device, unit: Unit) -> str:
@@ -151,6 +201,8 @@ def measure_run(
 ) -> Profile:
     """Take the run's worst step under the tracker: a run that would be out of memory in hour three fails now.
 
+    Every rank takes it, with micro-batches of the same shapes.
+
     Args:
         plan: of this run.
         model: in training mode, on its device.
@@ -161,7 +213,7 @@ def measure_run(
     """
     config = plan.config
     micro_batches, evaluation = data.largest(config.gradient_accumulation_steps)
-    with recording(model.device, config.output_dir if config.memory_snapshot else None):
+    with recording(model.device, config.output_dir if config.memory_snapshot and is_first() else None):
         return take_worst_step(model, loss_sum, optimizer, micro_batches, evaluation, autocast, config.max_grad_norm)
 
 

@@ -4,10 +4,11 @@ Bytes are integers until they are printed here. GiB is 2^30, GB is 10^9.
 """
 
 import atexit
+import functools
 import gc
 import json
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -16,12 +17,13 @@ from fullft.config.numerics import Format
 from fullft.errors import FullftError, ModelError
 from fullft.hardware import pick_device
 from fullft.memory.choose import Plans, choose, fits
-from fullft.memory.estimates import GPUS, MFU, ROWS, estimate_adapters, estimate_work, estimate_zero
+from fullft.memory.estimates import GPUS, MFU, ROWS, estimate_adapters, estimate_work
 from fullft.memory.facts import Facts
 from fullft.memory.levers import ALL, Lever, find_levers
-from fullft.memory.machine import Device, cards, find_device, measure_speeds
+from fullft.memory.machine import Device, Speeds, cards, find_device, measure_speeds
 from fullft.memory.plan import Batch
-from fullft.memory.tracker import COMPONENTS
+from fullft.memory.profile import COMPONENTS
+from fullft.memory.several_ranks import describe_stages, plan_stages, sent_of, stages_object
 from fullft.memory.traffic import Traffic, estimate_traffic
 from fullft.memory.units import Unit, unit_for
 from fullft.model.checks import check_positions
@@ -51,12 +53,14 @@ def show_plan(config: Config) -> None:
         if config.device_memory is None:  # else the compiler of that machine is unknown
             config, compilation = choose_compilation(config, estimate_work(config, facts, batch).training_flops, here)
             compilation += " (with the rows assumed below)" if compilation and config.max_steps <= 0 else ""
-        config, chosen = choose(config, plans, batch, device, lambda: measure_speeds(config, here))
-        planned = plans.of(config, batch)
+        speeds = functools.cache(functools.partial(measure_speeds, config, here))
+        config, chosen = choose(config, plans, batch, device, speeds)
         if config.json:
-            print(json.dumps(plan_object(config, planned, facts, device) | _asked_for(config, plans, batch), indent=1))
+            figures = plan_object(config, plans.of(config, batch), facts, device)
+            print(json.dumps(figures | _asked_for(config, plans, batch, speeds), indent=1))
         else:
-            print("\n\n".join(describe_plan(config, plans, batch, device, (f"Chosen: {chosen}.", compilation))))
+            lines = (f"Chosen: {chosen}.", compilation)
+            print("\n\n".join(describe_plan(config, plans, batch, device, speeds, lines)))
     except FullftError:
         raise
     except Exception as error:
@@ -89,18 +93,19 @@ def plan_object(config: Config, planned: Mapping[str, Any], facts: Facts, device
         {"device": each.name, "memory_bytes": each.memory_bytes, "fits": fits(planned, each)}
         for each in (device, *cards())
     ]
-    moved = asdict(sum(estimate_traffic(config, facts), Traffic()))
-    traffic = {"traffic_per_step": moved} if config.placement.offloaded else {}
+    moved = asdict(sum(estimate_traffic(config, facts), Traffic())) if config.placement.offloaded else {}
+    moved |= sent_of(planned) if config.gpus > 1 else {}
+    traffic = {"traffic_per_step": moved} if moved else {}
     head = {"model": config.model or "the built-in demo", "num_parameters": planned["num_parameters"]}
-    return head | dict(planned) | {"options": to_words(config), "verdicts": verdicts} | traffic
+    figures = {name: value for name, value in planned.items() if name != "sent"}
+    return head | figures | {"options": to_words(config), "verdicts": verdicts} | traffic
 
 
-def _asked_for(config: Config, plans: Plans, batch: Batch) -> dict[str, Any]:
-    """Add to the contract's object what `--gpus` and `--gpu_hour_price` ask for; estimates, as on the screen."""
+def _asked_for(config: Config, plans: Plans, batch: Batch, speeds: Callable[[], Speeds]) -> dict[str, Any]:
+    """Add to the contract's object what `--gpus` and `--gpu_hour_price` ask for."""
     asked: dict[str, Any] = {}
-    if config.gpus is not None:
-        stages = {f"stage_{stage}": estimate_zero(config, plans, batch, stage, config.gpus) for stage in (1, 2, 3)}
-        asked["zero_bytes_per_gpu"] = {"gpus": config.gpus} | stages
+    if config.gpus > 1:
+        asked["zero_bytes_per_gpu"] = stages_object(config, plan_stages(config, plans, batch, speeds()))
     if config.gpu_hour_price is not None:
         hours = _gpu_hours(config, plans, batch)
         asked["gpu_hours"] = hours
@@ -119,7 +124,9 @@ def _gpu_hours(config: Config, plans: Plans, batch: Batch) -> dict[str, float] |
 # ---------------------------------------------------------------------------------------------- the screen
 
 
-def describe_plan(config: Config, plans: Plans, batch: Batch, device: Device, chosen: Iterable[str]) -> list[str]:
+def describe_plan(
+    config: Config, plans: Plans, batch: Batch, device: Device, speeds: Callable[[], Speeds], chosen: Iterable[str]
+) -> list[str]:
     """Write the screen that `--plan` shows, part by part.
 
     Args:
@@ -127,6 +134,7 @@ def describe_plan(config: Config, plans: Plans, batch: Batch, device: Device, ch
         plans: of the model.
         batch: the largest micro-batches.
         device: the one at hand.
+        speeds: measures the machine.
         chosen: lines that say what was chosen, and why; empty ones are left out.
     """
     planned = plans.of(config, batch)
@@ -135,17 +143,17 @@ def describe_plan(config: Config, plans: Plans, batch: Batch, device: Device, ch
     return [
         _assumptions(config, planned, batch, chosen, unit),
         _components(config, plans, batch, unit),
-        _verdicts(planned, device, levers, unit),
+        _verdicts(config, planned, device, levers, unit),
         *([_levers(levers, unit)] if levers else []),
-        _several_gpus(config, plans, batch, unit),
-        "\n".join(
-            [_time(config, plans, batch), *([_traffic(config, plans, batch)] if config.placement.offloaded else [])]
-        ),
+        *([_stages(config, plans, batch, device, speeds(), unit)] if config.gpus > 1 else []),
+        "\n".join([_time(config, plans, batch), *_more(config, plans, batch)]),
     ]
 
 
 def _assumptions(config: Config, planned: Mapping[str, Any], batch: Batch, chosen: Iterable[str], unit: Unit) -> str:
-    accumulated = f"{config.gradient_accumulation_steps} per step" + ("; packed" if config.packing else "")
+    several = config.gpus > 1
+    accumulated = f"{config.gradient_accumulation_steps} per step" + (f" on each of {config.gpus} ranks" * several)
+    accumulated += "; packed" * config.packing
     masters = f" with master weights {config.master_weights}" if config.numerics.weights is Format.BF16 else ""
     paragraphs = (
         f"Full fine-tuning of {config.model or 'the built-in demo'}: all {planned['num_parameters']:,} parameters",
@@ -165,8 +173,11 @@ def _components(config: Config, plans: Plans, batch: Batch, unit: Unit) -> str:
         decimal = f"{size / unit.decimal_size:>10,.2f} {unit.decimal}"
         return f"{unit.number(size):>9} {unit.name}{decimal}{size / count:>9.2f}"
 
+    ours, theirs = "- full fine-tuning, predicted -", "- rank 8, estimated -"
+    if config.gpus > 1:
+        ours, theirs = "- full fine-tuning, predicted per rank -", "- on one GPU, estimated -"
     lines = [
-        f"{'':18}{'------- full fine-tuning, predicted -------':>48}  {'-- rank 8, estimated --':>23}",
+        f"{'':23}{ours.center(43, '-')}  {theirs.center(23, '-')}",
         f"{'component':18}{'own maximum':>13}{'at the peak':>13}{'':>13}{'B/param':>9}  {'LoRA':>11}{'QLoRA':>12}",
     ]
     for name in COMPONENTS:
@@ -195,9 +206,9 @@ def _words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _verdicts(planned: Mapping[str, Any], device: Device, levers: list[Lever], unit: Unit) -> str:
+def _verdicts(config: Config, planned: Mapping[str, Any], device: Device, levers: list[Lever], unit: Unit) -> str:
     peak = planned["peak_bytes"]
-    lines = [f"Fits {unit.amount(peak)}?"]
+    lines = [f"Fits {unit.amount(peak)}{' per rank' * (config.gpus > 1)}?"]
     others = [card for card in cards() if card.memory_bytes != device.memory_bytes]  # it would stand there twice
     for each in (device, *others):
         spare = each.memory_bytes - peak
@@ -225,16 +236,8 @@ def _levers(levers: list[Lever], unit: Unit) -> str:
     return "\n".join(lines)
 
 
-def _several_gpus(config: Config, plans: Plans, batch: Batch, unit: Unit) -> str:
-    counts = sorted({1, 2, 4, 8, *([config.gpus] if config.gpus else [])})
-    lines = [
-        f"{f'{unit.name} per GPU with ZeRO (estimated)':38}"
-        + "".join(f"{f'{n} GPU' + 's' * (n > 1):>11}" for n in counts)
-    ]
-    for stage, spread in ((1, "optimizer states"), (2, "+ gradients"), (3, "+ parameters")):
-        sizes = [estimate_zero(config, plans, batch, stage, gpus) for gpus in counts]
-        lines.append(f"  {f'stage {stage} shards {spread}':36}" + "".join(f"{unit.number(size):>11}" for size in sizes))
-    return "\n".join(lines)
+def _stages(config: Config, plans: Plans, batch: Batch, device: Device, speeds: Speeds, unit: Unit) -> str:
+    return describe_stages(config, plan_stages(config, plans, batch, speeds), device, speeds, unit)
 
 
 def _time(config: Config, plans: Plans, batch: Batch) -> str:
@@ -249,7 +252,15 @@ def _time(config: Config, plans: Plans, batch: Batch) -> str:
     )
     note = ", with recomputation" if work.flops > work.training_flops else ""
     note += ", offloading aside" if config.placement.offloaded else ""
+    note += ", communication aside" if config.gpus > 1 else ""
     return f"{line}\n  GPU-hours at {MFU:.0%} of peak{note}: {shown}"
+
+
+def _more(config: Config, plans: Plans, batch: Batch) -> Iterator[str]:
+    if config.placement.offloaded:
+        yield _traffic(config, plans, batch)
+    if config.gpus == 1:
+        yield "Several GPUs: --gpus N plans for N of them, in every stage of sharding"
 
 
 def _traffic(config: Config, plans: Plans, batch: Batch) -> str:

@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 from fullft.attention.documents import BODIES
 from fullft.data.micro_batch import MicroBatch
 from fullft.errors import ModelError
-from fullft.memory.collectives import BETWEEN_RANKS, gradients_in, sent_by, watching_resizes
-from fullft.memory.communication import Sent
+from fullft.memory.collectives import BETWEEN_RANKS, Sent, gradients_in, sent_by, watching_resizes
+from fullft.memory.profile import COMPONENTS, Moment, Profile
 from fullft.model.parts import decoder_layers, decoder_of
 from fullft.optim.adamw import AdamW
 from fullft.storage.tiers import home_of, is_on_host, local_of
@@ -33,10 +33,8 @@ from fullft.transforms.activation_checkpointing import tensors_in
 from fullft.transforms.sharding import sharding_of
 from fullft.transforms.streaming import stream_of
 
-COMPONENTS = ("parameters", "gradients", "optimizer_states", "activations", "logits", "temporaries", "other")
 # Not a component of the device's memory: what the run holds in the host's, where that is another one.
 HOST = "host"
-PHASES = ("forward", "backward", "optimizer_step", "evaluation")
 
 
 @dataclass(eq=False)
@@ -46,64 +44,6 @@ class Block:
     num_bytes: int
     component: str
     module: str
-
-
-@dataclass(frozen=True)
-class Moment:
-    """Where in the tracked work an event fell.
-
-    Attributes:
-        part: counts the marks (`forward()`, `backward()`, ...) since tracking began.
-        phase: one of `PHASES`.
-        layer: the decoder layer at work; -1 before the first one, the number of layers behind the last one.
-    """
-
-    part: int
-    phase: str
-    layer: int
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Live bytes over the tracked work.
-
-    Attributes:
-        moments: [events], where each allocation or release fell.
-        totals: [events] live bytes after it.
-        curves: per component, [events] its live bytes after it.
-        modules_at_peak: (module, live bytes) at the peak, the largest first.
-        host_bytes: the most that was kept in host memory besides.
-        disk_bytes: what is kept on disk.
-        sent: to other ranks by each micro-batch in turn.
-    """
-
-    moments: list[Moment]
-    totals: list[int]
-    curves: dict[str, list[int]]
-    modules_at_peak: list[tuple[str, int]]
-    host_bytes: int = 0
-    disk_bytes: int = 0
-    sent: tuple[Sent, ...] = ()
-
-    @property
-    def peak(self) -> int:
-        """The index of the event after which most bytes were alive."""
-        return max(range(len(self.totals)), key=self.totals.__getitem__)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the figures as `memory.json` holds them, in bytes."""
-        phases: dict[str, int] = {}
-        for moment, total in zip(self.moments, self.totals, strict=True):
-            phases[moment.phase] = max(total, phases.get(moment.phase, 0))
-        return {
-            "peak_bytes": self.totals[self.peak],
-            "peak_phase": self.moments[self.peak].phase,
-            "components": {name: max(curve) for name, curve in self.curves.items()},
-            "at_peak": {name: curve[self.peak] for name, curve in self.curves.items()},
-            "phases": phases,
-            "host_bytes": self.host_bytes,
-            "disk_bytes": self.disk_bytes,
-        }
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -126,6 +66,8 @@ class MemoryTracker(TorchDispatchMode):
         self._born: list[weakref.ref[Block]] = []  # of the forward (or recomputation) under way
         self._sent: list[Sent] = []  # by each micro-batch so far
         self._gathered: set[nn.Parameter] = set()
+        self._previous: Any = torch.ops.prim.device.default  # operator
+        self._whole_gradients: set[Block | None] = set()  # not yet summed over ranks
         for parameter in model.parameters():
             self._see(local_of(parameter), "parameters")
             if isinstance(home := home_of(parameter), torch.Tensor):
@@ -210,28 +152,36 @@ class MemoryTracker(TorchDispatchMode):
             return args[0].fake_device  # so frequent that answering here saves an eighth of a plan's time
         if operator is torch.ops.aten._unsafe_view.default and is_fake(args[0]):
             operator = torch.ops.aten.view.default  # the same to storages, and fake tensors cache it
-        if body := BODIES.get(operator):
-            with self._tracking_within():
-                result = body(*args, **(kwargs or {}))
-        else:
-            result = operator(*args, **(kwargs or {}))
-        if operator is torch.ops.aten.split.Tensor and self._component_of(args[0]) is None:
-            return result  # of gloo's own copy of gradients, a workspace that a thread of its own frees
-        if operator in BETWEEN_RANKS:
-            self._see_ranks(operator, args, kwargs or {})
+        result = self._run(operator, args, kwargs or {})
+        previous, self._previous = self._previous, operator
+        if operator is torch.ops.aten.split.Tensor and previous.namespace == "c10d":
+            return result  # of gloo's own copy of what came: a workspace, which one of its threads frees
         recomputing = self._moment.phase == "backward" and torch.is_grad_enabled()
         if self._moment.phase == "backward" and not recomputing and self._born:
             self._settle_activations()  # recomputation is over, and backward uses what it left
-        copied = self._component_of(args[0]) if operator is torch.ops.aten._to_copy.default else None
-        is_copy = copied == "parameters"  # autocast's copy of a weight outlives the forward, but it is no activation
-        component = "logits" if self._in_loss and not is_copy else "temporaries"
-        if copied == "gradients":
-            component = "gradients"  # whole ones that micro-batches add up
+        component, may_be_kept = self._component_made(operator, args)
         for tensor in tensors_in(result):
             block = self._see(tensor, component)
-            if block and not is_copy and (recomputing or self._moment.phase == "forward"):
+            if block and may_be_kept and (recomputing or self._moment.phase == "forward"):
                 self._born.append(weakref.ref(block))
         return result
+
+    def _component_made(self, operator: Any, args: tuple[Any, ...]) -> tuple[str, bool]:
+        """Return what an operator makes, and whether that may become an activation."""
+        source = self._block_of(args[0]) if operator is torch.ops.aten._to_copy.default else None
+        if source in self._whole_gradients:
+            return "gradients", False  # in the dtype that they are added up in
+        if source is not None and source.component == "parameters":
+            return "temporaries", False  # autocast's copy of a weight, which outlives the forward
+        return "logits" if self._in_loss else "temporaries", True
+
+    def _run(self, operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if body := BODIES.get(operator):
+            with self._tracking_within():
+                return body(*args, **kwargs)
+        if operator in BETWEEN_RANKS:
+            self._see_ranks(operator, args, kwargs)
+        return operator(*args, **kwargs)
 
     @contextmanager
     def _tracking_within(self) -> Iterator[None]:
@@ -264,9 +214,8 @@ class MemoryTracker(TorchDispatchMode):
 
         return released
 
-    def _component_of(self, tensor: Any) -> str | None:
-        block = self._blocks.get(tensor.untyped_storage()) if isinstance(tensor, torch.Tensor) else None
-        return block.component if block is not None else None
+    def _block_of(self, tensor: Any) -> Block | None:
+        return self._blocks.get(tensor.untyped_storage()) if isinstance(tensor, torch.Tensor) else None
 
     def _relabel(self, tensor: torch.Tensor, component: str) -> None:
         self._see(tensor, component)
@@ -293,6 +242,7 @@ class MemoryTracker(TorchDispatchMode):
     # ------------------------------------------------------------------------------------------ ranks
 
     def _watch_sharding(self) -> None:
+        """Watch weights that are gathered and dropped. FSDP keeps their storages, and resizes them."""
         if not any(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
             return
         for module in sharding_of(self.model).decoder.modules():
@@ -310,6 +260,7 @@ class MemoryTracker(TorchDispatchMode):
     def _whole_gradient_arrived(self, parameter: nn.Parameter) -> None:
         assert parameter.grad is not None
         self._relabel(parameter.grad, "gradients")
+        self._whole_gradients.add(self._blocks[parameter.grad.untyped_storage()])
 
     def _weights_resized(self, storage: torch.UntypedStorage) -> None:
         if (former := self._blocks.get(storage)) is not None:

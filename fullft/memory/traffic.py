@@ -1,9 +1,9 @@
-"""Traffic: what each tier holds, what moves in a step, and the seconds that it takes, by arithmetic alone.
+"""Traffic: what each tier holds, and what moves between tiers in a step, by arithmetic alone.
 
 Nothing is traced here: hopeless choices cost a plan nothing, and the others can be ranked.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from fullft.config.config import Config
 from fullft.memory.facts import Facts
@@ -14,7 +14,7 @@ TIERS = ("device", "host", "disk")
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of what is there at the optimizer step.
+    """Bytes of what is there at the optimizer step, on one rank or on all that share a copy of the model.
 
     Attributes:
         weights: in the dtype that computes.
@@ -48,21 +48,47 @@ def sizes_of(config: Config, facts: Facts) -> Sizes:
     )
 
 
-def held_bytes(config: Config, facts: Facts) -> dict[str, int]:
-    """Return what each tier holds at the optimizer step: no choice of checkpointing needs less.
+def own_sizes_of(config: Config, facts: Facts) -> Sizes:
+    """Count what a run holds on one rank, in whatever tier: its rows.
 
     Args:
-        config: its number formats and placement are read.
+        config: its number formats and ranks are read.
         facts: of the model.
     """
-    sizes, placement = sizes_of(config, facts), config.placement
+    whole, count = sizes_of(config, facts), config.group.count
+    return Sizes(*(getattr(whole, each.name) // count for each in fields(Sizes)))
+
+
+def held_bytes(config: Config, facts: Facts, activations: int = 0) -> dict[str, int]:
+    """Return what each tier holds at the optimizer step: no choice of checkpointing needs less.
+
+    Of a sharded model it is what a rank holds then, or at the end of forward if that is more.
+
+    Args:
+        config: its number formats, placement and ranks are read.
+        facts: of the model.
+        activations: that several ranks each keep in forward, if that is known.
+    """
+    sizes, placement = own_sizes_of(config, facts), config.placement
     held = dict.fromkeys(TIERS, 0)
     held["device"] += sizes.weights - sizes.layer_weights
     held[placement.parameters] += sizes.layer_weights
     held["device" if placement.optimizer == "paged" else placement.optimizer] += sizes.states
     if placement.gradients != "released":
         held[placement.gradients] += sizes.gradients
+    if config.gpus > 1:
+        in_step = sizes.gradients if placement.gradients == "device" else 0
+        held["device"] += max(0, _held_in_forward(config, facts, in_step) + activations - in_step)
     return held
+
+
+def _held_in_forward(config: Config, facts: Facts, in_step: int) -> int:
+    """Return the bytes of whole weights and of sums when the last forward of a step ends."""
+    whole = sizes_of(config, facts)
+    weights = 0 if config.shard == "full" else whole.weights
+    if not config.accumulates:
+        return weights
+    return weights + (whole.gradients if config.shard in ("none", "optimizer") else in_step)
 
 
 @dataclass(frozen=True)
@@ -103,12 +129,16 @@ def estimate_traffic(config: Config, facts: Facts) -> tuple[Traffic, Traffic]:
     on disk all but the first are read before they are added to; the norm reads them, and the step reads them again;
     the step reads and writes states, and weights that live elsewhere.
 
+    Of a sharded model a rank moves its rows; gradients leave as sums, as often as they are summed over ranks.
+
     Args:
-        config: its number formats and placement are read.
+        config: its number formats, placement and ranks are read.
         facts: of the model.
     """
-    sizes, offloaded = sizes_of(config, facts), config.placement.offloaded
+    sizes, offloaded = own_sizes_of(config, facts), config.placement.offloaded
     a = config.gradient_accumulation_steps
+    if config.gpus > 1 and config.shard in ("none", "optimizer"):
+        a = 1
     during, after = Traffic(), Traffic()
     if tier := offloaded.get("parameters"):
         during += _moved(tier, read=2 * a * sizes.layer_weights)
@@ -116,7 +146,7 @@ def estimate_traffic(config: Config, facts: Facts) -> tuple[Traffic, Traffic]:
     if (tier := offloaded.get("gradients", "released")) != "released":
         on_disk = tier == "disk"
         during += Traffic(
-            from_device=a * sizes.weights,
+            from_device=a * (sizes.weights if config.gpus == 1 else sizes.gradients),
             disk_read=(a - 1) * sizes.gradients * on_disk,
             disk_write=a * sizes.gradients * on_disk,
         )
@@ -129,19 +159,3 @@ def estimate_traffic(config: Config, facts: Facts) -> tuple[Traffic, Traffic]:
 def _moved(tier: str, read: int, written: int = 0) -> Traffic:
     on_disk = tier == "disk"
     return Traffic(read, written, read * on_disk, written * on_disk)
-
-
-def estimate_seconds(config: Config, facts: Facts, tokens: int, speeds: Speeds, recomputed: float) -> float:
-    """Estimate a step's time: computing, or the traffic during it if that takes longer, and the traffic after it.
-
-    Args:
-        config: without any auto.
-        facts: of the model.
-        tokens: of a micro-batch.
-        speeds: of the machine.
-        recomputed: the time of recomputing, as a share of that of the forward pass.
-    """
-    a = config.gradient_accumulation_steps
-    computing = a * tokens * facts.flops_per_token * (1 + recomputed / 3) / speeds.flops
-    during, after = estimate_traffic(config, facts)
-    return max(computing, during.seconds(speeds)) + after.seconds(speeds)

@@ -12,7 +12,8 @@ import torch
 from transformers import PreTrainedModel
 
 from fullft.data.micro_batch import MicroBatch
-from fullft.memory.tracker import MemoryTracker, Profile
+from fullft.memory.profile import Profile
+from fullft.memory.tracker import MemoryTracker
 from fullft.model.loss import LossSum
 from fullft.model.probing import probing
 from fullft.optim.adamw import AdamW

@@ -7,13 +7,15 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from torch import dtype, float32, nn
+from torch import dtype, float32, nn, uint8
 
 from fullft.config.config import Config
 from fullft.config.numerics import Format, Numerics
+from fullft.errors import OptionsError
 from fullft.model.precision import dtype_of
 from fullft.optim.adamw import AdamW, layout_of
-from fullft.storage.tiers import Storage
+from fullft.optim.adamw_8bit import BLOCK
+from fullft.storage.tiers import Storage, row_range
 from fullft.transforms.streaming import stream_of
 
 _LEAST_IN_8_BITS = 16384  # elements: no norm of a usual width has as many
@@ -26,8 +28,13 @@ def build_optimizer(model: nn.Module, config: Config, storage: Storage) -> AdamW
         model: on its final device, in its final dtype.
         config: nothing is left to the plan.
         storage: makes the states and the gradients' sums, where they are to live.
+
+    Raises:
+        OptionsError: ranks cannot share out the blocks of 8-bit moments.
     """
     numerics, layers = config.numerics, stream_of(model)
+    if (name := find_torn_block(model, numerics, config.group.count)) is not None:
+        raise torn_block_error(config, name)
     return AdamW(
         parameter_groups(model, config.weight_decay),
         lr=config.learning_rate,
@@ -66,6 +73,38 @@ def moments_of(model: nn.Module, numerics: Numerics) -> Callable[[nn.Parameter],
         return float32 if is_small or id(parameter) in embeddings else dtype_of(Format.EIGHT_BIT)
 
     return moments
+
+
+def find_torn_block(model: nn.Module, numerics: Numerics, count: int) -> str | None:
+    """Return the name of a parameter whose rows, shared out, would begin inside a block of 8-bit moments.
+
+    Args:
+        model: its parameters may be sharded already; their whole shapes are read.
+        numerics: the run's formats.
+        count: of the ranks that share them.
+    """
+    moments = moments_of(model, numerics)
+    for name, parameter in model.named_parameters():
+        if moments(parameter) is not uint8 or parameter.dim() == 0:
+            continue
+        rows, width = row_range(len(parameter), 0, count)[1], parameter.numel() // len(parameter)
+        if rows < len(parameter) and rows * width % BLOCK:
+            return name
+    return None
+
+
+def torn_block_error(config: Config, name: str) -> OptionsError:
+    """Describe what `find_torn_block` has found.
+
+    Args:
+        config: its ranks and sharding are named.
+        name: of the parameter.
+    """
+    return OptionsError(
+        f"optim {config.optim} with shard {config.shard} over {config.group.count} ranks: the rows of {name} that each "
+        f"rank gets are no whole number of blocks of {BLOCK} elements: use --optim adamw, --shard none, or another "
+        "number of ranks"
+    )
 
 
 # Source: transformers, `Trainer.get_decay_parameter_names`.

@@ -123,8 +123,10 @@ class Gradients:
     def pretend(self) -> None:
         """Make a gradient of unknown values arrive for every parameter, as from a micro-batch; for plans."""
         for parameter in reversed(self.parameters):
-            arriving = torch.empty_like(local_of(parameter), dtype=_arriving_in(parameter))
-            parameter.grad = sharded_like(parameter, arriving)
+            # No variable, which would keep it for longer. No operator on a sharded tensor, which traces whole ones.
+            parameter.grad = sharded_like(
+                parameter, torch.empty_like(local_of(parameter), dtype=_arriving_in(parameter))
+            )
             if self._gathers(parameter):
                 self._gather(parameter)
 

@@ -18,8 +18,8 @@ from fullft.data.micro_batch import MicroBatch
 from fullft.errors import MemoryExhaustedError
 from fullft.memory.machine import Device
 from fullft.memory.plan import Batch, plan_step
+from fullft.memory.profile import COMPONENTS, Moment, Profile
 from fullft.memory.run import RunPlan, plan_run, record_memory
-from fullft.memory.tracker import COMPONENTS, Moment, Profile
 
 
 def test_run_that_cannot_fit_stops_before_loading() -> None:

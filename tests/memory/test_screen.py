@@ -17,7 +17,7 @@ from fullft.memory.estimates import estimate_work
 from fullft.memory.facts import find_facts
 from fullft.memory.machine import CONTEXT_BYTES, Device, cards
 from fullft.memory.plan import Batch, plan_step
-from fullft.memory.tracker import COMPONENTS
+from fullft.memory.profile import COMPONENTS
 from fullft.model.source import find_config
 from fullft.transforms.compilation import WORTH_IT
 

@@ -10,7 +10,8 @@ from worst_steps import model_of, worst_step
 
 from fullft.data.micro_batch import MicroBatch
 from fullft.memory.plan import Batch
-from fullft.memory.tracker import COMPONENTS, Block, MemoryTracker
+from fullft.memory.profile import COMPONENTS
+from fullft.memory.tracker import Block, MemoryTracker
 from fullft.model.parts import decoder_layers
 
 KIB = 1024

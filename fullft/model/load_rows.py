@@ -64,7 +64,7 @@ def load_rows(
     with no_init_weights(), _parameters_without_memory():
         model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=config.trust_remote_code)
     model.tie_weights()
-    if dtype == torch.bfloat16 and model._keep_in_fp32_modules_strict:
+    if dtype == torch.bfloat16 and keeps_some_in_fp32(model):
         raise ModelError(
             f"{type(model).__name__} keeps some of its parameters in fp32, and ranks share parameters of one dtype: "
             "pass --precision bf16-mixed, or train it on one device"
@@ -80,8 +80,8 @@ def load_rows(
         else:
             weights.copy_(rows)
     for module in model.modules():
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = buffer if buffer is None else buffer.to(storage.device)
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(storage.device))
     for name, buffer in model.named_buffers():
         if name in stored:
             buffer.copy_(stored[name].read())
@@ -89,6 +89,11 @@ def load_rows(
         with suppress(OSError):  # there need not be one
             model.generation_config = GenerationConfig.from_pretrained(source)
     return model
+
+
+def keeps_some_in_fp32(model: PreTrainedModel) -> bool:
+    """Return whether a family keeps some parameters in fp32, whatever the others have."""
+    return bool(model._keep_in_fp32_modules_strict)
 
 
 def reload_rows(model: PreTrainedModel, folder: Path, load_whole: Callable[[torch.dtype], PreTrainedModel]) -> None:

@@ -163,7 +163,14 @@ PRIVATE = {
         "FSDP settles its parameters before the optimizer takes them",
         lambda: module("torch.distributed.fsdp").FSDPModule._get_fsdp_state,
     ),
-    "_lazy_init": Private("torch", SHARDING, "the same", lambda: module(FSDP).FSDPState._lazy_init),
+    "_orig_dtype": Private("torch", SHARDING, "the same", lines_of_reduction),
+    "_local_tensor": Private(
+        "torch",
+        "fullft/storage/tiers.py",
+        "a rank's rows as they are, without a step of autograd",
+        lambda: "_local_tensor" in module("torch.distributed.tensor").DTensor.__slots__ or None,
+    ),
+    "_lazy_init": Private("torch", SHARDING, "so does this", lambda: module(FSDP).FSDPState._lazy_init),
     "_fsdp_param_groups": Private(
         "torch", SHARDING, "sums over ranks are rounded unless their dtype is set there", lines_of_reduction
     ),

@@ -1,5 +1,6 @@
 """Ranks for a plan: a group of processes that has a size but no processes, and whose collectives move nothing."""
 
+import itertools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +13,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fullft.config.config import Config
 
-# Unlike those of real meshes: PyTorch caches what operators give on equal meshes, with the mesh in it, and a run would
-# then send to ranks that are not there.
-_NAMES = ("planned copies", "planned ranks")
+# Names of no other mesh: PyTorch caches what operators give on equal meshes, with the mesh in it, and a run would then
+# send to ranks that are not there.
+_NUMBERS = itertools.count()
 _CUT = "_chunk_with_empty"  # what FSDP cuts a weight with
 
 
@@ -49,11 +50,16 @@ def planned_ranks(config: Config) -> Iterator[DeviceMesh | None]:
     setattr(_fsdp_param, _CUT, _first_rows)
     try:
         mesh = ranks[0] if group.copies == 1 else ranks
-        yield DeviceMesh.from_group(groups, "cpu", mesh=mesh, mesh_dim_names=_NAMES[-mesh.ndim :])
+        yield DeviceMesh.from_group(groups, "cpu", mesh=mesh, mesh_dim_names=_names()[-mesh.ndim :])
     finally:
         setattr(_fsdp_param, _CUT, whole_cut)
         for each in groups if has_ranks else [None]:
             dist.destroy_process_group(each)
+
+
+def _names() -> tuple[str, str]:
+    number = next(_NUMBERS)
+    return f"planned copies {number}", f"planned ranks {number}"
 
 
 def _first_rows(weight: torch.Tensor, count: int, dim: int) -> list[torch.Tensor]:

@@ -60,7 +60,9 @@ def test_plan_from_few_layers_equals_the_whole_trace(family: str, options: dict[
     """All layers are more than the plan builds."""
     config, batch = make_config(**options), Batch(2, 24, 16)
     model_config = deep(family, layers)
-    whole = _figures(trace(config, model_config, batch, layers, 0, layers))  # no slot left out, nothing continued
+    whole = _figures(
+        config, trace(config, model_config, batch, layers, 0, layers)
+    )  # no slot left out, nothing continued
     planned = plan_step(config, model_config, batch)
     if "parameters" in config.offload:
         # A streamed weight that is elsewhere leaves one number. How many do in evaluation is not linear in the layers.
@@ -68,6 +70,43 @@ def test_plan_from_few_layers_equals_the_whole_trace(family: str, options: dict[
         assert 0 <= numbers < layers * 9 * torch.bfloat16.itemsize
     assert planned == whole
     assert sum(whole["at_peak"].values()) == whole["peak_bytes"] == max(whole["phases"].values())
+
+
+@pytest.mark.parametrize(
+    ("family", "stage", "options", "layers"),
+    [
+        ("llama", "full", {}, 7),
+        *(
+            pytest.param(family, stage, options, layers, marks=pytest.mark.slow)
+            for (family, layers, options), stage in itertools.product(
+                [
+                    ("llama", 9, {"activation_checkpointing": "full", "gradient_accumulation_steps": 1}),
+                    ("gpt2", 7, {"precision": "bf16-mixed", "activation_checkpointing": "selective"}),
+                    ("gemma2", 12, {"precision": "fp32", "offload": "optimizer=host,gradients=host"}),
+                ],
+                ("none", "optimizer", "gradients", "full"),
+            )
+        ),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else None,
+)
+def test_few_layers_stand_for_sharded_ones(family: str, stage: str, options: dict[str, object], layers: int) -> None:
+    """More of them than of whole ones: gathering reaches one layer ahead, and gradients leave one later."""
+    config = make_config(plan=True, gpus=4, shard=stage, **options)
+    model_config = deep(family, layers)
+    planned = plan_step(config, model_config, Batch(2, 24, 16))
+    assert planned == _figures(config, trace(config, model_config, Batch(2, 24, 16), layers, 0, layers))
+
+
+def test_time_of_a_plan_does_not_grow_with_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    few, many = (
+        operators_of_a_plan(
+            monkeypatch, make_config(plan=True, gpus=gpus, shard="full"), deep("llama", 4), Batch(1, 16, 16)
+        )
+        for gpus in (4, 64)
+    )
+    # Each rank's part of the norm.
+    assert many - few <= 2 * (64 - 4)
 
 
 MIXED = {
@@ -85,7 +124,7 @@ def test_few_layers_stand_for_mixed_ones(kind: str, precision: str) -> None:
     """All layers are more than the plan builds, and the first ones are unlike the rest."""
     config, batch, model_config = make_config(precision=precision), Batch(1, 8), MIXED[kind](7)
     planned = plan_step(config, model_config, batch)
-    assert planned == _figures(trace(config, model_config, batch, 7, 0, 7))
+    assert planned == _figures(config, trace(config, model_config, batch, 7, 0, 7))
     # The control: as if all layers were alike.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan_module, "layer_pattern", lambda _: (0, 1))

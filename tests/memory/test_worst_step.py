@@ -135,7 +135,7 @@ def test_evaluation_comes_last_in_both_without_gradients() -> None:
         assert len(evaluations) == len(zero_grads) == 1
         assert evaluations[0].lineno > zero_grads[0].lineno
         assert any("loss_sum" in ast.unparse(statement) for statement in evaluations[0].body)
-    # The worst step writes its evaluation out; fullft/run/evaluation.py has both contexts too.
-    contexts = ["with torch.no_grad()", AUTOCAST]
+    # The worst step writes its evaluation out, in the contexts of fullft/run/evaluation.py.
+    contexts = ["with probing(model)", AUTOCAST]
     ends = [f"end of {context}" for context in reversed(contexts)]
     assert actions_in(evaluations[0].body) == [COPY, *contexts, LOSS_SUM, *ends]

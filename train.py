@@ -32,7 +32,7 @@ from fullft.optim.build import build_optimizer, describe_optimizer
 from fullft.optim.schedule import build_schedule
 from fullft.ranks import describe_ranks
 from fullft.run.evaluation import Samples, evaluate
-from fullft.run.joining import begin_steps, join_ranks
+from fullft.run.joining import begin_steps, end_steps, join_ranks
 from fullft.run.log import Log, describe_results
 from fullft.run.signals import StopRequest
 from fullft.saving.best import BestCheckpoint
@@ -131,6 +131,7 @@ def main(config: Config) -> None:
                     stop.end_run_if_asked(step)
 
         # --- The final model goes to the root of output_dir before anything else can fail. It is reloaded for a check.
+        end_steps()  # the first rank exports, and the others wait
         optimizer.close()  # its states make room for the reloaded copy
         exported = best.load(model, steps.total, log.eval_losses)  # without --load_best_model_at_end the last weights
         results = log.results(exported)

@@ -135,7 +135,7 @@ def draw(file: Path) -> None:
     axes.set_yticks([2**power for power in range(MOST.bit_length())], [str(2**p) for p in range(MOST.bit_length())])
     axes.set_xticks([1e9, 3e9, 1e10, 3e10, 1e11, 4e11], ["1B", "3B", "10B", "30B", "100B", "400B"])
     axes.minorticks_off()
-    axes.set_title(f"GPUs needed, planned: 1 x {TOKENS:,} tokens each, full checkpointing, fp32 masters and moments")
+    axes.set_title(f"GPUs needed, planned: 1 x {TOKENS:,} tokens each, full checkpointing")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(file, dpi=120)

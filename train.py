@@ -64,6 +64,7 @@ def main(config: Config) -> None:
     tokenizer = load_tokenizer(config, source)
     data = load_data(config, tokenizer, num_embeddings(model_config))
     print(data.description)
+    begin_steps(config)  # from here on a rank that keeps the others waiting ends the run
     plan = plan_run(config, model_config, data, device, checkpoint)
     config = plan.config  # the plan has decided what was left open
     print(plan.description, *describe_ranks(config), sep="\n")
@@ -81,9 +82,8 @@ def main(config: Config) -> None:
         optimizer = build_optimizer(model, config, storage)
         steps = Steps(config, data.train.steps_per_epoch)
         learning_rate_at = build_schedule(config, steps.total)
-        autocast = autocast_of(config.numerics, device)
+        autocast = autocast_of(config.numerics, device, keeps_copies=config.gpus == 1)
         print(f"{describe_model(config, model)}\nOptimizer: {describe_optimizer(config)}\n{steps.describe()}")
-        begin_steps(config)  # from here on a rank that keeps the others waiting ends the run
         worst_step = measure_run(plan, model, loss_sum, optimizer, data, autocast)  # no weight moves
 
         # --- Evaluate before training; a resumed run already has.

@@ -1,6 +1,5 @@
 """The stages of sharding side by side: what a rank needs in each, what it sends, and how long a step takes."""
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +11,6 @@ from fullft.memory.plan import Batch
 from fullft.memory.stages import possible_stages
 from fullft.memory.units import Unit
 
-_WIDTH = 100  # of paragraphs
 NAMES = {"none": "DDP", "optimizer": "ZeRO-1", "gradients": "ZeRO-2", "full": "ZeRO-3"}
 
 
@@ -65,7 +63,7 @@ def describe_stages(config: Config, stages: Sequence[Stage], device: Device, spe
     machines = f" on {place.machines} machines" if place.machines > 1 else ""
     copies = f", {config.group.copies} copies" if 1 < config.group.copies < config.gpus else ""
     head = f"--shard over {config.gpus} ranks{machines}{copies}"
-    lines = [f"{head:40}{'peak':>11}{'gathered':>12}{'reduced':>12}{'a step':>10}   fits"]
+    lines = [f"{head:40}{'peak':>11}{'gathers':>12}{'reduces':>12}{'a step':>10}   fits"]
     for stage in stages:
         name = f"{'>' if stage.shard == config.shard else ' '} {stage.shard} ({NAMES[stage.shard]})"
         if stage.planned is None:
@@ -86,10 +84,9 @@ def _time(seconds: float) -> str:
 def _describe_speeds(config: Config, speeds: Speeds) -> str:
     links = f"{speeds.interconnect / 1e9:,.3g} GB/s between ranks"
     if config.place.machines > 1:
-        links += f" of a machine, {speeds.network / 1e9:,.3g} GB/s for each rank between machines"
+        links += f" of a machine, {speeds.network / 1e9:,.3g} GB/s per rank to others"
     origin = "assumed" if config.device_memory is not None else "the links assumed"
-    text = f"Per rank: its peak, and what it sends. A step's time at {speeds.flops / 1e12:,.3g} TFLOP/s and {links}"
-    return textwrap.indent(textwrap.fill(f"{text} ({origin}).", _WIDTH - 2), "  ")
+    return f"  A step at {speeds.flops / 1e12:,.3g} TFLOP/s; {links} ({origin})"
 
 
 def stages_object(config: Config, stages: Sequence[Stage]) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Stages of sharding: which of them ranks can use for a model."""
 
+from dataclasses import replace
+
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.initialization import no_init_weights
@@ -22,7 +24,7 @@ def possible_stages(config: Config, model_config: PreTrainedConfig) -> list[str]
         config: its ranks and the optimizer are read.
         model_config: of a causal language model.
     """
-    torn = _torn_block(config, model_config, "full") is not None
+    torn = _torn_block(replace(config, shard="full"), model_config) is not None
     has_experts = _has_experts(model_config)
     return [
         stage
@@ -46,7 +48,7 @@ def require_stage(config: Config, model_config: PreTrainedConfig) -> None:
             "shard optimizer adds up whole gradients over micro-batches, which FSDP cannot do for experts that get no "
             "token: use --shard gradients, or full"
         )
-    if (name := _torn_block(config, model_config, config.shard)) is not None:
+    if (name := _torn_block(config, model_config)) is not None:
         raise torn_block_error(config, name)
 
 
@@ -55,8 +57,8 @@ def _has_experts(model_config: PreTrainedConfig) -> bool:
     return any((getattr(text, name, None) or 0) > 1 for name in _EXPERTS)
 
 
-def _torn_block(config: Config, model_config: PreTrainedConfig, stage: str) -> str | None:
-    if not config.has_8bit_moments or stage == "none":
+def _torn_block(config: Config, model_config: PreTrainedConfig) -> str | None:
+    if not config.has_8bit_moments or config.shard == "none":
         return None
     layers = sum(layer_pattern(model_config))  # one of each kind
     with torch.device("meta"), no_init_weights():

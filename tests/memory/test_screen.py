@@ -80,10 +80,15 @@ def test_json_has_what_gpus_and_price_ask_for(in_empty_folder: Path, capsys: pyt
     words = ["--model", "tiny", "--plan", "--json", "--max_length", "32", "--gpus", "3", "--gpu_hour_price", "2"]
     screen.show_plan(parse_config(words))
     shown = json.loads(capsys.readouterr().out)
-    zero, at_peak = shown["zero_bytes_per_gpu"], shown["at_peak"]
+    zero, sent = shown["zero_bytes_per_gpu"], shown["traffic_per_step"]
     assert zero["gpus"] == 3 and zero["stage_1"] > zero["stage_2"] > zero["stage_3"]
-    states = at_peak["optimizer_states"]
-    assert zero["stage_1"] == shown["peak_bytes"] - states + states // 3
+    stages = {"optimizer": "stage_1", "gradients": "stage_2", "full": "stage_3"}
+    assert shown["peak_bytes"] == zero[stages[shown["options"]["shard"]]]
+    # Each of two ranks gets the third part of what the third one has.
+    config = parse_config(words)
+    weights = 2 * shown["num_parameters"]
+    assert sent["gathered"] == pytest.approx(2 / 3 * weights, rel=3e-2) and set(sent) == {"gathered", "reduced"}
+    assert "sent" not in shown and config.gpus == 3
     assert shown["cost"] == {name: 2 * hours for name, hours in shown["gpu_hours"].items()}
     assert set(shown["cost"]) == {"A100", "H100"}
     screen.show_plan(parse_config([*words, "--precision", "fp32"]))
@@ -157,5 +162,7 @@ def test_screen_fits_45_lines_of_100_columns(
     assert len(lines) <= 45 and max(map(len, lines)) <= 100, max(lines, key=len)
     text = "\n".join(lines)
     assert ("of peak, offloading aside: A100" in text) == (MISTRAL in words)
-    for part in ("GiB = 2^30", "LoRA", "stage 3", "24GiB card", "141 GB card", "A100", *words[1:2]):
-        assert part in text
+    gpus = ("--shard over 16 ranks on 2 machines", "full (ZeRO-3)", "50 GB/s per rank to others (assumed)")
+    shown = gpus if "--gpus" in words else ("Several GPUs: --gpus N",)
+    for part in ("GiB = 2^30", "LoRA", "24GiB card", "141 GB card", "A100", *shown, *words[1:2]):
+        assert part in " ".join(text.split())

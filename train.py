@@ -32,7 +32,7 @@ from fullft.optim.build import build_optimizer, describe_optimizer
 from fullft.optim.schedule import build_schedule
 from fullft.ranks import describe_ranks
 from fullft.run.evaluation import Samples, evaluate
-from fullft.run.joining import begin_steps, join_ranks
+from fullft.run.joining import begin_steps, end_steps, join_ranks
 from fullft.run.log import Log, describe_results
 from fullft.run.signals import StopRequest
 from fullft.saving.best import BestCheckpoint
@@ -64,6 +64,7 @@ def main(config: Config) -> None:
     tokenizer = load_tokenizer(config, source)
     data = load_data(config, tokenizer, num_embeddings(model_config))
     print(data.description)
+    begin_steps(config)  # from here on a rank that keeps the others waiting ends the run
     plan = plan_run(config, model_config, data, device, checkpoint)
     config = plan.config  # the plan has decided what was left open
     print(plan.description, *describe_ranks(config), sep="\n")
@@ -81,9 +82,8 @@ def main(config: Config) -> None:
         optimizer = build_optimizer(model, config, storage)
         steps = Steps(config, data.train.steps_per_epoch)
         learning_rate_at = build_schedule(config, steps.total)
-        autocast = autocast_of(config.numerics, device)
+        autocast = autocast_of(config.numerics, device, keeps_copies=config.gpus == 1)
         print(f"{describe_model(config, model)}\nOptimizer: {describe_optimizer(config)}\n{steps.describe()}")
-        begin_steps(config)  # from here on a rank that keeps the others waiting ends the run
         worst_step = measure_run(plan, model, loss_sum, optimizer, data, autocast)  # no weight moves
 
         # --- Evaluate before training; a resumed run already has.
@@ -131,6 +131,7 @@ def main(config: Config) -> None:
                     stop.end_run_if_asked(step)
 
         # --- The final model goes to the root of output_dir before anything else can fail. It is reloaded for a check.
+        end_steps()  # the first rank exports, and the others wait
         optimizer.close()  # its states make room for the reloaded copy
         exported = best.load(model, steps.total, log.eval_losses)  # without --load_best_model_at_end the last weights
         results = log.results(exported)

@@ -4,13 +4,14 @@
 
 The words of the page are here, its tables in `lesson_tables.py`, their figures in `lesson_figures.py`. Nothing is
 downloaded and no weight is loaded: 7B and 70B models are planned on fake tensors. Only a small Llama is run on real
-ones. It takes half a minute, and prints the name of the page.
+ones. It takes some minutes, and prints the name of the page.
 """
 
 import argparse
 
 import torch
 from lesson_figures import ROOT, moments_dtype, plan
+from lesson_ranks import MOST, TOKENS, draw, needed_table
 from lesson_tables import (
     MISTRAL,
     checkpointing,
@@ -26,7 +27,7 @@ from lesson_tables import (
 )
 from transformers.utils import logging
 
-PAGE = ROOT / "docs" / "lesson.md"
+PAGE, PICTURE = ROOT / "docs" / "lesson.md", ROOT / "docs" / "gpus.png"
 
 
 def page() -> str:
@@ -124,9 +125,19 @@ update is lost.
 
 {several_gpus()}
 
-ZeRO-3 divides weights, gradients and states evenly. So the largest model is all cards' memory divided by the bytes per
-parameter. 150B is reached only when gradients and states live elsewhere, in host memory or on disk (ZeRO-Infinity).
-There the lesson's number is right, but {gb(10 * 150e9, 0)} of gradients and states must fit outside the cards.
+ZeRO-3 divides weights, gradients and states evenly, 16 bytes per parameter in all. So 150B is reached only when
+gradients and states live elsewhere, in host memory or on disk (ZeRO-Infinity).
+
+How many GPUs of 80 GB does a model need? Each has 1 x {TOKENS:,} tokens at a time, recomputes every layer, and keeps
+fp32 masters and moments. Powers of two were tried, up to {MOST:,}:
+
+{needed_table()}
+
+![GPUs needed against model size](gpus.png)
+
+ZeRO-1 and ZeRO-2 keep all weights on each GPU. So there is a size that no number of them can train: their lines end.
+ZeRO-3 has no such end, but needs room for the layers at work, whatever the number. [Several GPUs](guides/cluster.md)
+says what each stage sends, and how to start it.
 
 ## LoRA
 
@@ -146,6 +157,7 @@ def main() -> None:
     torch.manual_seed(0)
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(page(), encoding="utf-8")
+    draw(PICTURE)
     print(f"Wrote {PAGE.relative_to(ROOT)}")
 
 

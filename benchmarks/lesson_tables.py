@@ -12,6 +12,7 @@ from lesson_figures import (
     plan,
     track,
 )
+from lesson_ranks import claim
 
 from fullft.memory.facts import find_facts
 from fullft.memory.plan import Batch, plan_step
@@ -174,15 +175,7 @@ def one_card() -> str:
 
 def several_gpus() -> str:
     """Check the largest model of ZeRO-3."""
-    room = 4 * CARD
-    sizes = {per: room / per / GB for per in (12, 8, 6, 2)}
-    found = ", ".join(f"{size:.0f}B at {per} B" for per, size in sizes.items())
-    row = (
-        "ZeRO-3 on 4 x 80 GB: models up to ~150B",
-        f"four cards hold {gb(room, 0)}; by bytes per parameter, without a single activation: {found}",
-        f"off: that is {room / (150 * GB):.1f} B per parameter, room for bf16 weights alone",
-    )
-    return table([row])
+    return table([claim()])
 
 
 def lora() -> str:

@@ -41,8 +41,8 @@ def pick_device(place: Place = ALONE) -> torch.device:
     if device.type != "cuda":
         raise OptionsError(f"several ranks need CUDA devices or CPUs, and this machine has {device.type}: use one rank")
     index, available = place.local_rank, torch.cuda.device_count()
-    if available == 1 and "SLURM_JOB_ID" in os.environ:
-        index = 0  # srun can give each task a GPU of its own, and then shows it no other one
+    if available == 1 and os.environ.get("SLURM_LOCALID") == str(index):
+        index = 0  # srun can give each of its tasks a GPU, and then shows it no other one
     if index >= available:
         raise OptionsError(
             f"{place.local_count} ranks were started on this machine, which has {available} "

@@ -95,6 +95,19 @@ def first_on_this_machine(work: Callable[[], Result]) -> Result:
     return work() if not is_local_first else result  # type: ignore[return-value]
 
 
+def in_turn(work: Callable[[], None]) -> None:
+    """Do something on every rank, on each machine by one after the other: together they may need too much memory.
+
+    Args:
+        work: called on every rank, once.
+    """
+    place = find_place()
+    for turn in range(max_over_ranks(place.local_count)):
+        if turn == place.local_rank:
+            work()
+        wait_for_all()
+
+
 def require_same(name: str, value: Any) -> None:
     """Check that all ranks have the same value.
 

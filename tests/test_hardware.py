@@ -51,27 +51,28 @@ def test_process_figures_are_those_of_the_allocator(
 
 
 @pytest.mark.parametrize(
-    ("available", "local_rank", "slurm", "index"),
-    [(4, 0, False, 0), (4, 3, False, 3), (1, 3, True, 0), (4, 3, True, 3)],
+    ("available", "local_rank", "task", "index"),
+    [(4, 0, None, 0), (4, 3, None, 3), (1, 3, 3, 0), (4, 3, 3, 3)],
 )
 def test_each_rank_gets_a_gpu(
-    available: int, local_rank: int, slurm: bool, index: int, monkeypatch: pytest.MonkeyPatch
+    available: int, local_rank: int, task: int | None, index: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = pretend_gpus(available, slurm, monkeypatch)
+    chosen = pretend_gpus(available, task, monkeypatch)
     place = Place(rank=local_rank, count=4, local_rank=local_rank, local_count=4)
     assert hardware.pick_device(place) == torch.device("cuda", index) and chosen == [index]
 
 
-@pytest.mark.parametrize(("available", "slurm"), [(2, False), (1, False), (2, True)])
-def test_too_few_gpus_are_refused(available: int, slurm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = pretend_gpus(available, slurm, monkeypatch)
+@pytest.mark.parametrize(("available", "task"), [(2, None), (1, None), (2, 3), (1, 0)])
+def test_too_few_gpus_are_refused(available: int, task: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last case is torchrun within one of Slurm's tasks."""
+    chosen = pretend_gpus(available, task, monkeypatch)
     with pytest.raises(OptionsError, match=f"4 ranks were started on this machine, which has {available} GPU"):
         hardware.pick_device(Place(rank=3, count=4, local_rank=3, local_count=4))
     assert chosen == []
 
 
 def test_one_rank_chooses_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert pretend_gpus(4, False, monkeypatch) == []
+    assert pretend_gpus(4, None, monkeypatch) == []
     assert hardware.pick_device() == torch.device("cuda")
 
 
@@ -79,15 +80,15 @@ def test_ranks_without_gpus_compute_on_cpus() -> None:
     assert hardware.pick_device(Place(rank=3, count=4, local_rank=3, local_count=4)) == torch.device("cpu")
 
 
-def pretend_gpus(count: int, slurm: bool, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Pretend that there are GPUs; return the list of those that become the current one."""
+def pretend_gpus(count: int, task: int | None, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Pretend that there are GPUs, and a task of Slurm; return the list of GPUs that become the current one."""
     chosen: list[int] = []
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    if slurm:
-        monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.delenv("SLURM_LOCALID", raising=False)
+    if task is not None:
+        monkeypatch.setenv("SLURM_LOCALID", str(task))
     return chosen
 
 

@@ -47,6 +47,16 @@ FILES = "fullft/model/weight_files.py"
 SNAPSHOT = "fullft/memory/snapshot.py"
 COLLECTIVES, RANKS = "fullft/memory/collectives.py", "fullft/memory/planned_ranks.py"
 JOINING, GROUPS = "fullft/run/joining.py", "torch.distributed.distributed_c10d"
+LOAD_ROWS, SHARDING = "fullft/model/load_rows.py", "fullft/transforms/sharding.py"
+FSDP = "torch.distributed.fsdp._fully_shard._fsdp_state"
+
+
+def lines_of_reduction() -> str:
+    """Find what rounds sums over ranks: the dtype that `sharding.py` sets is read there."""
+    source = inspect.getsource(module("torch.distributed.fsdp._fully_shard._fsdp_param_group").FSDPParamGroup)
+    assert "self._orig_dtype," in source
+    return source
+
 
 PRIVATE = {
     "FakeTensor": Private("torch", TRACING, "tells fake tensors from real ones", lambda: module(FAKE).FakeTensor),
@@ -141,9 +151,32 @@ PRIVATE = {
         "which configs are those of causal language models",
         lambda: transformers.AutoModelForCausalLM._model_mapping,
     ),
+    "_keys_to_ignore_on_load_unexpected": Private(
+        "transformers",
+        LOAD_ROWS,
+        "tensors of files that from_pretrained leaves out",
+        lambda: transformers.PreTrainedModel._keys_to_ignore_on_load_unexpected,
+    ),
+    "_get_fsdp_state": Private(
+        "torch",
+        SHARDING,
+        "FSDP settles its parameters before the optimizer takes them",
+        lambda: module("torch.distributed.fsdp").FSDPModule._get_fsdp_state,
+    ),
+    "_orig_dtype": Private("torch", SHARDING, "the same", lines_of_reduction),
+    "_local_tensor": Private(
+        "torch",
+        "fullft/storage/tiers.py",
+        "a rank's rows as they are, without a step of autograd",
+        lambda: "_local_tensor" in module("torch.distributed.tensor").DTensor.__slots__ or None,
+    ),
+    "_lazy_init": Private("torch", SHARDING, "so does this", lambda: module(FSDP).FSDPState._lazy_init),
+    "_fsdp_param_groups": Private(
+        "torch", SHARDING, "sums over ranks are rounded unless their dtype is set there", lines_of_reduction
+    ),
     "_keep_in_fp32_modules_strict": Private(
         "transformers",
-        LOAD,
+        LOAD_ROWS,
         "modules that stay in fp32",
         lambda: transformers.PreTrainedModel._keep_in_fp32_modules_strict,
     ),

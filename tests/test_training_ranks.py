@@ -66,6 +66,7 @@ def test_ranks_write_the_files_of_one_process(
             assert ours[name] == pytest.approx(theirs[name], rel=1e-6), name
     memory = json.loads((many / "memory.json").read_text())
     assert len(memory["ranks"]) == count and memory["ranks"][0] == memory["measured"]["peak_bytes"]
+    assert memory["sent"]["planned"] == memory["sent"]["measured"] and sum(memory["sent"]["measured"].values()) > 0
     assert {file.name for file in one.iterdir()} == {file.name for file in many.iterdir()}
 
 

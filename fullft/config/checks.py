@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fullft.config.config import accumulation_of, output_dir_of, ranks_of
+from fullft.config.config import accumulation_of, output_dir_of, planned_place, ranks_of
 from fullft.config.options import NEWEST, UNDECIDED, Options
 from fullft.config.placement import Placement
 from fullft.config.ranks import find_place
@@ -49,7 +49,7 @@ def find_problems(options: Options, given: Mapping[str, Any]) -> list[str]:
                 f"global_batch_size {options.global_batch_size} is not a multiple of per_device_train_batch_size "
                 f"{batch}: change one of the two"
             )
-        elif accumulation is not None and accumulation * batch * ranks != options.global_batch_size:
+        elif accumulation is not None and accumulation != accumulation_of(options):
             over_ranks = f" x {ranks} ranks" if ranks > 1 else ""
             problems.append(
                 f"global_batch_size {options.global_batch_size} is not {batch} x {accumulation}{over_ranks}: "
@@ -116,9 +116,9 @@ def _offload_problems(options: Options) -> Iterator[str]:
 
 
 def _node_problems(options: Options) -> Iterator[str]:
-    """A plan may be for any number of nodes."""
-    place, asked = find_place(), options.shard_nodes
-    if asked is None or options.plan:
+    asked = options.shard_nodes
+    place = planned_place(ranks_of(options)) if options.plan else find_place()
+    if asked is None:
         return
     if place.count % place.local_count:
         yield f"shard_nodes {asked} needs as many ranks on every node: leave it out, or start them so"

@@ -50,7 +50,7 @@ class Config(Options):
     @cached_property
     def place(self) -> Place:
         """This process among the ranks; in a plan, the first one of those planned for."""
-        return Place(0, self.gpus, 0, min(self.gpus, _PLANNED_PER_NODE)) if self.plan else find_place()
+        return planned_place(self.gpus) if self.plan else find_place()
 
     @property
     def group(self) -> Group:
@@ -152,6 +152,11 @@ def _decided(options: Options) -> dict[str, str]:
             if getattr(options, name) == UNDECIDED:
                 decided.setdefault(name, nothing)
     return decided
+
+
+def planned_place(ranks: int) -> Place:
+    """Return the place of the first of so many planned ranks, on nodes of eight."""
+    return Place(0, ranks, 0, min(ranks, _PLANNED_PER_NODE))
 
 
 def ranks_of(options: Options) -> int:

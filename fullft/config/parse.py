@@ -20,6 +20,7 @@ from fullft.config.checks import find_idle_flags, find_problems
 from fullft.config.config import Config, resolve
 from fullft.config.declare import by_name, groups_of, kind_of, metavar_of, names_of, shown_default, shown_help
 from fullft.config.options import DEMO_FOLDER, Options
+from fullft.config.ranks import find_place
 from fullft.errors import OptionsError
 
 
@@ -57,9 +58,15 @@ def _beaten_by(flags: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, A
     beaten = set()
     if accumulation in flags and whole not in flags:
         beaten = {whole}
-    elif whole in flags or (whole in file and (micro in flags or "gpus" in flags)):
+    elif whole in flags or (whole in file and (micro in flags or _ranks_of(flags) != _ranks_of(file))):
         beaten = {accumulation}
     return {name: value for name, value in file.items() if name not in beaten}
+
+
+def _ranks_of(given: Mapping[str, Any]) -> int:
+    """Return how many ranks train: as many as were started, else as many as are asked for here."""
+    started = find_place().count
+    return started if started > 1 else given.get("gpus") or 1
 
 
 # ---------------------------------------------------------------------------------------------- reading

@@ -65,10 +65,12 @@ def reuse_memory(model: PreTrainedModel) -> None:
         model: changed in place, if it is on a CPU and its embeddings are torch's own, plain ones.
     """
     embeddings = model.get_input_embeddings()
-    if type(embeddings) is not nn.Embedding or model.device.type != "cpu":
+    # By its forward, since sharding makes a class of its own for each module.
+    is_plain = isinstance(embeddings, nn.Embedding) and type(embeddings).forward is nn.Embedding.forward
+    if not is_plain or model.device.type != "cpu":
         return
     if embeddings.max_norm is None and not embeddings.scale_grad_by_freq and not embeddings.sparse:
-        embeddings.forward = functools.partial(_look_up, embeddings)  # type: ignore[method-assign]
+        embeddings.forward = functools.partial(_look_up, embeddings)
 
 
 def _look_up(embeddings: nn.Embedding, token_ids: torch.Tensor) -> torch.Tensor:

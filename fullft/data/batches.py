@@ -97,13 +97,17 @@ class Batches:
         All ranks have as many: one that has none left gets a micro-batch without targets.
         """
         rank, count = self.place.rank, self.place.count
+        order = list(range(len(groups)))
+        if count > 1:  # in each turn all ranks wait for the longest
+            order.sort(key=lambda number: -max(map(self._length, groups[number])))
         end = -(-len(groups) // count) * count
-        for number in range(rank, end, count):
-            # Of a shape that is there anyway: another one could need another graph.
-            micro_batch = self._collate(groups[min(number, len(groups) - 1)], at_least)
-            if number >= len(groups):
+        for turn in range(rank, end, count):
+            # Without a group left, of a shape that is there anyway: another one could need another graph.
+            number = order[turn] if turn < len(groups) else turn
+            micro_batch = self._collate(groups[order[min(turn, len(groups) - 1)]], at_least)
+            if turn >= len(groups):
                 micro_batch = micro_batch.without_targets()
-            yield number, replace(micro_batch, is_last=number + count >= end)
+            yield number, replace(micro_batch, is_last=turn + count >= end)
 
     def _collate(self, group: Sequence[int], at_least: int = 0) -> MicroBatch:
         """Join each sequence's documents, and pad to the longest sequence of the micro-batch, or to so many tokens."""

@@ -17,7 +17,7 @@ def estimate_sent(config: Config, facts: Facts, *, is_first: bool, is_last: bool
 
     - `full` gathers w in forward and w' in backward, `optimizer` and `gradients` w in the first forward alone
     - `optimizer` reduces g after the last micro-batch, `gradients` and `full` after each
-    - copies sum g / W as often; `none` has W = 1, and nothing but copies
+    - copies sum g / W after the last one; `none` has W = 1, and nothing but copies
 
     To gather or reduce n bytes over W ranks each one sends n (W - 1) / W, and twice as much to sum them for all.
 
@@ -37,7 +37,8 @@ def estimate_sent(config: Config, facts: Facts, *, is_first: bool, is_last: bool
     gathered = around(sizes.weights, group.count) if is_full or is_first else 0
     again = around(sizes.layer_weights, group.count) if is_full else 0
     sums = sizes.gradients if is_last or config.shard in ("gradients", "full") else 0
-    backward = Sent(again, around(sums, group.count), 2 * around(sums // group.count, group.copies))
+    copied = 2 * around(sizes.gradients // group.count, group.copies) if is_last else 0
+    backward = Sent(again, around(sums, group.count), copied)
     return Sent(gathered), backward
 
 

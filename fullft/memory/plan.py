@@ -199,7 +199,7 @@ def trace(config: Config, model_config: PreTrainedConfig, batch: Batch, layers: 
             optimizer,
             [micro_batch] * (2 if config.accumulates and not is_alike else 1),
             held_out or None,
-            autocast_of(config.numerics, device),
+            autocast_of(config.numerics, device, keeps_copies=config.gpus == 1),
             config.max_grad_norm,
             # Of accumulated micro-batches the first needs least, since it finds no gradients: it is not worth the time.
             pretend_earlier=config.accumulates and is_alike,

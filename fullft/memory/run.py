@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from fullft.data.load import Data
 from fullft.errors import FullftError, MemoryExhaustedError, general_advice
 from fullft.hardware import process_figures
 from fullft.memory.choose import Plans, choose, fits
+from fullft.memory.collectives import sent_in_step
 from fullft.memory.levers import find_levers
 from fullft.memory.machine import Device, Speeds, find_device, least_of, measure_ring, measure_speeds
 from fullft.memory.picture import plot_memory
@@ -220,7 +221,7 @@ def measure_run(
 def record_memory(plan: RunPlan, measured: Profile, device: torch.device) -> str:
     """Write `memory.json` and `memory.png`; called before the first step, and again at the end.
 
-    Every rank calls it. The first one writes what it has measured, and the peaks of all.
+    Every rank calls it. The first one writes what it has measured, what it sends in a step, and the peaks of all.
 
     Args:
         plan: of this run.
@@ -235,6 +236,8 @@ def record_memory(plan: RunPlan, measured: Profile, device: torch.device) -> str
     record: dict[str, Any] = {"planned": planned, "measured": figures, "process": process}
     if plan.config.gpus > 1:
         record["ranks"] = by_each_rank(lambda: figures["peak_bytes"])
+        sent = sent_in_step(measured.sent, plan.config.gradient_accumulation_steps)
+        record["sent"] = {"planned": plan.figures and plan.figures["sent"], "measured": asdict(sent)}
 
     def write() -> None:
         folder = plan.config.output_dir

@@ -19,7 +19,7 @@ from fullft.config.config import Config
 from fullft.errors import ModelError
 from fullft.hardware import available_host_bytes
 from fullft.model.homes import move_layers_home
-from fullft.model.load_rows import load_rows, reload_rows
+from fullft.model.load_rows import keeps_some_in_fp32, load_rows, reload_rows
 from fullft.model.precision import dtype_of, split_into
 from fullft.model.source import DEMO_MODEL, loading
 from fullft.model.stored import WIDER, StoredTensor, stored_tensors, under_names_of
@@ -133,7 +133,7 @@ def _one_by_one(config: Config, source: str, dtype: torch.dtype, storage: Storag
     elif (
         stored.keys() != saved_tensors(model).keys()
         or len(stored) < len(tensors)
-        or model._keep_in_fp32_modules_strict  # from_pretrained handles them
+        or keeps_some_in_fp32(model)  # from_pretrained handles them
     ):
         return None
     targets = dict(model.named_buffers()) | parameters

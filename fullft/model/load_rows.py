@@ -19,6 +19,8 @@ from fullft.errors import ModelError
 from fullft.model.precision import dtype_of, split_into
 from fullft.model.source import DEMO_MODEL
 from fullft.model.stored import WIDER, stored_tensors, under_names_of
+from fullft.model.weight_files import safetensors_files
+from fullft.ranks import first_on_this_machine, in_turn
 from fullft.storage.tiers import Storage, first_row, local_of, row_range
 
 
@@ -48,7 +50,8 @@ def load_rows(
     """Build a model whose parameters have no memory, and read this rank's rows of them.
 
     Where the files do not hold the parameters one by one, as those of mixtures of experts, transformers must convert
-    them: then each rank loads the whole model into the host's memory first, and keeps its rows.
+    them. Then the ranks of a machine, one after the other, load the whole model into the host's memory, and keep their
+    rows.
 
     Args:
         config: number formats, placement, ranks and `trust_remote_code` are read.
@@ -64,31 +67,48 @@ def load_rows(
     with no_init_weights(), _parameters_without_memory():
         model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=config.trust_remote_code)
     model.tie_weights()
-    if dtype == torch.bfloat16 and model._keep_in_fp32_modules_strict:
+    if dtype == torch.bfloat16 and keeps_some_in_fp32(model):
         raise ModelError(
             f"{type(model).__name__} keeps some of its parameters in fp32, and ranks share parameters of one dtype: "
             "pass --precision bf16-mixed, or train it on one device"
         )
-    stored = _readable(config, source, model, dtype, load_whole)
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(storage.device))
+    is_demo = source == str(DEMO_MODEL)
+    if not is_demo:
+        first_on_this_machine(lambda: safetensors_files(source))  # which may download them
+    if not is_demo and (stored := _one_by_one(source, model)) is not None:
+        _keep_rows(model, stored, config, storage)
+    else:  # the host may have room for one whole model, not for one of each rank
+        is_wider = not is_demo and any(each.dtype in WIDER for each in stored_tensors(source).values())
+        wide = torch.float32 if config.numerics.splits and is_wider else dtype
+        in_turn(lambda: _keep_rows(model, _in_memory(load_whole(wide)), config, storage))
+    if model.can_generate() and source != str(DEMO_MODEL):
+        with suppress(OSError):  # there need not be one
+            model.generation_config = GenerationConfig.from_pretrained(source)
+    return model
+
+
+def _keep_rows(model: PreTrainedModel, stored: Mapping[str, _Readable], config: Config, storage: Storage) -> None:
+    """Copy this rank's rows of all parameters to `storage.rows`, and whole buffers into the model."""
     for name, parameter in model.named_parameters():
         rows = stored[name].read_rows(*row_range(len(parameter), config.group.index, config.group.count))
-        storage.rows[parameter] = weights = torch.empty(rows.shape, dtype=dtype, device=storage.device)
+        storage.rows[parameter] = weights = torch.empty(rows.shape, dtype=parameter.dtype, device=storage.device)
         if config.numerics.splits and rows.dtype in (torch.float32, torch.float16):
             remainders = storage.zeros(config.placement.optimizer, rows.numel(), torch.int16)
             split_into(weights, remainders, rows)
             storage.remainders[parameter] = remainders
         else:
             weights.copy_(rows)
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = buffer if buffer is None else buffer.to(storage.device)
     for name, buffer in model.named_buffers():
         if name in stored:
             buffer.copy_(stored[name].read())
-    if model.can_generate() and source != str(DEMO_MODEL):
-        with suppress(OSError):  # there need not be one
-            model.generation_config = GenerationConfig.from_pretrained(source)
-    return model
+
+
+def keeps_some_in_fp32(model: PreTrainedModel) -> bool:
+    """Return whether a family keeps some parameters in fp32, whatever the others have."""
+    return bool(model._keep_in_fp32_modules_strict)
 
 
 def reload_rows(model: PreTrainedModel, folder: Path, load_whole: Callable[[torch.dtype], PreTrainedModel]) -> None:
@@ -99,26 +119,17 @@ def reload_rows(model: PreTrainedModel, folder: Path, load_whole: Callable[[torc
         folder: of its checkpoint.
         load_whole: loads the whole model on the CPU.
     """
-    stored = _one_by_one(str(folder), model) or _in_memory(load_whole(model.dtype))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            rows, start = local_of(parameter), first_row(parameter)
-            rows.copy_(stored[name].read_rows(start, start + len(rows)))
 
+    def fill(stored: Mapping[str, _Readable]) -> None:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                rows, start = local_of(parameter), first_row(parameter)
+                rows.copy_(stored[name].read_rows(start, start + len(rows)))
 
-def _readable(
-    config: Config,
-    source: str,
-    model: PreTrainedModel,
-    dtype: torch.dtype,
-    load_whole: Callable[[torch.dtype], PreTrainedModel],
-) -> Mapping[str, _Readable]:
-    if source == str(DEMO_MODEL):
-        return _in_memory(load_whole(dtype))
-    if (found := _one_by_one(source, model)) is not None:
-        return found
-    is_wider = any(each.dtype in WIDER for each in stored_tensors(source).values())
-    return _in_memory(load_whole(torch.float32 if config.numerics.splits and is_wider else dtype))
+    if (stored := _one_by_one(str(folder), model)) is not None:
+        fill(stored)
+    else:
+        in_turn(lambda: fill(_in_memory(load_whole(model.dtype))))
 
 
 def _one_by_one(source: str, model: PreTrainedModel) -> Mapping[str, _Readable] | None:

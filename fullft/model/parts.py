@@ -65,9 +65,8 @@ def replace_parameters(model: nn.Module, others: Mapping[nn.Parameter, nn.Parame
         others: by the parameters that they replace.
     """
     for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[name] = others.get(parameter, parameter)
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            setattr(module, name, others.get(parameter, parameter))
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

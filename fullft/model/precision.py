@@ -17,14 +17,16 @@ def dtype_of(format: Format) -> torch.dtype:
     return _DTYPES[format]
 
 
-def autocast_of(numerics: Numerics, device: torch.device) -> torch.autocast:
+def autocast_of(numerics: Numerics, device: torch.device, *, keeps_copies: bool = True) -> torch.autocast:
     """Return the context that training computes in: autocast to bf16, or one that does nothing.
 
     Args:
         numerics: the run's formats.
         device: that computes.
+        keeps_copies: whether the bf16 copies of weights are kept until the context ends, for further uses. Of a sharded
+            model they would be all that sharding spares.
     """
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=numerics.autocast)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=numerics.autocast, cache_enabled=keeps_copies)
 
 
 # A float32 is 1 sign, 8 exponent and 23 fraction bits; a bfloat16 is its upper half.

@@ -181,7 +181,8 @@ class AdamW(torch.optim.Optimizer):
         device = self.storage.device
         size = CPU_TILE if device.type == "cpu" else CHUNK
         scratch = torch.empty(2, min(size, max(job.count for job in jobs)), device=device)
-        steps = {job.step: torch.tensor(float(job.step), device=device) for job in jobs}
+        # Filled, not copied: a copy from the host would wait for the device.
+        steps = {step: torch.full((), float(step), device=device) for step in {job.step for job in jobs}}
         for job, fields in zip(jobs, self._stream.run(job.fields for job in jobs), strict=True):
             for start in range(0, job.count, size):
                 yield Tile(job, start, _cut(fields, start, min(start + size, job.count)), steps[job.step], scratch)

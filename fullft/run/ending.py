@@ -18,7 +18,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+import traceback
+import types
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -75,11 +77,13 @@ class _Failure:
         cause: of the run's end, if there is no other.
         kind: "lost" or "timeout" if it is probably due to another rank, else "own".
         time: when it happened, in seconds of the monotonic clock.
+        line: of the code that waited for the others; None if it still does.
     """
 
     cause: Cause
     kind: str
     time: float
+    line: str | None = None
 
 
 class Ending:
@@ -148,9 +152,11 @@ class Ending:
             if self.place.local_rank == 0 or not isinstance(error, _FOUND_BY_ALL):
                 _print(cause, f"rank {self.place.rank}")
             return cause.exit_code
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)  # it ends anyway
-        self._failure = _Failure(cause, kind_of(error), time.monotonic())
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.SIG_IGN)  # it ends anyway
+        _, line = _position(reversed(list(traceback.walk_tb(error.__traceback__))))
+        self._failure = _Failure(cause, kind_of(error), time.monotonic(), line)
         self._is_main_done.set()
         self._has_news.set()
         self._wait_for_end()
@@ -186,9 +192,10 @@ class Ending:
             self._failure = _Failure(Cause(FullftError.exit_code, text, self.place.rank), kind, time.monotonic())
         if not self._has_answered and store.check([_ROLL]):
             self._has_answered = True
-            waits, line = _position_of_main_thread()
-            answer = [waits or self._failure is not None, line]
-            store.set(f"{_HERE}{self.place.rank}", json.dumps(answer))
+            waits, line = _main_thread_position()
+            if self._failure is not None:
+                waits, line = True, self._failure.line or line
+            store.set(f"{_HERE}{self.place.rank}", json.dumps([waits, line]))
         if self._failure is not None and (cause := self._judge(store, self._failure)) is not None:
             first = store.compare_set(_CAUSE, "", json.dumps(asdict(cause)))
             self._end(store, Cause(**json.loads(first)))
@@ -217,6 +224,7 @@ class Ending:
             for rank, (waits, line) in answers.items():
                 if not waits and line != own_line:
                     return self._hanging(store, rank, f"hangs at {line}")
+            return self._all_waiting(own_line)
         return failure.cause
 
     def _not_answering(self, store: "Store", rank: int, kind: str) -> Cause:
@@ -224,6 +232,10 @@ class Ending:
             return self._hanging(store, rank, "hangs, or has ended")
         text = f"{self._name(store, rank)} ended without a word (killed? out of memory?); {_INTACT}"
         return Cause(FullftError.exit_code, text, self.place.rank, names_rank=True)
+
+    def _all_waiting(self, line: str) -> Cause:
+        text = f"all ranks waited for each other for {self.timeout_seconds:,} s, this one at {line}; {_INTACT}"
+        return Cause(FullftError.exit_code, text, self.place.rank)
 
     def _hanging(self, store: "Store", rank: int, how: str) -> Cause:
         return Cause(
@@ -236,7 +248,10 @@ class Ending:
 
     def _name(self, store: "Store", rank: int) -> str:
         """Name a rank, and its machine where there are several."""
-        return f"rank {rank}" if self.place.machines == 1 else f"rank {rank} on {store.get(f'{_HOST}{rank}').decode()}"
+        key = f"{_HOST}{rank}"
+        if self.place.machines == 1 or not store.check([key]):
+            return f"rank {rank}"
+        return f"rank {rank} on {store.get(key).decode()}"
 
     # ------------------------------------------------------------------------------------------ the end
 
@@ -325,17 +340,24 @@ def kind_of(error: BaseException) -> str:
     return "own"
 
 
-def _position_of_main_thread() -> tuple[bool, str]:
+def _main_thread_position() -> tuple[bool, str]:
     """Return whether the main thread is in a collective, and the line that it has reached outside of torch."""
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    waits = False
-    while frame is not None:
+    return _position(traceback.walk_stack(sys._current_frames().get(threading.main_thread().ident or 0)))
+
+
+def _position(frames: Iterable[tuple[types.FrameType, int]]) -> tuple[bool, str]:
+    """Return whether the innermost frames are those of a collective, and the line that has called torch.
+
+    Args:
+        frames: and their line numbers, the innermost first.
+    """
+    is_collective = False
+    for frame, line in frames:
         parts = Path(frame.f_code.co_filename).parts
         if "torch" not in parts:
-            return waits, f"{'/'.join(parts[-3:])}:{frame.f_lineno}"
-        waits = waits or "distributed" in parts
-        frame = frame.f_back
-    return waits, ""
+            return is_collective, f"{'/'.join(parts[-3:])}:{line}"
+        is_collective = is_collective or "distributed" in parts
+    return is_collective, "?"
 
 
 # ---------------------------------------------------------------------------------------------- of this process

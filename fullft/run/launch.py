@@ -144,15 +144,20 @@ def _conclude(failures: dict[int, int], received: list[int], first_has_ended: bo
     explained = any(code > 0 for code in failures.values())  # by rank 0
     if not failures:
         if received and not first_has_ended:  # it was killed, since a second signal did not end it
-            print("error: stopped at once; the checkpoints saved so far are intact", file=sys.stderr)
+            _print_error("stopped at once")
             return 128 + received[-1]
         return 0
     rank, code = next(iter(failures.items()))
     if explained:
         code = next(code for code in failures.values() if code > 0)
     elif -code not in received:
-        print(f"error: {_obituary(rank, -code)}; the checkpoints saved so far are intact", file=sys.stderr)
+        _print_error(_obituary(rank, -code))
     return code if code > 0 else 128 - code
+
+
+def _print_error(message: str) -> None:
+    # Rank 0 may have left a progress bar on the line.
+    print(f"\nerror: {message}; the checkpoints saved so far are intact", file=sys.stderr)
 
 
 def _obituary(rank: int, number: int) -> str:

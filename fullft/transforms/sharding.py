@@ -53,7 +53,10 @@ def apply_sharding(model: PreTrainedModel, config: Config, storage: Storage, mes
         ModelError: the decoder layers cannot be found, or FSDP refuses the model.
     """
     if config.gpus > 1:
-        _SHARDINGS[model] = Sharding(model, config, storage, mesh or make_mesh(config, storage.device))
+        try:
+            _SHARDINGS[model] = Sharding(model, config, storage, mesh or make_mesh(config, storage.device))
+        except (AssertionError, ValueError, NotImplementedError) as error:  # FSDP's, of dtypes, scalars and layouts
+            raise ModelError(f"{type(model).__name__} cannot be sharded: {error}") from error
 
 
 def make_mesh(config: Config, device: torch.device) -> DeviceMesh:
@@ -143,10 +146,7 @@ class Sharding:
         self._root = fully_shard(self.decoder, reshard_after_forward=False, **options)
         self._units = [module for module in self.decoder.modules() if isinstance(module, FSDPModule)]
         _put_rows_in_place(model, unsharded, storage)
-        try:
-            self._root._get_fsdp_state()._lazy_init()  # now, since it may replace parameters
-        except AssertionError as error:
-            raise ModelError(f"{type(model).__name__} cannot be sharded: {error}") from error
+        self._root._get_fsdp_state()._lazy_init()  # now, since it may replace parameters
         for unit in self._units:
             # A gradient is a sum over the target tokens of all ranks: there is nothing to divide by.
             unit.set_gradient_divide_factor(1.0)
@@ -168,6 +168,7 @@ class Sharding:
             for group in unit._get_fsdp_state()._fsdp_param_groups:
                 # Else sums are rounded to the dtype of the weights. Source: PyTorch issue 197203.
                 group._orig_dtype = self._sums
+        self._root.set_requires_all_reduce(is_last)  # over copies, whose links are slow, the sum of a step goes once
         if self._stage != "full":
             self._root.set_reshard_after_backward(is_last)
             self._root.set_requires_gradient_sync(is_last or self._stage == "gradients")

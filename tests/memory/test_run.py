@@ -16,6 +16,7 @@ import fullft.memory.run
 from fullft.config.ranks import find_place
 from fullft.data.micro_batch import MicroBatch
 from fullft.errors import MemoryExhaustedError
+from fullft.memory.collectives import Sent
 from fullft.memory.machine import Device
 from fullft.memory.plan import Batch, plan_step
 from fullft.memory.profile import COMPONENTS, Moment, Profile
@@ -87,7 +88,8 @@ def test_memory_json_has_the_peaks_of_all_ranks(tmp_path: Path, monkeypatch: pyt
         config = make_config(output_dir=tmp_path if rank == 0 else Path("/none"))
         plan = RunPlan(config, None, Device("a card", 2**30), "")
         curves = {name: [7 + rank] for name in COMPONENTS}
-        profile = Profile([Moment(0, "forward", -1)], [700 + rank], curves, [])
+        sent = (Sent(all_gather=3), Sent(reduce_scatter=5))
+        profile = Profile([Moment(0, "forward", -1)], [700 + rank], curves, [], sent=sent)
         return record_memory(plan, profile, torch.device("cpu"))
 
     def written() -> dict[str, Any]:
@@ -96,3 +98,4 @@ def test_memory_json_has_the_peaks_of_all_ranks(tmp_path: Path, monkeypatch: pyt
     assert "Memory at the peak" in record() and "ranks" not in written()
     run_on_ranks(3, record)
     assert written()["ranks"] == [700, 701, 702] and written()["measured"]["peak_bytes"] == 700
+    assert written()["sent"]["measured"]["reduce_scatter"] == 5

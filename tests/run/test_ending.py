@@ -41,7 +41,7 @@ def test_error_of_one_rank_ends_all(job: Start) -> None:
     assert ended.codes == [8, 8, 8]
     assert ended.errors == ["error: the item is too large (rank 1)"]
     assert "\ntake less\n" in ended.stderr and "closed by peer" not in ended.stderr
-    assert ended.seconds < 10
+    assert ended.seconds < 30
 
 
 def test_error_of_all_ranks_names_none(job: Start) -> None:
@@ -52,12 +52,26 @@ def test_error_of_all_ranks_names_none(job: Start) -> None:
 def test_error_ends_a_rank_that_is_busy(job: Start) -> None:
     ended = job("if rank == 1: raise ValueError('mine')\ntime.sleep(50)").end()
     assert ended.codes == [1, 1] and ended.errors == ["error: unexpected ValueError: mine (rank 1)"]
-    assert ended.seconds < 15
+    assert ended.seconds < 30
 
 
 def test_debug_shows_one_traceback(job: Start) -> None:
     ended = job(STEPS.format("raise ValueError('mine')"), words="--debug").end()
     assert ended.stderr.count("Traceback") == 1 and ended.stderr.count("ValueError: mine") == 2
+
+
+@pytest.mark.slow
+def test_ranks_that_wait_for_each_other_say_so(job: Start) -> None:
+    code = """
+import torch.distributed as dist
+groups = [dist.new_group([0, 1]) for _ in range(2)]
+joining.begin_steps(config)
+dist.all_reduce(torch.ones(1), group=groups[rank])
+"""
+    ended = job(code, words="--ddp_timeout 1").end()
+    assert ended.codes == [1, 1]
+    (line,) = ended.errors
+    assert line.startswith("error: all ranks waited for each other for 1 s, this one at <string>:")
 
 
 def test_killed_rank_is_named(job: Start) -> None:
@@ -66,7 +80,7 @@ def test_killed_rank_is_named(job: Start) -> None:
     assert ended.errors == [
         "error: rank 1 ended without a word (killed? out of memory?); the checkpoints saved so far are intact"
     ]
-    assert ended.seconds < 15
+    assert ended.seconds < 30
 
 
 def test_killed_first_rank_is_named(job: Start) -> None:
@@ -81,7 +95,7 @@ def test_hanging_rank_is_named_with_its_line(job: Start) -> None:
     assert ended.codes == [1, 1, 1]
     (line,) = ended.errors
     assert line.startswith("error: rank 1 did not answer for 1 s: it hangs at <string>:")
-    assert "--ddp_timeout" in ended.stderr and ended.seconds < 15
+    assert "--ddp_timeout" in ended.stderr and ended.seconds < 30
 
 
 @pytest.mark.slow
@@ -149,7 +163,7 @@ read_number()
     ended = job(code, 3, "--ddp_timeout 30", before=before).end()
     assert ended.codes == [1, 1, 1]
     (line,) = ended.errors
-    assert line.startswith("error: rank 1 did not answer for 30 s: it hangs at <string>:") and ended.seconds < 15
+    assert line.startswith("error: rank 1 did not answer for 30 s: it hangs at <string>:") and ended.seconds < 30
 
 
 @pytest.mark.parametrize(

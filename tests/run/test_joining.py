@@ -48,7 +48,7 @@ def test_rank_that_does_not_come_is_named(fork_server: ForkServer, tmp_path: Pat
 
 def test_address_without_rank_0_is_named(fork_server: ForkServer, tmp_path: Path, port: int) -> None:
     ended = end(fork_server, tmp_path, port, started=[1], LOCAL_RANK="0")
-    assert ended.codes == [1] and ended.seconds < 10
+    assert ended.codes == [1] and ended.seconds < 30
     assert ended.errors == [
         f"error: rank 0 cannot be reached at {ADDRESS}:{port} within 1 s (Connection refused) (rank 1)"
     ]
@@ -116,5 +116,5 @@ if rank == 1: time.sleep(50)
 dist.all_reduce(torch.ones(1), group=group)
 """
     ended = Job(fork_server, tmp_path, "from datetime import timedelta" + code, words="--ddp_timeout 1").end()
-    assert ended.codes == [1, 1] and ended.seconds < 20
+    assert ended.codes == [1, 1] and ended.seconds < 30
     assert ended.errors[0].startswith("error: rank 1 did not answer for 1 s: it hangs at <string>:")

@@ -170,8 +170,8 @@ def test_killed_rank_is_reported(launch: Launch, tmp_path: Path) -> None:
     os.kill(pids[1], signal.SIGKILL)
     code, text = end(process)
     assert code == 128 + signal.SIGKILL
-    assert text.startswith("error: rank 1 was killed (SIGKILL), perhaps because this machine ran out of memory; ")
-    assert len(text.splitlines()) == 1 and wait_for_ends(pids)
+    assert text.startswith("\nerror: rank 1 was killed (SIGKILL), perhaps because this machine ran out of memory; ")
+    assert len(text.strip().splitlines()) == 1 and wait_for_ends(pids)
 
 
 def test_crash_after_an_error_is_not_reported(launch: Launch) -> None:

@@ -66,7 +66,7 @@ def show_plan(config: Config) -> None:
     except Exception as error:
         text = " ".join(f"{type(error).__name__}: {error}".split())
         raise ModelError(
-            f"{config.model} cannot be planned, its model cannot be built or run ({text[:300]})"
+            f"{config.model or 'the demo'} cannot be planned, its model cannot be built or run ({text[:300]})"
         ) from error
 
 

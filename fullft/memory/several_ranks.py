@@ -63,21 +63,23 @@ def describe_stages(config: Config, stages: Sequence[Stage], device: Device, spe
     machines = f" on {place.machines} machines" if place.machines > 1 else ""
     copies = f", {config.group.copies} copies" if 1 < config.group.copies < config.gpus else ""
     head = f"--shard over {config.gpus} ranks{machines}{copies}"
-    lines = [f"{head:40}{'peak':>11}{'gathers':>12}{'reduces':>12}{'a step':>10}   fits"]
+    lines = [f"{head:46}{'peak':>11}{'gathers':>12}{'reduces':>12}{'a step':>10}   fits"]
     for stage in stages:
         name = f"{'>' if stage.shard == config.shard else ' '} {stage.shard} ({NAMES[stage.shard]})"
         if stage.planned is None:
-            lines.append(f"{name:40}{'not for this model and optimizer':>34}")
+            lines.append(f"{name:46}{'not for this model and optimizer':>34}")
             continue
         sent = sent_of(stage.planned)
         moved = "".join(f"{size / unit.decimal_size:>9,.1f} {unit.decimal}" for size in sent.values())
         peak = f"{unit.number(stage.planned['peak_bytes'])} {unit.name}"
         verdict = "yes" if fits(stage.planned, device) else "no"
-        lines.append(f"{name:40}{peak:>11}{moved}{_time(stage.seconds):>10}   {verdict}")
+        lines.append(f"{name:46}{peak:>11}{moved}{_time(stage.seconds):>10}   {verdict}")
     return "\n".join([*lines, _describe_speeds(config, speeds)])
 
 
 def _time(seconds: float) -> str:
+    if seconds < 1:
+        return f"{1000 * seconds:.3g} ms"
     return f"{seconds:,.0f} s" if seconds >= 100 else f"{seconds:.3g} s"
 
 

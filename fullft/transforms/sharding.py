@@ -168,10 +168,11 @@ class Sharding:
             for group in unit._get_fsdp_state()._fsdp_param_groups:
                 # Else sums are rounded to the dtype of the weights. Source: PyTorch issue 197203.
                 group._orig_dtype = self._sums
-        self._root.set_requires_all_reduce(is_last)  # over copies, whose links are slow, the sum of a step goes once
         if self._stage != "full":
             self._root.set_reshard_after_backward(is_last)
             self._root.set_requires_gradient_sync(is_last or self._stage == "gradients")
+        # Over copies, whose links are slow, the sum of a step goes once. Set after the above, which sets it too.
+        self._root.set_requires_all_reduce(is_last)
 
     @contextmanager
     def gathered(self) -> Iterator[None]:

@@ -55,6 +55,6 @@ def worst_step(
         optimizer or optimizer_of(model, config),
         [micro_batch(config, batch.length, batch.sequences) for _ in range(count)],
         held_out,
-        autocast_of(config.numerics, torch.device("cpu")),
+        autocast_of(config.numerics, torch.device("cpu"), keeps_copies=config.gpus == 1),
         config.max_grad_norm,
     )

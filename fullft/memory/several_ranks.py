@@ -70,7 +70,7 @@ def describe_stages(config: Config, stages: Sequence[Stage], device: Device, spe
             lines.append(f"{name:40}{'not for this model and optimizer':>34}")
             continue
         sent = sent_of(stage.planned)
-        moved = "".join(f"{size / 1e9:>9,.1f} GB" for size in sent.values())
+        moved = "".join(f"{size / unit.decimal_size:>9,.1f} {unit.decimal}" for size in sent.values())
         peak = f"{unit.number(stage.planned['peak_bytes'])} {unit.name}"
         verdict = "yes" if fits(stage.planned, device) else "no"
         lines.append(f"{name:40}{peak:>11}{moved}{_time(stage.seconds):>10}   {verdict}")

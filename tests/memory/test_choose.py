@@ -63,3 +63,38 @@ def test_something_is_offloaded_below_the_resident_peaks() -> None:
     asked = replace(config, offload="none")
     chosen, line = choose(asked, plans, batch, Device("mine", below), lambda: ASSUMED)
     assert chosen == full and "even that does not fit mine" in line
+
+
+@pytest.mark.slow
+def test_fastest_stage_that_fits_is_taken() -> None:
+    """As if each were planned in turn, although most are passed over without a trace."""
+    plans, batch = Plans(deep("llama", 5)), Batch(2, 128)
+    config = make_config(plan=True, gpus=4, device_memory="1GiB")
+    slow = replace(ASSUMED, flops=1e12, interconnect=2e9)  # there it matters what is sent
+    ranked = choices(replace(config, offload="none"), plans, batch, Device("mine", 0), slow)
+    assert {choice.shard for choice in ranked} == {"none", "optimizer", "gradients", "full"}
+    assert not any(choice.placement.streams_layers for choice in choices(config, plans, batch, Device("", 0), slow))
+    peaks = [Plans(plans.model_config).peak_bytes(choice.apply(config), batch) for choice in ranked]
+    chosen = set()
+    for size in sorted({*peaks, *(peak - 1 for peak in peaks)}):
+        device = Device("mine", size, host_bytes=0, disk_bytes=0)
+        expected = next((choice for choice, peak in zip(ranked, peaks, strict=True) if peak <= size), None)
+        made, line = choose(replace(config, offload="none"), plans, batch, device, lambda: slow)
+        if expected is None:
+            assert "even that does not fit" in line and made.shard == "full"
+        else:
+            assert made == expected.apply(config) and f"shard {expected.shard}" in line
+            chosen.add(expected.shard)
+    assert chosen >= {"optimizer", "full"}
+
+
+def test_stages_rank_by_what_is_slow() -> None:
+    """Over a slow network as little as possible is sent; within a machine whole gradients cost more than sending."""
+    plans, batch, device = Plans(deep("llama", 5)), Batch(1, 64), Device("mine", 2**40)
+    config = make_config(plan=True, gpus=16, global_batch_size=64, activation_checkpointing="none", offload="none")
+
+    def order(**speeds: float) -> list[str | None]:
+        return [choice.shard for choice in choices(config, plans, batch, device, replace(ASSUMED, **speeds))]
+
+    assert order(interconnect=1e6, network=1e6) == ["optimizer", "none", "gradients", "full"]
+    assert order(interconnect=1e15, network=1e15, memory=1e9)[0] in ("gradients", "full")

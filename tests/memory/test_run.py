@@ -23,11 +23,16 @@ from fullft.memory.profile import COMPONENTS, Moment, Profile
 from fullft.memory.run import RunPlan, plan_run, record_memory
 
 
+def small_run() -> Mock:
+    """Make data of one row of 32 tokens."""
+    ids = torch.ones(1, 32, dtype=torch.int64)
+    train = Mock(steps_per_epoch=1, sequences_per_step=16, mean_length=32.0)
+    return Mock(train=train, largest=lambda accumulation: ([MicroBatch.of(ids)] * accumulation, None))
+
+
 def test_run_that_cannot_fit_stops_before_loading() -> None:
     model_config, cpu = deep("llama", 2), torch.device("cpu")
-    config, ids = make_config(precision="bf16-mixed", offload="none"), torch.ones(1, 32, dtype=torch.int64)
-    train = Mock(steps_per_epoch=1, sequences_per_step=16, mean_length=32.0)
-    data = Mock(train=train, largest=lambda accumulation: ([MicroBatch.of(ids)] * accumulation, None))
+    config, data = make_config(precision="bf16-mixed", offload="none"), small_run()
     with pytest.raises(MemoryExhaustedError) as refusal:
         plan_run(replace(config, device_memory="512.5MiB"), model_config, data, cpu)
     assert refusal.value.exit_code == 8
@@ -38,6 +43,41 @@ def test_run_that_cannot_fit_stops_before_loading() -> None:
     assert plan.figures == plan_step(plan.config, model_config, Batch(1, 32))
     off = make_config(precision="bf16-mixed", device_memory="512.5MiB", fit="off")
     assert plan_run(off, model_config, data, cpu).figures == plan.figures
+
+
+def test_first_rank_plans_for_the_rank_with_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ranks get the choice that fits the second one; only what to do in need each of them plans itself."""
+    model_config = deep("llama", 5)
+    alone = make_config(plan=True, gpus=2, shard="full", activation_checkpointing="none")
+    peak = plan_step(alone, model_config, Batch(1, 32))["peak_bytes"]
+
+    def plan() -> tuple[str, dict[str, Any] | None, int, str]:
+        rank, planned = find_place().rank, []
+        device = Device("mine", peak if rank == 1 else 2**40)
+        monkeypatch.setattr("fullft.memory.run.find_device", lambda *_: device)
+        monkeypatch.setattr("fullft.memory.choose.plan_step", lambda *args: (planned.append(args), plan_step(*args))[1])
+        config = make_config(offload="none", activation_checkpointing="none")
+        run = plan_run(config, model_config, small_run(), torch.device("cpu"))
+        assert run.config.place.rank == run.config.group.index == rank and run.device.memory_bytes == peak
+        return run.config.shard, run.figures, len(planned), run.advice()
+
+    first, second = run_on_ranks(2, plan)
+    assert first[:2] == second[:2] and first[0] == "full" and (first[1] or {})["peak_bytes"] == peak
+    assert first[2] > 0 == second[2]
+    assert first[3] == second[3] and "cheapest remedies: --" in first[3]
+
+
+def test_resumed_ranks_keep_their_stage() -> None:
+    """Another one would add up gradients in another order."""
+
+    def stage_of(saved: dict[str, Any] | None) -> str:
+        checkpoint: Any = saved and Mock(state={"options": saved})
+        run = plan_run(make_config(offload="none"), deep("llama", 2), small_run(), torch.device("cpu"), checkpoint)
+        return run.config.shard
+
+    saved = [None, {"gpus": 2, "shard": "full"}, {"gpus": 4, "shard": "full"}, {"gpus": 2, "shard": "none"}]
+    fastest, kept, other, none = run_on_ranks(2, lambda: [stage_of(each) for each in saved])[1]
+    assert (kept, other, none) == ("full", fastest, "none") and fastest not in ("full", "none")
 
 
 def test_memory_json_has_the_peaks_of_all_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

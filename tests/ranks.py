@@ -49,6 +49,7 @@ def run_on_ranks(
 
         def work() -> Any:
             os.environ.update(environment or {})
+            os.environ["LOCAL_RANK"] = str(int(os.environ["RANK"]) % int(os.environ["LOCAL_WORLD_SIZE"]))
             return function(*arguments)
 
         running = {_fork(rank, count, folder, work, seconds): rank for rank in range(count)}

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
 
 from fullft.config.config import Config
+from fullft.cpu.reuse import reuse_memory
 from fullft.data.micro_batch import GlobalBatch, MicroBatch
 from fullft.model.loss import LossSum
 from fullft.model.precision import autocast_of, dtype_of
@@ -31,16 +32,22 @@ def odd_model(family: str, dtype: torch.dtype) -> PreTrainedModel:
     """Make a model whose sizes no number of ranks divides; of its 5 rows, one of 4 ranks gets none.
 
     Args:
-        family: `llama`; `tied`, the same with tied embeddings; `gpt2`, with dropout.
+        family: `llama`; `tied`, the same with tied embeddings; `wide`, with moments in 8 bits; `gpt2`, with dropout.
         dtype: of its weights.
     """
-    tokens = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": family != "llama"}
+    tokens = {
+        "vocab_size": VOCABULARY,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "tie_word_embeddings": family in ("tied", "gpt2"),
+    }
     if family == "gpt2":
         dropout = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
         config = GPT2Config(n_embd=36, n_layer=3, n_head=4, n_positions=64, **tokens, **dropout)
     else:
+        width, inner = (128, 192) if family == "wide" else (48, 5)
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-        config = LlamaConfig(hidden_size=48, intermediate_size=5, num_hidden_layers=3, **heads, **tokens)
+        config = LlamaConfig(hidden_size=width, intermediate_size=inner, num_hidden_layers=3, **heads, **tokens)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.requires_grad_(True).train()
@@ -92,13 +99,14 @@ class Run:
         apply_activation_checkpointing(self.model, config)
         apply_compilation(self.model, config)
         apply_sharding(self.model, config, self.storage)
+        reuse_memory(self.model)
         self.loss_sum = LossSum(self.model)
         self.optimizer = build_optimizer(self.model, config, self.storage)
 
     def step(self, step: int, course: Course, count: int) -> None:
         batch, loss = uneven_batch(self.config, step, count), torch.zeros((), dtype=torch.float64)
         for micro_batch in batch:
-            with autocast_of(self.config.numerics, CPU):
+            with autocast_of(self.config.numerics, CPU, keeps_copies=self.config.gpus == 1):
                 micro_loss = self.loss_sum(micro_batch) / batch.num_target_tokens
             micro_loss.backward()
             loss += micro_loss.detach()

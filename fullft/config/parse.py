@@ -58,15 +58,15 @@ def _beaten_by(flags: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, A
     beaten = set()
     if accumulation in flags and whole not in flags:
         beaten = {whole}
-    elif whole in flags or (whole in file and (micro in flags or _ranks_of(flags) != _ranks_of(file))):
+    elif whole in flags or (whole in file and (micro in flags or _has_other_ranks(flags, file))):
         beaten = {accumulation}
     return {name: value for name, value in file.items() if name not in beaten}
 
 
-def _ranks_of(given: Mapping[str, Any]) -> int:
-    """Return how many ranks train: as many as were started, else as many as are asked for here."""
-    started = find_place().count
-    return started if started > 1 else given.get("gpus") or 1
+def _has_other_ranks(flags: Mapping[str, Any], file: Mapping[str, Any]) -> bool:
+    """Return whether other ranks train than a file is of."""
+    ranks, started = file.get("gpus") or 1, find_place().count
+    return (started if started > 1 else flags.get("gpus", ranks)) != ranks
 
 
 # ---------------------------------------------------------------------------------------------- reading

@@ -190,7 +190,7 @@ def trace(config: Config, model_config: PreTrainedConfig, batch: Batch, layers: 
         micro_batch = _micro_batch(batch.sequences, batch.length, config.packing)
         held_out_sequences = batch.evaluation_sequences or batch.sequences
         held_out = batch.evaluation_length and _micro_batch(held_out_sequences, batch.evaluation_length, config.packing)
-        # Else the first one leaves weights behind, or whole sums, or those that copies have not yet added up.
+        # Elsewhere the first one leaves whole weights, whole sums or sums of this copy behind.
         is_alike = config.gpus == 1 or (config.shard == "full" and config.group.copies == 1)
         profile = take_worst_step(
             model,

@@ -132,6 +132,22 @@ def reload_rows(model: PreTrainedModel, folder: Path, load_whole: Callable[[torc
         in_turn(lambda: fill(_in_memory(load_whole(model.dtype))))
 
 
+def holds_rows(model: PreTrainedModel, folder: Path) -> bool | None:
+    """Return whether written files hold exactly this rank's rows; None where their tensors are converted ones.
+
+    Args:
+        model: sharded.
+        folder: of the written model.
+    """
+    if (stored := _one_by_one(str(folder), model)) is None:
+        return None
+    for name, parameter in model.named_parameters():
+        rows, start = local_of(parameter).detach(), first_row(parameter)
+        if not torch.equal(rows.cpu(), stored[name].read_rows(start, start + len(rows))):
+            return False
+    return True
+
+
 def _one_by_one(source: str, model: PreTrainedModel) -> Mapping[str, _Readable] | None:
     """Return the files' tensors under the model's names; None if they are not the parameters one by one."""
     tensors = stored_tensors(source)

@@ -12,12 +12,14 @@ import torch
 import torch.distributed as dist
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from fullft.config.ranks import find_place
 from fullft.data.batches import Batches
 from fullft.data.load import Data
 from fullft.data.micro_batch import IGNORED
 from fullft.model.loss import LossSum
 from fullft.model.probing import probing
 from fullft.ranks import sum_over_ranks
+from fullft.transforms.sharding import sharding_of
 from fullft.transforms.streaming import stream_of
 
 _TEXT_PROMPT_TOKENS = 16
@@ -66,7 +68,7 @@ class Samples:
     Args:
         data: where the prompts come from.
         tokenizer: decodes them.
-        model: one whose layers are streamed completes none, since it would fetch all of them for every token.
+        model: one whose layers are fetched for every token, from elsewhere or from other machines, completes none.
     """
 
     def __init__(self, data: Data, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
@@ -74,7 +76,7 @@ class Samples:
         chosen = [(False, data.train.rows[0])]
         if data.evaluation is not None:
             chosen += [(True, row) for row in data.evaluation.rows.select(range(min(3, len(data.evaluation.rows))))]
-        if stream_of(model) is not None:
+        if stream_of(model) is not None or (sharding_of(model).gathers_each_time and find_place().machines > 1):
             chosen = []
         self.prompts = [_prompt_ids(row["input_ids"], row["labels"]) for _, row in chosen]
         self.samples = []

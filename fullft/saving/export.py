@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from fullft.attention.choice import attention_of
 from fullft.config.config import Config
 from fullft.hardware import available_host_bytes
+from fullft.model.load_rows import holds_rows
 from fullft.model.probing import probing
-from fullft.ranks import by_first_rank
+from fullft.ranks import by_each_rank, by_first_rank
 from fullft.saving.files import staged_folder, sync, sync_folder
 from fullft.saving.output_dir import WEIGHT_FILES, discard_earlier_run
 from fullft.saving.weights import save_weights
@@ -104,7 +105,8 @@ def _card(config: Config, results: dict[str, Any]) -> str:
 def check_export(config: Config, model: PreTrainedModel, token_ids: list[int]) -> str:
     """Reload the written model as a user would, and compare its logits with the trained one's.
 
-    All ranks take part in the trained model's logits; the first one alone reloads.
+    All ranks take part in the trained model's logits; the first one alone reloads. Where it has no room for that, each
+    of several ranks compares its rows with the files.
 
     Args:
         config: `output_dir` and `trust_remote_code` are read.
@@ -114,18 +116,29 @@ def check_export(config: Config, model: PreTrainedModel, token_ids: list[int]) -
     Returns:
         A line for the user.
     """
-    # Linux ends a process that outgrows the memory, rather than raising; loading goes by way of the host on any device.
     needed = 1.1 * sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     difference = None
-    if by_first_rank(lambda: available_host_bytes() >= needed):
+    if by_first_rank(lambda: _has_room(needed, model.device)):
         probe = torch.tensor([token_ids[:_PROBE_TOKENS]], device=model.device)
         with probing(model):
             trained = model(input_ids=probe, use_cache=False).logits
         difference = by_first_rank(lambda: _difference(config, model, probe, trained))
+    if difference is None and config.gpus > 1:
+        found = by_each_rank(lambda: holds_rows(model, config.output_dir))
+        if None not in found:
+            verdict = "its files hold" if all(found) else "warning: its files do not hold"
+            return f"Saved {config.output_dir}; {verdict} the trained weights, compared bit by bit"
     if difference is None:
         return f"Saved {config.output_dir}; not reloaded for a check, since there is no memory for a second copy"
     verdict = "the same logits" if difference == 0 else f"warning: its logits differ by up to {difference:.2e}"
     return f"Saved {config.output_dir}; reloaded, it gives {verdict}"
+
+
+def _has_room(num_bytes: float, device: torch.device) -> bool:
+    """Return whether a second model has room on the host, which it is loaded by way of, and on the device."""
+    # Linux ends a process that outgrows the memory, rather than raising.
+    is_on_device = device.type == "cuda"
+    return available_host_bytes() >= num_bytes and not (is_on_device and torch.cuda.mem_get_info(device)[0] < num_bytes)
 
 
 def _difference(config: Config, model: PreTrainedModel, probe: torch.Tensor, trained: torch.Tensor) -> float | None:

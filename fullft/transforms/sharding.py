@@ -80,9 +80,10 @@ def sharding_of(model: PreTrainedModel) -> "Sharding | NoSharding":
 class NoSharding:
     """A model that is not sharded: its decoder is called as it is, and nothing needs to be gathered.
 
-    Attributes:
-        decoder: what comes before the head.
+    Attributes: as of `Sharding`.
     """
+
+    gathers_each_time = False
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
@@ -118,20 +119,16 @@ class _Root(nn.Module):
 
 
 class Sharding:
-    """A model that is spread over the ranks.
-
-    Args:
-        model: changed in place.
-        config: its sharding and number formats are read.
-        storage: where loading has left this rank's rows.
-        mesh: from `make_mesh`.
+    """A model that is spread over the ranks. Its arguments are those of `apply_sharding`.
 
     Attributes:
         decoder: computes what the model's decoder does, and is called in its place.
+        gathers_each_time: whether each call gathers the layers anew.
     """
 
     def __init__(self, model: PreTrainedModel, config: Config, storage: Storage, mesh: DeviceMesh) -> None:
         self._stage, unsharded = config.shard, dict(model.named_parameters())
+        self.gathers_each_time = config.shard == "full"
         self._sums = torch.promote_types(model.dtype, dtype_of(config.numerics.gradients))
         # Weights are sent as they are; gradients are summed in the dtype that the optimizer reads.
         policy = MixedPrecisionPolicy(reduce_dtype=self._sums, cast_forward_inputs=False)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from command_lines import problems_of, write_yaml
 
+from fullft.config.config import to_yaml
 from fullft.config.parse import parse_config
 
 # ---------------------------------------------------------------------------------------------- defaults
@@ -39,6 +40,25 @@ def test_the_batch_is_dealt_over_the_ranks(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert parse_config([]).gpus == 2
+
+
+@pytest.mark.parametrize(("gpus", "started"), [(3, 1), (3, 2), (2, 4), (1, 4)])
+def test_a_runs_own_file_serves_other_numbers_of_ranks(
+    gpus: int, started: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The global batch stays, also where the ranks do not divide it."""
+    config = parse_config(
+        ["--model", "m", "--per_device_train_batch_size", "8", "--global_batch_size", "16", "--gpus", str(gpus)]
+    )
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    if started > 1:
+        monkeypatch.setenv("WORLD_SIZE", str(started))
+        monkeypatch.setenv("RANK", "0")
+    for flags in ([], ["--gpus", "1"]) if started == 1 else ([],):
+        again = parse_config(["--config", str(tmp_path / "config.yaml"), *flags])
+        ranks = started if started > 1 else int(flags[-1]) if flags else gpus
+        assert (again.gpus, again.global_batch_size) == (ranks, 16)
+        assert again.gradient_accumulation_steps == -(-2 // ranks)
 
 
 def test_another_number_of_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,8 +34,8 @@ def compare(ranks: int, cases: list[tuple[Any, ...]], per_node: int | None = Non
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_in_double_precision_any_number_of_ranks_computes_the_same(ranks: int) -> None:
-    """Odd sizes, uneven micro-batches, ranks without targets and without rows; dropout in GPT-2."""
+def test_any_number_of_ranks_computes_the_same(ranks: int) -> None:
+    """In float64, with odd sizes, uneven micro-batches, ranks without targets or rows; with dropout in GPT-2."""
     modes = ("none", "selective", "full", "every_2")
     cases = [
         (
@@ -84,7 +84,9 @@ def test_split_masters_keep_their_bits() -> None:
 
 def test_other_precisions_agree_up_to_the_order_of_sums() -> None:
     """Under autocast a sum's last bit may round a weight's copy the other way, and learning here is very fast."""
-    exact = [("llama", {"gpus": 2, "shard": stage, "optim": "adamw_8bit"}, 3) for stage in STAGES[1:]]
+    exact: list[tuple[Any, ...]] = [
+        ("wide", {"gpus": 2, "shard": stage, "optim": "adamw_8bit"}, 3, 5, None, has_8_bits) for stage in STAGES[1:]
+    ]
     cases: list[tuple[Any, ...]] = [
         *exact,
         *(("llama", {"gpus": 2, "shard": stage, "precision": "fp32"}, 3) for stage in STAGES[1:]),
@@ -95,6 +97,11 @@ def test_other_precisions_agree_up_to_the_order_of_sums() -> None:
         bound = 1e-4 if case[1].get("precision") == "bf16-mixed" else 1e-6
         assert together.losses == pytest.approx(alone.losses, rel=bound), case
         assert case not in exact or together.has_same_weights(alone), case
+
+
+def has_8_bits(run: Run) -> None:
+    states = (state for parameter in run.optimizer.parameters for state in run.optimizer.states_of(parameter).values())
+    assert torch.uint8 in {state.dtype for state in states}
 
 
 @pytest.mark.parametrize("fault", ["rounded sums", "divided sums", "sums of one rank", "dropout by rank"])

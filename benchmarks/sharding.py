@@ -1,9 +1,9 @@
 """Compare sharded runs with one process, with DDP and FSDP2 in plain torch, and with Trainer, on the same rows.
 
-    python benchmarks/sharding.py --dataset alpaca.json              # 25 minutes a round on two cores
+    python benchmarks/sharding.py --dataset alpaca.json              # 15 minutes a round on two quiet cores
     python benchmarks/sharding.py --dataset alpaca.json --rounds 3 --ranks 2
 
-SmolLM2-135M in fp32 on the CPU over gloo, 16 rows a step. Ours is the command that users type, `train.py --gpus N
+SmolLM2-135M in fp32 on the CPU over gloo, 8 rows a step. Ours is the command that users type, `train.py --gpus N
 --shard ...`. Systems take turns in every round, so that a slow hour of the machine slows all of them. All ranks share
 this machine's cores: tokens per second compare systems with as many ranks, not numbers of ranks.
 
@@ -34,7 +34,7 @@ from fullft.data.load import load_data
 
 STAGES = ("none", "optimizer", "gradients", "full")
 PEERS = {"ddp": "DDP, plain torch", "fsdp2": "FSDP2, plain torch", "trainer": "Trainer (DDP)"}
-ROWS_PER_STEP = 16
+ROWS_PER_STEP = 8
 TOLERANCE = 1e-5  # relative difference of a loss
 OPTIONS = (
     f"--precision fp32 --max_length 256 --val_size 0 --global_batch_size {ROWS_PER_STEP} --learning_rate 2e-5 "
@@ -65,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compare sharded runs with one process, with plain torch and Trainer.")
     add_dataset_option(parser)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="numbers of ranks (default: 2 4)")
-    parser.add_argument("--steps", type=int, default=4, help="optimizer steps of each run (default: 4)")
+    parser.add_argument("--steps", type=int, default=3, help="optimizer steps of each run (default: 3)")
     parser.add_argument("--rounds", type=int, default=1, help="how often each system runs (default: 1)")
     arguments = parser.parse_args()
     source, folder = build_smollm2(), WORK / "sharding"

@@ -64,13 +64,15 @@ def main(config: Config) -> None:
     tokenizer = load_tokenizer(config, source)
     data = load_data(config, tokenizer, num_embeddings(model_config))
     print(data.description)
-    begin_steps(config)  # from here on a rank that keeps the others waiting ends the run
     plan = plan_run(config, model_config, data, device, checkpoint)
     config = plan.config  # the plan has decided what was left open
     print(plan.description, *describe_ranks(config), sep="\n")
     with out_of_memory_advice(plan.advice):
         storage = Storage(device, config.output_dir)  # for what --offload keeps elsewhere
         model = load_model(config, source if checkpoint is None else str(checkpoint.folder), storage)
+        begin_steps(
+            config
+        )  # nothing is tokenised or downloaded any more: a rank that keeps others waiting ends the run
         apply_activation_checkpointing(model, config)
         apply_compilation(model, config)
         apply_sharding(model, config, storage)

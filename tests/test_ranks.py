@@ -1,16 +1,21 @@
 """What ranks tell each other."""
 
 import json
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from fork_server import ForkServer
 from models import make_config
 from rank_jobs import Job
+from ranks import run_on_ranks
 
-from fullft.errors import DataError
+from fullft.errors import DataError, FullftError, StoppedBySignal
 from fullft.ranks import (
+    by_each_rank,
     by_first_rank,
     describe_ranks,
     first_on_this_machine,
@@ -97,3 +102,50 @@ def test_idle_ranks_are_described(options: dict[str, object], lines: list[str]) 
     found = describe_ranks(make_config(**options))
     assert len(found) == len(lines)
     assert all(line.startswith(expected) for line, expected in zip(found, lines, strict=True)), found
+
+
+# ---------------------------------------------------------------------------------------------- results and errors
+
+
+class UnpicklableError(Exception):
+    """As libraries have them: made from other arguments than it keeps."""
+
+    def __init__(self, what: str, where: str) -> None:
+        super().__init__(f"{what} in {where}")
+
+
+def outcome(exchange: Callable[..., object], failing: tuple[int, ...], error: Exception) -> object:
+    """Return what a rank gets back where some ranks fail."""
+
+    def work() -> int:
+        if dist.get_rank() in failing:
+            raise error
+        return dist.get_rank()
+
+    try:
+        return exchange(work)
+    except Exception as raised:
+        return raised
+
+
+def test_results_reach_all_ranks() -> None:
+    assert by_each_rank(lambda: "alone") == ["alone"] and by_first_rank(lambda: "alone") == "alone"
+    found = run_on_ranks(3, lambda: (by_each_rank(dist.get_rank), by_first_rank(dist.get_rank)))
+    assert found == [([0, 1, 2], 0)] * 3
+
+
+@pytest.mark.parametrize("exchange", [by_first_rank, by_each_rank])
+def test_an_error_of_one_rank_reaches_all(exchange: Callable[..., object]) -> None:
+    failing = (0,) if exchange is by_first_rank else (1, 2)
+    found = run_on_ranks(3, outcome, exchange, failing, OSError(28, "No space left", "file"))
+    assert [(type(each), each.errno, each.filename) for each in found] == [(OSError, 28, "file")] * 3
+    found = run_on_ranks(3, outcome, exchange, failing, StoppedBySignal("stopped", 15))
+    assert [(type(each), str(each), each.exit_code) for each in found] == [(StoppedBySignal, "stopped", 143)] * 3
+
+
+def test_an_error_that_cannot_be_sent_is_told() -> None:
+    """Else the other ranks would wait for it."""
+    with pytest.raises(TypeError):
+        pickle.loads(pickle.dumps(UnpicklableError("hole", "file")))
+    found = run_on_ranks(2, outcome, by_first_rank, (0,), UnpicklableError("hole", "file"))
+    assert [type(each) for each in found] == [FullftError] * 2 and "hole in file" in str(found[1])

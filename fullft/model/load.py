@@ -3,13 +3,12 @@
 Which model it is, and whether it can be trained, is decided in `source.py`.
 """
 
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
@@ -21,7 +20,7 @@ from fullft.hardware import available_host_bytes
 from fullft.model.homes import move_layers_home
 from fullft.model.load_rows import keeps_some_in_fp32, load_rows, reload_rows
 from fullft.model.precision import dtype_of, split_into
-from fullft.model.source import DEMO_MODEL, loading
+from fullft.model.source import DEMO_MODEL, load_generation_config, loading
 from fullft.model.stored import WIDER, StoredTensor, stored_tensors, under_names_of
 from fullft.model.weight_files import require_trainable_numbers, safetensors_files
 from fullft.ranks import is_first
@@ -142,9 +141,7 @@ def _one_by_one(config: Config, source: str, dtype: torch.dtype, storage: Storag
             _keep(parameters[name], each.read(), config.placement.optimizer, storage)
         else:
             fill(home_of(targets[name]), each.read().to(targets[name].dtype))
-    if model.can_generate():
-        with suppress(OSError):  # there need not be one
-            model.generation_config = GenerationConfig.from_pretrained(source)
+    load_generation_config(model, source)
     return model
 
 

@@ -5,19 +5,19 @@ The parameters come without memory. `transforms/sharding.py` gives them the rows
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from fullft.config.config import Config
 from fullft.errors import ModelError
 from fullft.model.precision import dtype_of, split_into
-from fullft.model.source import DEMO_MODEL
+from fullft.model.source import DEMO_MODEL, load_generation_config
 from fullft.model.stored import WIDER, stored_tensors, under_names_of
 from fullft.model.weight_files import safetensors_files
 from fullft.ranks import first_on_this_machine, in_turn
@@ -84,9 +84,7 @@ def load_rows(
         is_wider = not is_demo and any(each.dtype in WIDER for each in stored_tensors(source).values())
         wide = torch.float32 if config.numerics.splits and is_wider else dtype
         in_turn(lambda: _keep_rows(model, _in_memory(load_whole(wide)), config, storage))
-    if model.can_generate() and source != str(DEMO_MODEL):
-        with suppress(OSError):  # there need not be one
-            model.generation_config = GenerationConfig.from_pretrained(source)
+    load_generation_config(model, source)
     return model
 
 

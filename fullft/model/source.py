@@ -5,12 +5,20 @@ What is no causal language model, not complete, or of absurd sizes is refused he
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import is_offline_mode, try_to_load_from_cache
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import has_file
 from transformers.utils import logging as transformers_logging
 
@@ -192,6 +200,18 @@ def require_trainable(model_config: PreTrainedConfig, name: str) -> None:
     if getattr(model_config, "quantization_config", None):
         raise ModelError(f"the weights of {name} are quantised, and cannot be trained: pass the original model")
     require_cross_entropy_alone(model_config, name)
+
+
+def load_generation_config(model: PreTrainedModel, source: str) -> None:
+    """Give a model that was built from its config the generation config that comes with its weights, if there is one.
+
+    Args:
+        model: changed in place.
+        source: folder or hub id.
+    """
+    if model.can_generate():
+        with suppress(OSError):  # there need not be one
+            model.generation_config = GenerationConfig.from_pretrained(source)
 
 
 @contextmanager

@@ -61,14 +61,9 @@ class Steps:
     def describe(self) -> str:
         """Say what one step consists of, and how many there are."""
         config = self.config
-        ranks = f"{config.gpus} ranks" if config.gpus > 1 else "1 device"
-        micro_batch, accumulation, whole = (
-            config.per_device_train_batch_size,
-            config.gradient_accumulation_steps,
-            config.global_batch_size,
-        )
-        product = f"{micro_batch} x {accumulation} x {ranks}"
-        is_even = micro_batch * accumulation * config.gpus == whole
-        return (
-            f"{product} = {whole} sequences per step" if is_even else f"{whole} sequences per step, at most {product}"
-        ) + f", {self.steps_per_epoch} steps per epoch, {self.total} steps"
+        factors = (config.per_device_train_batch_size, config.gradient_accumulation_steps, config.gpus)
+        product = f"{factors[0]} x {factors[1]} x " + (f"{config.gpus} ranks" if config.gpus > 1 else "1 device")
+        whole = f"{config.global_batch_size} sequences per step"
+        is_even = math.prod(factors) == config.global_batch_size
+        batch = f"{product} = {whole}" if is_even else f"{whole}, at most {product}"
+        return f"{batch}, {self.steps_per_epoch} steps per epoch, {self.total} steps"

@@ -164,7 +164,8 @@ class Gradients:
         for (key, _), chunk in zip(jobs, chunks, strict=True):
             squares[key].append(sum_of_squares(chunk["gradient"][: None if sample is None else TILE]))
         sums = [sum_in_order(each) for each in squares.values() if each]
-        if not any(self.of(parameter) is not None for parameter in self.parameters) and not sums:
+        # A rank may have gradients of no rows at all.
+        if not sums and all(self.of(parameter) is None for parameter in self.parameters):
             raise ValueError("no parameter has a gradient")
         total = sum_in_order(sums) if sums else torch.zeros((), dtype=torch.float64, device=self._storage.device)
         if isinstance(rows := self.parameters[0], DTensor):  # the ranks of a group have the others

@@ -11,6 +11,7 @@ from pathlib import Path
 # Before any library reads them.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="fullft-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no pool of threads, which a forked process would wait for in vain
 
 import pytest
 import torch

@@ -14,8 +14,9 @@ from fullft.config.config import Config
 from fullft.config.placement import Placement, placements
 from fullft.config.recomputation import Recomputation
 from fullft.memory.facts import Facts, find_facts
-from fullft.memory.machine import ASSUMED, Device, Speeds
+from fullft.memory.machine import Device
 from fullft.memory.plan import Batch, plan_step
+from fullft.memory.speeds import ASSUMED, Speeds
 from fullft.memory.stages import possible_stages, require_stage
 from fullft.memory.step_time import estimate_seconds
 from fullft.memory.traffic import held_bytes

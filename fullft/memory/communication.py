@@ -6,7 +6,7 @@ The tracker counts as much. Here nothing is traced, so that stages of sharding c
 from fullft.config.config import Config
 from fullft.memory.collectives import Sent
 from fullft.memory.facts import Facts
-from fullft.memory.machine import Speeds
+from fullft.memory.speeds import Speeds
 from fullft.memory.traffic import sizes_of
 
 

@@ -17,12 +17,13 @@ from fullft.hardware import process_figures
 from fullft.memory.choose import Plans, choose, fits
 from fullft.memory.collectives import sent_in_step
 from fullft.memory.levers import find_levers
-from fullft.memory.machine import Device, Speeds, find_device, least_of, measure_ring, measure_speeds
+from fullft.memory.machine import Device, find_device, least_of
 from fullft.memory.picture import plot_memory
 from fullft.memory.plan import Batch
 from fullft.memory.profile import Profile
 from fullft.memory.screen import compare
 from fullft.memory.snapshot import publish_recording, recording
+from fullft.memory.speeds import Speeds, measure_ring, measure_speeds
 from fullft.memory.units import GIB, Unit, unit_for
 from fullft.memory.worst_step import take_worst_step
 from fullft.model.loss import LossSum
@@ -82,7 +83,8 @@ def plan_run(
     ring = measure_ring(config, device) if config.gpus > 1 and config.undecided & {"shard", "offload"} else 0.0
 
     def decide() -> _Decision:
-        num_tokens, speeds = _num_tokens(config, data), partial(measure_speeds, config, device, ring)
+        num_tokens = _num_tokens(config, data)
+        speeds = partial(measure_speeds, config, plans.model_config, batch, device, ring)
         return _decide(config, plans, batch, there, device, num_tokens, speeds, checkpoint)
 
     decision = by_first_rank(decide)

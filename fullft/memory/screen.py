@@ -20,10 +20,11 @@ from fullft.memory.choose import Plans, choose, fits
 from fullft.memory.estimates import GPUS, MFU, ROWS, estimate_adapters, estimate_work
 from fullft.memory.facts import Facts
 from fullft.memory.levers import ALL, Lever, find_levers
-from fullft.memory.machine import Device, Speeds, cards, find_device, measure_speeds
+from fullft.memory.machine import Device, cards, find_device
 from fullft.memory.plan import Batch
 from fullft.memory.profile import COMPONENTS
 from fullft.memory.several_ranks import describe_stages, plan_stages, sent_of, stages_object
+from fullft.memory.speeds import Speeds, measure_speeds
 from fullft.memory.traffic import Traffic, estimate_traffic
 from fullft.memory.units import Unit, unit_for
 from fullft.model.checks import check_positions
@@ -53,7 +54,7 @@ def show_plan(config: Config) -> None:
         if config.device_memory is None:  # else the compiler of that machine is unknown
             config, compilation = choose_compilation(config, estimate_work(config, facts, batch).training_flops, here)
             compilation += " (with the rows assumed below)" if compilation and config.max_steps <= 0 else ""
-        speeds = functools.cache(functools.partial(measure_speeds, config, here))
+        speeds = functools.cache(functools.partial(measure_speeds, config, plans.model_config, batch, here))
         config, chosen = choose(config, plans, batch, device, speeds)
         if config.json:
             figures = plan_object(config, plans.of(config, batch), facts, device)

@@ -6,8 +6,9 @@ from typing import Any
 
 from fullft.config.config import Config
 from fullft.memory.choose import Plans, fits, step_seconds
-from fullft.memory.machine import Device, Speeds
+from fullft.memory.machine import Device
 from fullft.memory.plan import Batch
+from fullft.memory.speeds import Speeds
 from fullft.memory.stages import possible_stages
 from fullft.memory.units import Unit
 

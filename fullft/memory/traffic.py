@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 from fullft.config.config import Config
 from fullft.memory.facts import Facts
-from fullft.memory.machine import Speeds
+from fullft.memory.speeds import Speeds
 
 TIERS = ("device", "host", "disk")
 
@@ -116,10 +116,20 @@ class Traffic:
             self.disk_write + other.disk_write,
         )
 
-    def seconds(self, speeds: Speeds) -> float:
-        """Return the time of the busiest way, since all work at once; a disk reads and writes in turn."""
-        link = max(self.to_device, self.from_device) / speeds.link
-        return max(link, self.disk_read / speeds.disk_read + self.disk_write / speeds.disk_write)
+    def link_seconds(self, speeds: Speeds) -> float:
+        """Return the time of the link between host and device.
+
+        It carries both ways at once. A CPU copies one after the other, and from the host alone: what is on disk is read
+        into its place.
+        """
+        if speeds.overlaps:
+            return max(self.to_device, self.from_device) / speeds.link
+        copied = max(0, self.to_device - self.disk_read) + max(0, self.from_device - self.disk_write)
+        return copied / speeds.link
+
+    def disk_seconds(self, speeds: Speeds) -> float:
+        """Return the time of the disk, which reads and writes in turn."""
+        return self.disk_read / speeds.disk_read + self.disk_write / speeds.disk_write
 
 
 def estimate_traffic(config: Config, facts: Facts) -> tuple[Traffic, Traffic]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 # As many as there are chunks on their way: one comes, one is computed on, one goes.
-_THREADS = 3
+THREADS = 3
 
 
 def mark_computed(device: torch.device) -> torch.Event | None:
@@ -42,7 +42,7 @@ class Workers:
         """
         if self._threads is None:
             # torch starts a team of threads per Python thread. A second large one would slow both down several times.
-            self._threads = ThreadPoolExecutor(_THREADS, "offload", initializer=torch.set_num_threads, initargs=(1,))
+            self._threads = ThreadPoolExecutor(THREADS, "offload", initializer=torch.set_num_threads, initargs=(1,))
         # The thread's own record of its work outlives the result for a moment; the arguments' memory must not.
         box = [arguments]
         return self._threads.submit(lambda: work(*box.pop()))

@@ -7,8 +7,9 @@ from models import make_config
 from worst_steps import deep
 
 from fullft.memory.choose import Plans, choices, choose
-from fullft.memory.machine import ASSUMED, Device, Speeds
+from fullft.memory.machine import Device
 from fullft.memory.plan import Batch
+from fullft.memory.speeds import ASSUMED, Speeds
 
 
 @pytest.mark.slow

@@ -12,8 +12,8 @@ from fullft.memory.choose import Plans
 from fullft.memory.collectives import Sent, sent_in_step
 from fullft.memory.communication import estimate_sent, seconds_to_send, seconds_with_others
 from fullft.memory.facts import Facts
-from fullft.memory.machine import ASSUMED
 from fullft.memory.plan import Batch
+from fullft.memory.speeds import ASSUMED
 from fullft.memory.traffic import held_bytes
 
 STAGES = ("none", "optimizer", "gradients", "full")

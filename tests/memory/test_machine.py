@@ -1,18 +1,16 @@
 """What there is, is shared by the ranks that share it; the slowest link sets the pace."""
 
-from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
 from models import make_config
-from ranks import run_on_ranks
 
 from fullft.config.config import Config
 from fullft.config.ranks import Place
 from fullft.memory import machine
-from fullft.memory.machine import ASSUMED, Device, find_device, least_of, measure_ring, measure_speeds
+from fullft.memory.machine import Device, find_device, least_of
 
 CPU = torch.device("cpu")
 
@@ -36,17 +34,3 @@ def test_ranks_share_memory_and_disk(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_least_device_has_no_more_than_any() -> None:
     one, other = Device("one", 10, host_bytes=5, disk_bytes=7), Device("other", 20, host_bytes=4, disk_bytes=9)
     assert least_of([one, other]) == least_of([other, one]) == Device("one", 10, host_bytes=4, disk_bytes=7)
-
-
-def test_ring_is_as_fast_as_its_slowest_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_disk_speeds", lambda *_: (1.0, 2.0))
-    within, across = (measure_speeds(placed(tmp_path, 4, local), CPU, ring=12.0) for local in (4, 2))
-    assert within.interconnect == 12 and (across.network, across.interconnect) == (6, machine._GLOO)
-    assert not within.overlaps and (within.disk_read, within.disk_write) == (1, 2)
-    planned = replace(placed(tmp_path, 4, 4), plan=True, device_memory="80GiB")
-    assert measure_speeds(planned, CPU) == ASSUMED and ASSUMED.overlaps
-
-
-def test_all_ranks_measure_the_same_ring(tmp_path: Path) -> None:
-    rates = run_on_ranks(2, lambda: measure_ring(make_config(shard="full", output_dir=tmp_path), CPU))
-    assert len(rates) == 2 and rates[0] == rates[1] > 0

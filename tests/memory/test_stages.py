@@ -11,8 +11,9 @@ from worst_steps import deep
 from fullft.config.config import Config
 from fullft.errors import OptionsError
 from fullft.memory.choose import Plans, choose
-from fullft.memory.machine import ASSUMED, Device
+from fullft.memory.machine import Device
 from fullft.memory.plan import Batch, plan_step
+from fullft.memory.speeds import ASSUMED
 from fullft.memory.stages import STAGES, possible_stages, require_stage
 from fullft.optim.build import find_torn_block
 

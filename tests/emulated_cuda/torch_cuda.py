@@ -84,7 +84,7 @@ def _host_memory() -> dict[str, int]:
 
 
 def _device_memory(device: Any = None) -> dict[str, int]:
-    names = {"allocated_bytes.all": "allocated", "reserved_bytes.all": "reserved"}
+    names = {f"{name}_bytes.all": name for name in ("requested", "allocated", "reserved")}
     current = {f"{name}.current": figure(ours) for name, ours in names.items()}
     return current | {f"{name}.peak": figure(f"{ours}_peak") for name, ours in names.items()}
 

@@ -64,6 +64,8 @@ int64_t emulated_figure(const char* name) {
   auto& memory = memory_figures();
   auto& all = figures();
   const std::map<std::string, int64_t> known = {
+      {"requested", memory.requested},
+      {"requested_peak", memory.requested_peak},
       {"allocated", memory.allocated},
       {"allocated_peak", memory.allocated_peak},
       {"reserved", memory.reserved},

@@ -72,6 +72,7 @@ void free_on_device(void* memory) {
     end_life(memory, block.size, block.stream, is_recorded);
     segments().give_back(block.piece);
     memory_figures().allocated -= block.counted;
+    memory_figures().requested -= block.size;
     blocks().erase(found);
   }
   std::free(memory);
@@ -121,6 +122,8 @@ class DeviceAllocator final : public c10::DeviceAllocator {
     void* memory = aligned(size);
     std::memset(memory, NAN_BYTE, size);
     blocks()[(uint64_t)memory] = Block{size, counted, (Actor)current_stream(), piece, {}};
+    figures.requested += size;
+    figures.requested_peak = std::max(figures.requested_peak, figures.requested);
     figures.allocated += counted;
     figures.allocated_peak = std::max(figures.allocated_peak, figures.allocated);
     begin_life(memory, size);
@@ -194,6 +197,7 @@ MemoryFigures& memory_figures() {
 void reset_memory_peaks() {
   Lock lock(mutex());
   auto& figures = memory_figures();
+  figures.requested_peak = figures.requested;
   figures.allocated_peak = figures.allocated;
   figures.reserved_peak = figures.reserved;
   figures.pinned_peak = figures.pinned;

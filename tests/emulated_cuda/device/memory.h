@@ -6,7 +6,9 @@
 namespace emulated {
 
 struct MemoryFigures {
-  size_t allocated = 0, allocated_peak = 0, reserved = 0, reserved_peak = 0;  // of the device
+  size_t requested = 0, requested_peak = 0;  // of the device: as tensors asked for,
+  size_t allocated = 0, allocated_peak = 0;  // in whole blocks,
+  size_t reserved = 0, reserved_peak = 0;    // in whole segments
   size_t limit = (size_t)24 << 30;
   size_t pinned = 0, pinned_peak = 0;            // blocks in use
   size_t pinned_held = 0, pinned_held_peak = 0;  // with those that are kept for reuse

@@ -6,7 +6,7 @@ PARALLEL := --numprocesses auto --maxprocesses 4
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check format docs bench real parity clean
+.PHONY: help train test emulated check format docs bench real parity clean
 
 help: ## show this
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -22,6 +22,10 @@ check: .venv/ready ## what CI runs: lint, format, types, all tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(PARALLEL)
+	$(MAKE) emulated
+
+emulated: .venv/ready ## CUDA's code, on a device that is emulated: five minutes, g++
+	PYTHONPATH=.:tests $(BIN)/python -m emulated_cuda.check $(ARGS)
 
 format: .venv/ready ## put the code in its standard form
 	$(BIN)/ruff check --fix .

@@ -28,15 +28,20 @@ def why_not() -> str | None:
     if found is None:
         return "torch is not installed."
     version, cuda = _version(found)
-    pinned = re.search(r"^torch==(\S+)", _PINS.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    assert pinned is not None
     if cuda is not None:
         return f"torch {version} has CUDA of its own: the emulated device needs a CPU build."
-    if version.partition("+")[0] != pinned[1]:
-        return f"The emulated device is written for torch {pinned[1]}, and {version} is installed."
+    if version.partition("+")[0] != (pinned := pinned_version()):
+        return f"The emulated device is written for torch {pinned}, and {version} is installed."
     if shutil.which("g++") is None:
         return "The emulated device needs g++ to be built."
     return None
+
+
+def pinned_version() -> str:
+    """Return the version of torch that `constraints.txt` pins."""
+    pinned = re.search(r"^torch==(\S+)", _PINS.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert pinned is not None
+    return pinned[1]
 
 
 def torch_folder() -> Path | None:

@@ -111,7 +111,8 @@ def place(frame: FrameType | None) -> str:
     lines: list[str] = []
     while frame is not None and len(lines) < _SHOWN_FRAMES:
         file = frame.f_code.co_filename
-        if file.startswith(str(_ROOT)) and not file.startswith((_OURS, sys.prefix)):
+        is_ours = file.startswith(_OURS) and not os.path.basename(file).startswith("test_")
+        if file.startswith(str(_ROOT)) and not is_ours and not file.startswith(sys.prefix):
             lines.append(f"{os.path.relpath(file, _ROOT)}:{frame.f_lineno}")
         frame = frame.f_back
     return " < ".join(lines) or "no line of ours"

@@ -3,9 +3,10 @@
 import gc
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from emulated_cuda import library
 from emulated_cuda.library import Wait, figure
+from emulated_cuda.watch import managed_bytes
 from models import tiny_model
 from small_runs import miniature, words_of
 from transformers import PreTrainedTokenizerBase
@@ -52,7 +54,7 @@ class Memory:
     Attributes:
         planned: the peak that was planned.
         tracked: the peak that the tracker has found.
-        requested: the peak of what tensors asked for.
+        requested: the peak of what tensors asked for, with managed memory.
         allocated: the peak of the blocks that they got.
         host: what was planned for the host, and what the tracker has found there.
         pinned: blocks that were pinned.
@@ -107,6 +109,21 @@ def without_device() -> Iterator[None]:
         yield
 
 
+def train_resumed(options: dict[str, Any]) -> Outcome:
+    """Train, drop what was saved at the end, and train on from the checkpoint before; races of both runs are returned.
+
+    Args:
+        options: on top of `OPTIONS`.
+    """
+    saving = options | {"save_strategy": "steps", "save_steps": 2}
+    races = train_here(saving).races
+    output = Path(options["output_dir"])
+    shutil.rmtree(output / f"checkpoint-{OPTIONS['max_steps']}", ignore_errors=True)
+    (output / "model.safetensors").unlink()
+    outcome = train_here(saving | {"resume_from_checkpoint": "newest"})
+    return replace(outcome, races=races + outcome.races)
+
+
 def train_here(options: dict[str, Any]) -> Outcome:
     """Train as train.py does, and watch.
 
@@ -114,6 +131,7 @@ def train_here(options: dict[str, Any]) -> Outcome:
         options: on top of `OPTIONS`.
     """
     gc.collect()
+    library.call("empty_host_cache")
     library.reset()
     watched = _Watched()
     with miniature(), watched:
@@ -151,6 +169,7 @@ class _Watched:
             library.call("reset_peaks")
             profile = measure(*arguments, **named)
             self._figures = {name: figure(f"{name}_peak") - before for name, before in self._before.items()}
+            self._figures["requested"] += managed_bytes()
             return profile
 
         return measured

@@ -1,17 +1,40 @@
 """Runs on the emulated device, over choices of precision, placement, optimizer and the rest, in pairs.
 
-No race and no mix of devices; the same bits wherever things live; losses as on the CPU; memory as planned.
+No race and no mix of devices; the same bits wherever things live; losses as on the CPU; memory as planned; few waits.
 """
 
-import shutil
-from functools import cache
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 from emulated_cuda.cases import CHOICES, allowed_pairs, covering_cases, name_of, options_of, pairs_of
-from emulated_cuda.runs import Outcome, save_models, train_here, without_device
+from emulated_cuda.library import Wait
+from emulated_cuda.runs import Memory, Outcome, save_models, train_here, train_resumed, without_device
 from transformers import PreTrainedTokenizerBase
+
+from fullft.optim import adamw, gradients
+from fullft.storage import tiers
+
+pytestmark = pytest.mark.emulated
+
+# How often the loop may wait for the device: for the loss and the norm, and in the family's code and ours per micro-batch.
+WAITS_PER_STEP = 2
+WAITS_PER_MICRO_BATCH = 5
+
+# Largest relative differences of losses and norms from those on the CPU, which computes attention and sums otherwise.
+LOSS_AS_ON_CPU = {"fp32": 1e-5, "mixed": 1e-3, "split": 1e-3, "plain": 1e-3, "stochastic": 1e-3}
+NORM_AS_ON_CPU = {"fp32": 1e-4, "mixed": 1e-2, "split": 1e-2, "plain": 1e-2, "stochastic": 1e-2}
+EIGHT_BITS_AMPLIFY = 50  # a moment next to a boundary gets another code: bitsandbytes' kernel is not ours
+
+# The plan against what was tracked: without fused kernels attention saves more, and the planned attention is another one.
+PLANNED_WITHIN = 0.15
+# Tensors ask for it, and blocks of 512 bytes are handed out; the models are tiny.
+ALLOCATED_WITHIN = 0.02
+# Pinned besides the planned arrays: buffers on their way, and what is left of the last slab.
+PINNED_BESIDES = 2 << 20
+
+EIGHT_BIT_CHUNK = 1 << 18  # whose scales are whole pages
 
 
 @pytest.fixture(scope="session")
@@ -21,30 +44,63 @@ def models(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeni
     return folder
 
 
-def test_cases_cover_all_allowed_pairs() -> None:
-    covered = {pair for case in covering_cases() for pair in pairs_of(case)}
-    assert covered == allowed_pairs()
-    # The negative control: without any one of them, some pair is missing.
-    for dropped in covering_cases():
-        others = {pair for case in covering_cases() if case is not dropped for pair in pairs_of(case)}
-        assert others != covered
+@pytest.fixture(scope="session")
+def resident() -> dict[tuple[Any, ...], tuple[Outcome, Outcome]]:
+    """Runs with everything on the device, by their options, next to those on the CPU."""
+    return {}
 
 
-@pytest.mark.emulated
+def resident_runs(
+    options: dict[str, Any], known: dict[tuple[Any, ...], tuple[Outcome, Outcome]]
+) -> tuple[Outcome, Outcome]:
+    optim = options["optim"].removeprefix("paged_")
+    options = options | {"optim": optim, "offload": "none", "activation_checkpointing": "none"}
+    key = tuple(value for name, value in options.items() if name != "output_dir")
+    if key not in known:
+        on_device = train_here(options)
+        with without_device():
+            known[key] = (on_device, train_here(options | {"output_dir": f"{options['output_dir']}-cpu"}))
+    return known[key]
+
+
 @pytest.mark.parametrize("case", covering_cases(), ids=name_of)
-def test_case(case: Any, models: Path, tmp_path: Path, small_chunks: int) -> None:
-    import time
-    options = options_of(case) | {"output_dir": tmp_path / "run"}
-    options["model"] = models / options["model"]
-    t=time.time()
-    found = train_here(options)
-    t1=time.time()
-    plain = options | {"offload": "none", "activation_checkpointing": "none"}
-    if plain["optim"] == "paged_adamw_8bit": plain["optim"] = "adamw_8bit"
-    ref = train_here(plain | {"output_dir": tmp_path / "ref"})
-    t2=time.time()
-    with without_device():
-        cpu = train_here(plain | {"output_dir": tmp_path / "cpu"})
-    t3=time.time()
-    with open("/tmp/emulator_out/matrix.txt", "a") as f:
-        print(name_of(case), round(t1-t,1), round(t2-t1,1), round(t3-t2,1), found.races, "same" if found.trajectory == ref.trajectory else ("DIFF", found, ref), found.memory, ref.memory, [len(w) for w in found.waits], max(abs(a/b-1) for a,b in zip(found.losses,cpu.losses)), max(abs(a/b-1) for a,b in zip(found.norms,cpu.norms)), found.losses, cpu.losses, sep=" | ", file=f)
+def test_run_is_ordered_exact_and_planned(
+    case: dict[str, str],
+    models: Path,
+    tmp_path: Path,
+    small_chunks: int,
+    monkeypatch: pytest.MonkeyPatch,
+    resident: dict[tuple[Any, ...], tuple[Outcome, Outcome]],
+) -> None:
+    has_8_bits = "8bit" in case["optimizer"]
+    if has_8_bits:
+        for module in (adamw, gradients, tiers):
+            monkeypatch.setattr(module, "CHUNK", EIGHT_BIT_CHUNK)
+    options = options_of(case)
+    options |= {"model": models / options["model"], "output_dir": tmp_path / "run"}
+    run = (train_resumed if case["start"] == "resumed" else train_here)(options)
+    on_device, on_cpu = resident_runs(options | {"output_dir": tmp_path / "resident"}, resident)
+    assert run.races == [] == on_device.races
+    assert run.trajectory == on_device.trajectory
+    wider = EIGHT_BITS_AMPLIFY if has_8_bits else 1
+    assert run.losses == pytest.approx(on_cpu.losses, rel=wider * LOSS_AS_ON_CPU[case["precision"]])
+    assert run.norms == pytest.approx(on_cpu.norms, rel=wider * NORM_AS_ON_CPU[case["precision"]])
+    assert run.losses[-1] < run.losses[0]
+    assert run.memory is not None and on_cpu.memory is None
+    check_memory(run.memory)
+    check_waits(run.waits, options["gradient_accumulation_steps"])
+
+
+def check_memory(memory: Memory) -> None:
+    assert memory.tracked == memory.requested
+    assert memory.planned == pytest.approx(memory.tracked, rel=PLANNED_WITHIN)
+    assert memory.allocated <= memory.requested * (1 + ALLOCATED_WITHIN)
+    planned, tracked = memory.host
+    assert planned <= tracked <= planned + PINNED_BESIDES
+    assert memory.pinned <= planned + PINNED_BESIDES
+
+
+def check_waits(steps: list[list[Wait]], micro_batches: int) -> None:
+    most = WAITS_PER_STEP + micro_batches * WAITS_PER_MICRO_BATCH
+    for waits in steps:
+        assert len(waits) <= most, "\n".join(f"{count} x {wait}" for wait, count in Counter(waits).most_common())

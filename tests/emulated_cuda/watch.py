@@ -6,6 +6,7 @@ bitsandbytes' own Python code runs. Of its library, what stands here are the two
 import ctypes
 import importlib.util
 import os
+import weakref
 from math import prod
 from typing import Any
 
@@ -15,6 +16,8 @@ from emulated_cuda.library import call
 
 _PAGE = 4096
 _BLOCK = 256  # elements that share one scale
+
+_managed: "list[weakref.ref[torch.Tensor]]" = []
 
 
 def watch_files() -> None:
@@ -50,8 +53,16 @@ def _paged(*shape: int, dtype: torch.dtype = torch.float32, device: Any = torch.
     memory = torch.empty(prod(shape) * dtype.itemsize + _PAGE, dtype=torch.uint8)
     start = -memory.data_ptr() % _PAGE
     tensor = memory[start : start + prod(shape) * dtype.itemsize].view(dtype).view(shape)
+    _managed.append(weakref.ref(tensor))
     tensor.is_paged, tensor.page_deviceid = True, device.index  # type: ignore[attr-defined]
     return tensor
+
+
+def managed_bytes() -> int:
+    """Return the bytes of managed memory in use, which no allocator of torch's counts."""
+    tensors = [tensor for reference in _managed if (tensor := reference()) is not None]
+    _managed[:] = map(weakref.ref, tensors)
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _adam_8bit(*arguments: Any) -> None:

@@ -13,7 +13,6 @@ namespace emulated {
 using Actor = int;  // a stream's id, or FIRST_HOST plus the number of a host thread
 constexpr Actor FIRST_HOST = 512;
 constexpr Actor MOST_ACTORS = 1024;
-constexpr Actor NOBODY = -1;
 
 class Clock {
  public:

@@ -50,6 +50,7 @@ void emulated_set_listener(Listener listener) { set_listener(listener); }
 void emulated_pin(void* address, size_t size) { pin(address, size); }
 void emulated_unpin(void* address) { unpin(address); }
 void emulated_empty_cache() { device_allocator()->emptyCache(); }
+void emulated_empty_host_cache() { pinned_allocator()->empty_cache(); }
 void emulated_reset_peaks() { reset_memory_peaks(); }
 
 void emulated_set_limit(size_t limit) {

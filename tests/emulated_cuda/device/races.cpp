@@ -10,17 +10,28 @@ namespace emulated {
 namespace {
 
 constexpr int PAGE_BITS = 12;
+constexpr uint64_t PAGE = 1 << PAGE_BITS;
+
+// Bytes of one page, from `first` up to `last`.
+struct Stretch {
+  uint16_t first, last;
+
+  bool overlaps(const Stretch& other) const { return first <= other.last && other.first <= last; }
+  bool covers(const Stretch& other) const { return first <= other.first && other.last <= last; }
+};
+
+constexpr Stretch WHOLE_PAGE{0, PAGE - 1};
 
 struct Event {
-  Actor actor = NOBODY;
-  uint32_t time = 0;
-  int operation = 0;
+  Actor actor;
+  uint32_t time;
+  int operation;
+  Access access;
+  Stretch stretch;
 };
 
-struct Page {
-  Event writer;
-  std::vector<Event> readers;  // since then, the last of each actor
-};
+// What was done to a page, as far as later accesses may race with it. Most pages are used as a whole, and hold few events.
+using Page = std::vector<Event>;
 
 std::unordered_map<uint64_t, Page>& pages() {
   static auto* all = new std::unordered_map<uint64_t, Page>();
@@ -45,14 +56,20 @@ Operations& operations() {
 
 bool is_watching = true;
 
+// The pages of [start, start + size).
 struct Span {
-  uint64_t first, last;
-  Span(const void* start, size_t size)
-      : first((uint64_t)start >> PAGE_BITS), last(((uint64_t)start + size - 1) >> PAGE_BITS) {}
+  uint64_t start, end, first, last;
+  Span(const void* from, size_t size)
+      : start((uint64_t)from), end(start + size), first(start >> PAGE_BITS), last((end - 1) >> PAGE_BITS) {}
+
+  Stretch within(uint64_t page) const {
+    uint64_t begin = page << PAGE_BITS;
+    return {(uint16_t)(std::max(start, begin) - begin), (uint16_t)(std::min(end, begin + PAGE) - begin - 1)};
+  }
 };
 
 bool is_before(const Event& event, const Clock& clock) {
-  return event.actor == NOBODY || event.time <= clock.at(event.actor);
+  return event.time <= clock.at(event.actor);
 }
 
 void report_race(const char* what, const Event& before, Actor actor, const std::string& operation) {
@@ -61,31 +78,29 @@ void report_race(const char* what, const Event& before, Actor actor, const std::
                      operations().names[before.operation] + " on " + name_of(before.actor));
 }
 
-// Find an earlier event that the access is not ordered after, and say what the two are.
-const char* find_race(const Page& page, Actor actor, Access access, const Clock& clock, Event& found) {
-  auto races = [&](const Event& event) {
-    if (event.actor == actor || is_before(event, clock)) return false;
-    found = event;
-    return true;
-  };
-  if (races(page.writer)) return access == Access::WRITE ? "write after write" : "read after write";
-  if (access == Access::WRITE && std::any_of(page.readers.begin(), page.readers.end(), races)) return "write after read";
+const char* kind_of(Access before, Access now) {
+  if (before == Access::READ) return "write after read";
+  return now == Access::WRITE ? "write after write" : "read after write";
+}
+
+// Find an earlier event that the new one is not ordered after.
+const Event* find_race(const Page& page, const Event& event, const Clock& clock) {
+  for (auto& before : page) {
+    bool are_reads = before.access == Access::READ && event.access == Access::READ;
+    if (before.actor == event.actor || are_reads || !before.stretch.overlaps(event.stretch)) continue;
+    if (!is_before(before, clock)) return &before;
+  }
   return nullptr;
 }
 
-void remember(Page& page, const Event& event, Access access) {
-  if (access == Access::WRITE) {
-    page.writer = event;
-    page.readers.clear();
-    return;
-  }
-  for (auto& reader : page.readers) {
-    if (reader.actor == event.actor) {
-      reader = event;
-      return;
-    }
-  }
-  page.readers.push_back(event);
+// Whatever races with an event that a write covers races with that write as well.
+void remember(Page& page, const Event& event) {
+  auto is_outdated = [&](const Event& before) {
+    bool is_like = before.actor == event.actor && before.access == Access::READ;
+    return event.stretch.covers(before.stretch) && (event.access == Access::WRITE || is_like);
+  };
+  page.erase(std::remove_if(page.begin(), page.end(), is_outdated), page.end());
+  page.push_back(event);
 }
 
 }  // namespace
@@ -99,18 +114,17 @@ void touch(Actor actor, const void* start, size_t size, Access access, const std
   if (!is_watching || size == 0) return;
   Lock lock(mutex());
   const Clock& clock = clock_of(actor);
-  Event event{actor, clock.at(actor), operations().number(operation)}, before;
+  Event event{actor, clock.at(actor), operations().number(operation), access, WHOLE_PAGE};
   bool is_reported = false;
   Span span(start, size);
   for (uint64_t number = span.first; number <= span.last; number++) {
     Page& page = pages()[number];
-    if (!is_reported) {
-      if (const char* what = find_race(page, actor, access, clock, before)) {
-        report_race(what, before, actor, operation);
-        is_reported = true;
-      }
+    event.stretch = span.within(number);
+    if (const Event* before = is_reported ? nullptr : find_race(page, event, clock)) {
+      report_race(kind_of(before->access, access), *before, actor, operation);
+      is_reported = true;
     }
-    remember(page, event, access);
+    remember(page, event);
   }
 }
 
@@ -119,16 +133,17 @@ void begin_life(const void* start, size_t size) {
   if (!is_watching) return;
   Actor stream = current_stream();
   launch();  // an event that was recorded before does not cover it
-  Event event{stream, clock_of(stream).at(stream), operations().number("what held this memory before")};
+  Event event{stream, clock_of(stream).at(stream), operations().number("what held this memory before"), Access::WRITE,
+              WHOLE_PAGE};
   Span span(start, size);
-  for (uint64_t number = span.first; number <= span.last; number++) pages()[number] = Page{event, {}};
+  for (uint64_t number = span.first; number <= span.last; number++) pages()[number] = {event};
 }
 
 void end_life(const void* start, size_t size, Actor stream, bool (*is_recorded)(const void*, Actor)) {
   Lock lock(mutex());
   bool is_reported = false;
   auto check = [&](const Event& event) {
-    if (is_reported || !is_watching || event.actor == NOBODY || event.actor == stream || event.actor >= FIRST_HOST) return;
+    if (is_reported || !is_watching || event.actor == stream || event.actor >= FIRST_HOST) return;
     if (is_before(event, clock_of(stream)) || is_before(event, known_to_any_host())) return;
     if (is_recorded(start, event.actor)) return;
     report_race("freed while in use", event, stream, "free");
@@ -138,8 +153,7 @@ void end_life(const void* start, size_t size, Actor stream, bool (*is_recorded)(
   for (uint64_t number = span.first; number <= span.last; number++) {
     auto found = pages().find(number);
     if (found == pages().end()) continue;
-    check(found->second.writer);
-    for (auto& reader : found->second.readers) check(reader);
+    for (auto& event : found->second) check(event);
     pages().erase(found);
   }
 }

@@ -1,7 +1,7 @@
 // The race detector: every access to memory is checked against those of other actors that it is not ordered after.
 //
 // Kernels run at once, so a race never spoils a result here. The detector finds it all the same, in any run of the code.
-// Memory is watched by the page: each remembers its last writer, and who has read it since.
+// Each page of memory remembers who wrote which of its bytes last, and who has read them since.
 #pragma once
 #include <cstddef>
 #include <string>

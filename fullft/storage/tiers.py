@@ -195,7 +195,7 @@ def _paged_memory(numel: int, dtype: torch.dtype, device: torch.device) -> torch
     except ImportError as error:
         raise OptionsError("--optim paged_adamw_8bit needs bitsandbytes: pip install bitsandbytes") from error
     managed: torch.Tensor = get_paged(numel * dtype.itemsize, dtype=torch.uint8, device=device)
-    # torch takes it for the CPU's, and bitsandbytes' mark does not pass to its parts: both refuse it next to the device's.
+    # torch takes it for the CPU's, and the mark that bitsandbytes makes is lost in views: both refuse it on the device.
     memory = torch.as_tensor(_OnDevice(managed), device=device)
     return memory.view(dtype).zero_()
 

@@ -1,6 +1,6 @@
 """Runs train.py on the emulated device, and prints at the end what was counted and found.
 
-    PYTHONPATH=tests python -m emulated_cuda --max_steps 3 ...
+PYTHONPATH=tests python -m emulated_cuda --max_steps 3 ...
 """
 
 import atexit

@@ -1,6 +1,7 @@
 """Tests of the emulated device need it: `make emulated` loads it. Elsewhere they are skipped."""
 
 import pytest
+
 from emulated_cuda.library import is_loaded
 
 

@@ -93,7 +93,7 @@ def _hear(kind: bytes, text: bytes) -> None:
     import threading
 
     thread = threading.current_thread().name
-    message = f"{text.decode()}, at {place(sys._getframe(1))} [{thread}]"
+    message = f"{text.decode()}, at {place(sys._getframe().f_back)} [{thread}]"
     if kind == b"race":
         races[message] += 1
         return
@@ -153,5 +153,3 @@ def describe(most: int = 25) -> str:
     for title, found in (("race", races), ("wait", waits)):
         lines += [f"{title} x{number}: {text}" for text, number in found.most_common(most)]  # type: ignore[attr-defined]
     return "\n".join(lines)
-
-

@@ -1,6 +1,6 @@
 """For pytest: tests run on the emulated device, and one during which it has found a race fails.
 
-    PYTHONPATH=tests python -m pytest -p emulated_cuda.plugin -m "gpu or emulated"
+PYTHONPATH=tests python -m pytest -p emulated_cuda.plugin -m "gpu or emulated"
 """
 
 from collections.abc import Iterator

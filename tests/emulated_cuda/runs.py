@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from emulated_cuda import library
-from emulated_cuda.library import Wait, figure
-from emulated_cuda.watch import managed_bytes
 from models import tiny_model
 from small_runs import miniature, words_of
 from transformers import PreTrainedTokenizerBase
 
 import train
+from emulated_cuda import library
+from emulated_cuda.library import Wait, figure
+from emulated_cuda.watch import managed_bytes
 from fullft.config.options import DEMO_FOLDER
 from fullft.config.parse import parse_config
 from fullft.data.batches import Batches

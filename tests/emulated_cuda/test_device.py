@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+
 from emulated_cuda import build, library
 from emulated_cuda.torch_cuda import limited
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from emulated_cuda import library
-from emulated_cuda.runs import save_models, train_here
 from transformers import PreTrainedTokenizerBase
 
+from emulated_cuda import library
+from emulated_cuda.runs import save_models, train_here
 from fullft.optim import gradients
 from fullft.storage.stream import ChunkStream
 from fullft.storage.workers import Workers

@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from emulated_cuda.cases import CHOICES, allowed_pairs, covering_cases, name_of, options_of, pairs_of
-from emulated_cuda.library import Wait
-from emulated_cuda.runs import Memory, Outcome, save_models, train_here, train_resumed, without_device
 from transformers import PreTrainedTokenizerBase
 
+from emulated_cuda.cases import CHOICES, covering_cases, name_of, options_of
+from emulated_cuda.library import Wait
+from emulated_cuda.runs import Memory, Outcome, save_models, train_here, train_resumed, without_device
 from fullft.optim import adamw, gradients
 from fullft.storage import tiers
 
 pytestmark = pytest.mark.emulated
 
-# How often the loop may wait for the device: for the loss and the norm, and in the family's code and ours per micro-batch.
+# How often the loop may wait for the device: for the loss and the norm; per micro-batch, in our code and the family's.
 WAITS_PER_STEP = 2
 WAITS_PER_MICRO_BATCH = 5
 
@@ -27,12 +27,14 @@ LOSS_AS_ON_CPU = {"fp32": 1e-5, "mixed": 1e-3, "split": 1e-3, "plain": 1e-3, "st
 NORM_AS_ON_CPU = {"fp32": 1e-4, "mixed": 1e-2, "split": 1e-2, "plain": 1e-2, "stochastic": 1e-2}
 EIGHT_BITS_AMPLIFY = 50  # a moment next to a boundary gets another code: bitsandbytes' kernel is not ours
 
-# The plan against what was tracked: without fused kernels attention saves more, and the planned attention is another one.
-PLANNED_WITHIN = 0.15
+# The plan against what was tracked. Attention without fused kernels saves more than was planned; buffers of gradients
+# and states on their way to the host are planned as if they were the device's.
+PLANNED_WITHIN = 0.2
+PLANNED_BUFFERS = 5 << 19
 # Tensors ask for it, and blocks of 512 bytes are handed out; the models are tiny.
 ALLOCATED_WITHIN = 0.02
 # Pinned besides the planned arrays: buffers on their way, and what is left of the last slab.
-PINNED_BESIDES = 2 << 20
+PINNED_BESIDES = 7 << 20
 
 EIGHT_BIT_CHUNK = 1 << 18  # whose scales are whole pages
 
@@ -93,7 +95,8 @@ def test_run_is_ordered_exact_and_planned(
 
 def check_memory(memory: Memory) -> None:
     assert memory.tracked == memory.requested
-    assert memory.planned == pytest.approx(memory.tracked, rel=PLANNED_WITHIN)
+    assert (1 - PLANNED_WITHIN) * memory.tracked <= memory.planned
+    assert memory.planned <= (1 + PLANNED_WITHIN) * memory.tracked + PLANNED_BUFFERS
     assert memory.allocated <= memory.requested * (1 + ALLOCATED_WITHIN)
     planned, tracked = memory.host
     assert planned <= tracked <= planned + PINNED_BESIDES

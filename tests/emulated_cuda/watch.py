@@ -28,7 +28,9 @@ def watch_files() -> None:
 
     def transferred(self: DiskFile, operation: Any, offset: int, memory: torch.Tensor) -> None:
         is_read = operation is os.preadv
-        call("touch_on_host", memory.data_ptr(), memory.nbytes, int(is_read), b"a file's " + operation.__name__.encode())
+        call(
+            "touch_on_host", memory.data_ptr(), memory.nbytes, int(is_read), b"a file's " + operation.__name__.encode()
+        )
         transfer(self, operation, offset, memory)
 
     DiskFile.transfer = transferred  # type: ignore[method-assign]
@@ -48,13 +50,13 @@ def stand_in_for_bitsandbytes() -> None:
     functional.get_paged = _paged
 
 
-def _paged(*shape: int, dtype: torch.dtype = torch.float32, device: Any = torch.device("cuda", 0)) -> torch.Tensor:
+def _paged(*shape: int, dtype: torch.dtype = torch.float32, device: Any = None) -> torch.Tensor:
     """Make managed memory as `get_paged` does: a tensor that torch takes for the CPU's, with a mark."""
     memory = torch.empty(prod(shape) * dtype.itemsize + _PAGE, dtype=torch.uint8)
     start = -memory.data_ptr() % _PAGE
     tensor = memory[start : start + prod(shape) * dtype.itemsize].view(dtype).view(shape)
     _managed.append(weakref.ref(tensor))
-    tensor.is_paged, tensor.page_deviceid = True, device.index  # type: ignore[attr-defined]
+    tensor.is_paged, tensor.page_deviceid = True, 0  # type: ignore[attr-defined]
     return tensor
 
 
@@ -89,8 +91,9 @@ def _adam_8bit(*arguments: Any) -> None:
 
 
 def _split(arguments: tuple[Any, ...]) -> tuple[list[int], list[Any]]:
-    values = [(isinstance(each, ctypes.c_void_p), each.value) for each in arguments]
-    return [value for is_pointer, value in values if is_pointer], [value for is_pointer, value in values if not is_pointer]
+    """Return the addresses among a C function's arguments, and the numbers."""
+    pointers = [each.value for each in arguments if isinstance(each, ctypes.c_void_p)]
+    return pointers, [each.value for each in arguments if not isinstance(each, ctypes.c_void_p)]
 
 
 def _at(address: int, count: int, dtype: torch.dtype, is_written: bool) -> torch.Tensor:

@@ -17,14 +17,14 @@ train: .venv/ready ## train: the built-in demo, or ARGS="--model mistralai/Mistr
 test: .venv/ready ## run the fast tests (CPU, no network)
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(ARGS)
 
-check: .venv/ready ## what CI runs: lint, format, types, all tests
+check: .venv/ready ## what CI runs: lint, format, types, all tests, emulated
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(PARALLEL)
 	$(MAKE) emulated
 
-emulated: .venv/ready ## CUDA's code, on a device that is emulated: five minutes, g++
+emulated: .venv/ready ## run CUDA's code on an emulated device (part of check; needs g++)
 	PYTHONPATH=.:tests $(BIN)/python -m emulated_cuda.check $(ARGS)
 
 format: .venv/ready ## put the code in its standard form

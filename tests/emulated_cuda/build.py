@@ -18,6 +18,7 @@ from pathlib import Path
 SOURCES = Path(__file__).parent / "device"
 _PINS = Path(__file__).parents[2] / "constraints.txt"
 _BUILT = Path(sys.prefix) / "emulated_cuda"  # in the environment, which `make clean` removes
+_KEPT = 4  # libraries, of as many versions of the sources
 # The code runs as fast with -O1 as with -O2, and is compiled sooner.
 _FLAGS = ["-std=c++20", "-O1", "-fPIC", "-DNDEBUG", "-Wno-interference-size"]
 
@@ -65,9 +66,9 @@ def build() -> Path:
     with (_BUILT / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
-            for older in _BUILT.glob("*.so"):
-                older.unlink()
             _compile(torch, library)
+            for older in sorted(_BUILT.glob("*.so"), key=lambda file: file.stat().st_mtime)[:-_KEPT]:
+                older.unlink()
     return library
 
 

@@ -1,4 +1,4 @@
-"""Host threads as actors: what a thread does is ordered after its start, and before whoever has waited for it."""
+"""Host threads as actors: what a thread does is ordered after its start, and before what follows a wait for it."""
 
 import concurrent.futures
 import threading
@@ -37,8 +37,9 @@ def _follow_thread() -> None:
 
     def joined(self: Any, timeout: float | None = None) -> None:
         join(self, timeout)
-        if not self.is_alive():
-            call("join_snapshot", self._known_at_end)
+        known = getattr(self, "_known_at_end", None)  # not of threads that began before
+        if known is not None and not self.is_alive():
+            call("join_snapshot", known)
 
     threading.Thread.start, threading.Thread.run, threading.Thread.join = started, ran, joined  # type: ignore[method-assign]
 

@@ -6,7 +6,7 @@ PARALLEL := --numprocesses auto --maxprocesses 4
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check format docs bench real parity clean
+.PHONY: help train test emulated check format docs bench real parity clean
 
 help: ## show this
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -17,11 +17,15 @@ train: .venv/ready ## train: the built-in demo, or ARGS="--model mistralai/Mistr
 test: .venv/ready ## run the fast tests (CPU, no network)
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(ARGS)
 
-check: .venv/ready ## what CI runs: lint, format, types, all tests
+check: .venv/ready ## what CI runs: lint, format, types, all tests, emulated
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(PARALLEL)
+	$(MAKE) emulated
+
+emulated: .venv/ready ## run CUDA's code on an emulated device (part of check; needs g++)
+	PYTHONPATH=.:tests $(BIN)/python -m emulated_cuda.check $(ARGS)
 
 format: .venv/ready ## put the code in its standard form
 	$(BIN)/ruff check --fix .

@@ -37,7 +37,12 @@ SHAPE = {
 
 
 def tiny_model(
-    family: str, dtype: torch.dtype = torch.float64, dropout: float = 0.0, tied: bool = False, seed: int = 0
+    family: str,
+    dtype: torch.dtype = torch.float64,
+    dropout: float = 0.0,
+    tied: bool = False,
+    seed: int = 0,
+    width: int = 32,
 ) -> PreTrainedModel:
     """Make a model with random weights, in training mode.
 
@@ -47,13 +52,15 @@ def tiny_model(
         dropout: everywhere the family has it.
         tied: whether the head is the embedding (GPT-2's always is).
         seed: of the weights.
+        width: of the hidden states; from 64 on matrices are large enough for moments in 8 bits.
     """
-    shape = {**SHAPE, "attention_dropout": dropout, "tie_word_embeddings": tied}
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width}
+    shape = {**SHAPE, **sizes, "attention_dropout": dropout, "tie_word_embeddings": tied}
     configs = {
         "gpt2": lambda: GPT2Config(
             vocab_size=VOCABULARY,
             n_positions=256,
-            n_embd=32,
+            n_embd=width,
             n_layer=4,
             n_head=4,
             embd_pdrop=dropout,

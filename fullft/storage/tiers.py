@@ -194,8 +194,19 @@ def _paged_memory(numel: int, dtype: torch.dtype, device: torch.device) -> torch
         from bitsandbytes.functional import get_paged
     except ImportError as error:
         raise OptionsError("--optim paged_adamw_8bit needs bitsandbytes: pip install bitsandbytes") from error
-    memory: torch.Tensor = get_paged(numel, dtype=dtype, device=device)
-    return memory.zero_()
+    managed: torch.Tensor = get_paged(numel * dtype.itemsize, dtype=torch.uint8, device=device)
+    # torch takes it for the CPU's, and the mark that bitsandbytes makes is lost in views: both refuse it on the device.
+    memory = torch.as_tensor(_OnDevice(managed), device=device)
+    return memory.view(dtype).zero_()
+
+
+class _OnDevice:
+    """Bytes that the device may use where they are, in the words of CUDA's array interface."""
+
+    def __init__(self, memory: torch.Tensor) -> None:
+        self._memory = memory  # kept as long as there are views of it
+        data = (memory.data_ptr(), False)
+        self.__cuda_array_interface__ = {"shape": (memory.numel(),), "typestr": "|u1", "data": data, "version": 3}
 
 
 def host_pieces(array: Array) -> Iterator[torch.Tensor]:

@@ -1,10 +1,12 @@
 """The plan on fake tensors gives what the tracker measures on real ones."""
 
+import gc
 import itertools
 from pathlib import Path
 
 import pytest
 import torch
+from emulated_cuda.library import is_loaded as is_emulated
 from families import EXPERT_FAMILIES, of_experts
 from families import model_of as model_of_config
 from models import make_config, optimizer_of
@@ -204,19 +206,28 @@ def test_plan_of_other_options_differs(layers: int) -> None:
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("mode", ["none", "full"])
 def test_plan_is_within_2_percent_of_cuda_peak(precision: str, mode: str) -> None:
-    """At a size where the allocator's rounding to 512 bytes and the matrix library's workspace weigh little."""
+    """At a size where the allocator's rounding to 512 bytes and the matrix library's workspace weigh little.
+
+    The emulated device computes a smaller one, where they weigh more: there, what tensors asked for is compared.
+    """
     config = make_config(precision=precision, activation_checkpointing=mode, gradient_accumulation_steps=2)
-    shape = LlamaConfig(
-        vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=8, num_attention_heads=16
-    )
+    sizes = {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 8}
+    length, counted = 2048, "allocated"
+    if is_emulated():
+        sizes |= {"vocab_size": 8000, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4}
+        length, counted = 128, "requested"
+    shape = LlamaConfig(num_attention_heads=16, **sizes)
+    gc.collect()  # an earlier test's model is full of cycles
     model = AutoModelForCausalLM.from_config(shape, dtype=dtype_of(config.numerics.weights)).cuda().train()
     apply_activation_checkpointing(model, config)
-    planned = plan_step(config, shape, Batch(1, 2048, 512))
+    planned = plan_step(config, shape, Batch(1, length, length // 4))
     torch.cuda.reset_peak_memory_stats()
-    ids = torch.randint(0, 32000, (1, 2048))
-    train_batch = MicroBatch({"input_ids": ids}, ids, 2048, 2047)
-    held_out = MicroBatch({"input_ids": ids[:, :512]}, ids[:, :512].contiguous(), 512, 511)
+    ids = torch.randint(0, 8000, (1, length))
+    train_batch = MicroBatch({"input_ids": ids}, ids, length, length - 1)
+    held_out = MicroBatch.of(ids[:, : length // 4].contiguous())
     optimizer = optimizer_of(model, config)
     autocast = autocast_of(config.numerics, torch.device("cuda"))
     take_worst_step(model, LossSum(model), optimizer, [train_batch] * 2, held_out, autocast, 1.0)
-    assert planned["peak_bytes"] == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.02)
+    optimizer.close()  # its hooks keep the model alive
+    peak = torch.cuda.memory_stats()[f"{counted}_bytes.all.peak"]
+    assert planned["peak_bytes"] == pytest.approx(peak, rel=0.02)

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, masking_utils
 from transformers.initialization import no_init_weights
 
-from fullft.attention.choice import attend_by_document
+from fullft.attention.choice import attend_by_document, attend_packed
 from fullft.config.config import Config
 from fullft.data.micro_batch import MicroBatch
 from fullft.hardware import pick_device
@@ -180,6 +180,8 @@ def trace(config: Config, model_config: PreTrainedConfig, batch: Batch, layers: 
         model.tie_weights()  # left out together with the initial values
         if pick_device().type == "cpu":
             attend_by_document(model)
+        elif config.packing:
+            attend_packed(model, pick_device().type)
         storage = PlannedStorage(device)
         if config.placement.streams_layers:
             move_layers_home(model, config.placement.parameters, storage, with_values=False)

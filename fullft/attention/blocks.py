@@ -1,4 +1,4 @@
-"""Attention within documents in plain torch, block by block of queries: for dtypes and heads that no fused kernel takes.
+"""Attention within documents in plain torch, by blocks of queries: for dtypes and heads that no fused kernel takes.
 
 A block sees the keys from its first token's document on, so that scores take memory for one block at a time, and time
 grows with the tokens, not with their square. A block may hold several documents, or the end of one and the start of
@@ -120,7 +120,8 @@ def _starts(documents: Documents) -> torch.Tensor:
     """Return [tokens]: where each token's document begins."""
     bounds = documents.bounds
     places = torch.arange(documents.num_tokens, dtype=bounds.dtype, device=bounds.device)
-    return bounds[torch.searchsorted(bounds, places, right=True) - 1]
+    starts: torch.Tensor = bounds[torch.searchsorted(bounds, places, right=True) - 1]
+    return starts
 
 
 def _scores(
@@ -151,7 +152,8 @@ def _heads(vectors: torch.Tensor) -> torch.Tensor:
 
 def _grouped(vectors: torch.Tensor, key_heads: int, block: _Block) -> torch.Tensor:
     """Return a block's vectors as [key heads, heads that share one, queries, width]."""
-    return vectors[block.first : block.end].unflatten(1, (key_heads, -1)).permute(1, 2, 0, 3)
+    own = vectors[block.first : block.end]
+    return own.view(len(own), key_heads, -1, own.shape[2]).permute(1, 2, 0, 3)
 
 
 def _tokens(grouped: torch.Tensor, key_heads: int, block: _Block) -> torch.Tensor:

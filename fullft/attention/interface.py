@@ -93,8 +93,8 @@ def windows_need_none(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     A window is said by the shape of a mask without elements, [1, 1, 0, window]: it stays so in graphs, and while layers
     are recomputed.
     """
-    config, size = kwargs["config"], kwargs.get("local_size")
-    is_window = size is not None and size == getattr(config, "sliding_window", None)
+    config, size = kwargs["config"], kwargs.get("local_size") or 0
+    is_window = size > 0 and size == getattr(config, "sliding_window", None)
     is_chunk = getattr(config, "attention_chunk_size", None) is not None
     is_whole = kwargs["q_length"] == kwargs["kv_length"] and kwargs.get("attention_mask") is None
     if is_window and not is_chunk and is_whole and kwargs["q_length"] > size and not kwargs.get("use_vmap"):

@@ -1,7 +1,7 @@
 """Attention within documents, on CUDA: one operator for forward, one for backward, whichever kernel does the work.
 
 Queries, keys, values, the result and the logsumexp of scores are kept for backward: bytes in proportion to the tokens,
-where a mask takes their square. Compilers, the memory tracker and selective checkpointing see one operator, as on a CPU.
+where a mask takes their square. Compilers, the memory tracker and selective checkpointing see one operator.
 """
 
 from collections.abc import Callable
@@ -49,8 +49,8 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the result, of the queries' shape, and the logsumexp of scores, [heads, batch x sequence]."""
     kernel, documents = _prepared(query, position_ids, softcap)
-    tokens = map(_by_token, (query, key, value))
-    result, logsumexp = kernel.forward(*tokens, documents, Scores(scaling, window, softcap))
+    scores = Scores(scaling, window, softcap)
+    result, logsumexp = kernel.forward(_by_token(query), _by_token(key), _by_token(value), documents, scores)
     return _by_row(result, len(query)), logsumexp
 
 
@@ -89,19 +89,21 @@ def _by_token(vectors: torch.Tensor) -> torch.Tensor:
 
 def _by_row(tokens: torch.Tensor, batch: int) -> torch.Tensor:
     """View [batch x sequence, heads, width] as [batch, heads, sequence, width]."""
-    return tokens.contiguous().unflatten(0, (batch, -1)).transpose(1, 2)
+    rows: torch.Tensor = tokens.contiguous().view(batch, -1, *tokens.shape[1:])
+    return rows.transpose(1, 2)
 
 
 # ---------------------------------------------------------------------------------------------- the operators
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    query, key, value, ctx.scaling, position_ids, ctx.window, ctx.softcap = inputs
+    query, key, value, scaling, position_ids, *others = inputs
+    ctx.scores = (scaling, *others)
     ctx.save_for_backward(query, key, value, *output, position_ids)
 
 
 def _differentiate(ctx: Any, gradient: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    gradients = _backward_operator(gradient, *ctx.saved_tensors, ctx.scaling, ctx.window, ctx.softcap)
+    gradients = _backward_operator(gradient, *ctx.saved_tensors, *ctx.scores)
     return *gradients, None, None, None, None
 
 
@@ -111,9 +113,8 @@ def _like_result(vectors: torch.Tensor) -> torch.Tensor:
 
 
 def _like_results(query: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, heads, length, _ = query.shape
     wide = torch.promote_types(query.dtype, torch.float32)
-    return _like_result(query), query.new_empty(heads, batch * length, dtype=wide)
+    return _like_result(query), query.new_empty(query.shape[1], query.shape[0] * query.shape[2], dtype=wide)
 
 
 packed_attention = custom_op("fullft::packed_attention", _forward, mutates_args=())

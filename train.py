@@ -66,19 +66,19 @@ def main(config: Config) -> None:
     print(data.description)
     plan = plan_run(config, model_config, data, device, checkpoint)
     config = plan.config  # the plan has decided what was left open
+    data = data.dealt(config)  # into micro-batches
     print(plan.description, *describe_ranks(config), sep="\n")
     with out_of_memory_advice(plan.advice):
         storage = Storage(device, config.output_dir)  # for what --offload keeps elsewhere
         model = load_model(config, source if checkpoint is None else str(checkpoint.folder), storage)
-        begin_steps(
-            config
-        )  # nothing is tokenised or downloaded any more: a rank that keeps others waiting ends the run
+        # Nothing is tokenised or downloaded any more: a rank that keeps others waiting ends the run.
+        begin_steps(config)
         apply_activation_checkpointing(model, config)
         apply_compilation(model, config)
         apply_sharding(model, config, storage)
         apply_layer_streaming(model, storage)
-        choose_attention(model, config.packing)
-        check_model(model, data.largest_token_id, data.longest, config.packing)
+        choose_attention(model, config.joins_rows)
+        check_model(model, data.largest_token_id, data.longest, config.joins_rows)
         reuse_memory(model)
         loss_sum = LossSum(model, compiled=config.compiles)
         optimizer = build_optimizer(model, config, storage)

@@ -79,7 +79,7 @@ class StoppedBySignal(FullftError):
 def general_advice() -> str:
     """Say what usually helps when memory runs out."""
     return (
-        "cheapest remedies: --activation_checkpointing full, a smaller --per_device_train_batch_size or --max_length, "
+        "cheapest remedies: --activation_checkpointing full, a smaller --micro_batch_tokens or --max_length, "
         "--optim adamw_8bit"
     )
 

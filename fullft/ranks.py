@@ -184,6 +184,8 @@ def describe_ranks(config: Config) -> list[str]:
         shares = config.shard in ("optimizer", "gradients", "full")
         return [f"--shard {config.shard} saves nothing: there is one rank"] if shares else []
     lines = [f"{ranks} ranks" + (f" on {place.machines} machines" if place.machines > 1 else "")]
+    if config.micro_batch_tokens:
+        return lines
     micro_batches = config.global_batch_size // config.per_device_train_batch_size
     rest = micro_batches % ranks
     if micro_batches < ranks:

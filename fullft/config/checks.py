@@ -41,21 +41,33 @@ def find_problems(options: Options, given: Mapping[str, Any]) -> list[str]:
         problems.append("max_steps 0 trains nothing: give a number above 0, or -1 to use num_train_epochs")
     if options.warmup_steps > 1 and options.warmup_steps != int(options.warmup_steps):
         problems.append(f"warmup_steps {options.warmup_steps:g} is neither whole nor below 1")
-    batch, accumulation = options.per_device_train_batch_size, given.get("gradient_accumulation_steps")
-    ranks = ranks_of(options)
-    if options.global_batch_size is not None:
-        if options.global_batch_size % batch:
-            problems.append(
-                f"global_batch_size {options.global_batch_size} is not a multiple of per_device_train_batch_size "
-                f"{batch}: change one of the two"
-            )
-        elif accumulation is not None and accumulation != accumulation_of(options):
-            over_ranks = f" x {ranks} ranks" if ranks > 1 else ""
-            problems.append(
-                f"global_batch_size {options.global_batch_size} is not {batch} x {accumulation}{over_ranks}: "
-                "leave out gradient_accumulation_steps, or correct one of the two"
-            )
+    problems += _batch_problems(options)
     return problems
+
+
+def _batch_problems(options: Options) -> Iterator[str]:
+    batch, accumulation = options.per_device_train_batch_size, options.gradient_accumulation_steps
+    whole, ranks = options.global_batch_size, ranks_of(options)
+    over_ranks = f" x {ranks} ranks" if ranks > 1 else ""
+    if options.micro_batch_tokens and (batch is not None or accumulation is not None):
+        name = "gradient_accumulation_steps" if batch is None else "per_device_train_batch_size"
+        yield f"micro_batch_tokens deals a step by tokens, {name} by number: leave out one of the two"
+    if whole is None:
+        return
+    if batch is not None and whole % batch:
+        yield (
+            f"global_batch_size {whole} is not a multiple of per_device_train_batch_size {batch}: change one of the two"
+        )
+    elif accumulation is not None and batch is not None and accumulation != accumulation_of(options):
+        yield (
+            f"global_batch_size {whole} is not {batch} x {accumulation}{over_ranks}: "
+            "leave out gradient_accumulation_steps, or correct one of the two"
+        )
+    elif accumulation is not None and batch is None and whole % (accumulation * ranks):
+        yield (
+            f"global_batch_size {whole} is not a multiple of gradient_accumulation_steps {accumulation}{over_ranks}: "
+            "change one of the two"
+        )
 
 
 def find_idle_flags(options: Options, flags: Mapping[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 Options are words; here they are parsed, once. Which options there are stands in `options.py`.
 """
 
+import math
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ from fullft.config.ranks import Group, Place, find_place, group_of
 from fullft.config.recomputation import Recomputation
 from fullft.config.sizes import parse_size
 
-DEFAULT_MICRO_BATCHES = 16  # per step, over all ranks
+DEFAULT_GLOBAL_BATCH_SIZE = 16  # sequences
 DEFAULT_VAL_SIZE = 0.05
 _PLANNED_PER_NODE = 8  # GPUs, in a plan
 
@@ -31,11 +32,17 @@ class Config(Options):
     dataset: str
     dataset_split: str
     output_dir: Path
+    per_device_train_batch_size: int
     gradient_accumulation_steps: int
     global_batch_size: int
     eval_steps: int
     val_size: float
     gpus: int
+
+    @property
+    def joins_rows(self) -> bool:
+        """Whether a row of a micro-batch holds several documents, which restarting positions tell apart."""
+        return self.packing or bool(self.micro_batch_tokens)
 
     @property
     def accumulates(self) -> bool:
@@ -94,7 +101,8 @@ class Config(Options):
     def undecided(self) -> frozenset[str]:
         """The names of the options that are left to the plan."""
         left_open = ("activation_checkpointing", "offload", "compile", *(("shard",) if self.gpus > 1 else ()))
-        return frozenset(name for name in left_open if getattr(self, name) == UNDECIDED)
+        by_tokens = ("micro_batch_tokens",) if self.micro_batch_tokens is None else ()
+        return frozenset((*(name for name in left_open if getattr(self, name) == UNDECIDED), *by_tokens))
 
     @property
     def must_fit(self) -> bool:
@@ -131,7 +139,9 @@ def resolve(options: Options) -> Config:
             "dataset": dataset,
             "dataset_split": split,
             "output_dir": output_dir_of(options),
+            "per_device_train_batch_size": batch_size_of(options),
             "gradient_accumulation_steps": accumulation_of(options),
+            "micro_batch_tokens": micro_batch_tokens_of(options),
             "global_batch_size": global_batch_size_of(options),
             "gpus": ranks_of(options),
             "eval_steps": options.eval_steps or options.logging_steps,
@@ -166,19 +176,38 @@ def ranks_of(options: Options) -> int:
 
 
 def global_batch_size_of(options: Options) -> int:
-    """Return the sequences of a step: as given, as the three factors make, or the default."""
+    """Return the sequences of a step: as given, as the factors make, or the default and what it lacks of a multiple."""
     if options.global_batch_size is not None:
         return options.global_batch_size
-    accumulation = options.gradient_accumulation_steps
-    micro_batches = DEFAULT_MICRO_BATCHES if accumulation is None else accumulation * ranks_of(options)
-    return micro_batches * options.per_device_train_batch_size
+    factors = (options.per_device_train_batch_size, options.gradient_accumulation_steps)
+    product = math.prod(each for each in factors if each is not None)
+    if factors[1] is not None:
+        product *= ranks_of(options)
+    return product if None not in factors else -(-DEFAULT_GLOBAL_BATCH_SIZE // product) * product
+
+
+def batch_size_of(options: Options) -> int:
+    """Return the sequences of a micro-batch: as given, as the others make, or 1 until something is decided."""
+    if options.per_device_train_batch_size is not None:
+        return options.per_device_train_batch_size
+    if options.gradient_accumulation_steps is None:
+        return 1
+    return max(1, global_batch_size_of(options) // (options.gradient_accumulation_steps * ranks_of(options)))
 
 
 def accumulation_of(options: Options) -> int:
     """Return the most micro-batches that a rank has in a step: with ranks that do not divide them, some have fewer."""
     # Rounded up: a batch that does not divide is refused elsewhere, and still counts as accumulating.
-    micro_batches = -(-global_batch_size_of(options) // options.per_device_train_batch_size)
+    micro_batches = -(-global_batch_size_of(options) // batch_size_of(options))
     return -(-micro_batches // ranks_of(options))
+
+
+def micro_batch_tokens_of(options: Options) -> int | None:
+    """Return how many tokens a micro-batch has at most, None if the plan says it; 0 if it has so many sequences."""
+    if options.micro_batch_tokens is not None:
+        return options.micro_batch_tokens
+    is_open = options.per_device_train_batch_size is None and options.gradient_accumulation_steps is None
+    return None if is_open and options.fit != "off" else 0
 
 
 def val_size_of(options: Options) -> float:
@@ -199,6 +228,8 @@ def output_dir_of(options: Options) -> Path:
 def to_words(config: Config) -> dict[str, Any]:
     """Return every option under its name, as JSON and YAML can hold it."""
     values = {field.name: getattr(config, field.name) for field in fields(Options)}
+    if config.micro_batch_tokens:  # then it alone says how a step is dealt
+        values |= {"per_device_train_batch_size": None, "gradient_accumulation_steps": None}
     return values | {"output_dir": str(config.output_dir)}
 
 

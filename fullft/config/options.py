@@ -119,27 +119,38 @@ class Options:
         -1, "length of the run; above 0 it replaces num_train_epochs", unit="optimizer steps", at_least=-1
     )
     seed: int = option(42, "seed of the order, of the held-out rows and of dropout", at_least=0, below=2**32)
-    per_device_train_batch_size: int = option(
-        1,
-        "size of a micro-batch",
+    per_device_train_batch_size: int | None = option(
+        None,
+        "size of a micro-batch; auto: by tokens, as the plan finds fastest",
         unit="sequences",
         called=("batch_size", "train_batch_size", "micro_batch_size", "per_device_batch_size"),
+        spellings={"auto": None},
         at_least=1,
+        shown="auto",
     )
     gradient_accumulation_steps: int | None = option(
         None,
         "how many micro-batches make an optimizer step",
         unit="micro-batches",
         called=("grad_accum", "accumulation_steps"),
+        spellings={"auto": None},
         at_least=1,
-        shown="16",
+        shown="auto",
+    )
+    micro_batch_tokens: int | None = option(
+        None,
+        "the most that a micro-batch has, where a step's sequences are dealt by tokens",
+        unit="tokens",
+        spellings={"auto": None},
+        at_least=0,
+        shown="auto",
     )
     global_batch_size: int | None = option(
         None,
-        "how many sequences make an optimizer step; accumulation follows from it",
+        "how many sequences make an optimizer step, on all devices together",
         unit="sequences",
         at_least=1,
-        shown="micro-batch x accumulation",
+        shown="16",
     )
     resume_from_checkpoint: str | None = option(
         None,

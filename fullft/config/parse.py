@@ -50,16 +50,21 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
 
 
 def _beaten_by(flags: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, Any]:
-    """Drop from a file's values what flags beat under another name: the three options of the batch are one choice.
+    """Drop from a file's values what flags beat under another name: the options of the batch are one choice.
 
-    A run's own config.yaml holds all three of them, and one flag must be enough to change the batch.
+    A run's own config.yaml holds all that apply, and one flag must be enough to change the batch.
     """
     micro, accumulation, whole = "per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size"
+    tokens = "micro_batch_tokens"
     beaten = set()
-    if accumulation in flags and whole not in flags:
+    if tokens in flags:
+        beaten = {micro, accumulation}
+    elif accumulation in flags and whole not in flags:
         beaten = {whole}
     elif whole in flags or (whole in file and (micro in flags or _has_other_ranks(flags, file))):
         beaten = {accumulation}
+    if tokens not in flags and flags.keys() & {micro, accumulation, whole}:
+        beaten |= {tokens}
     return {name: value for name, value in file.items() if name not in beaten}
 
 
@@ -227,7 +232,8 @@ def _convert(option: "Field[Any]", raw: Any) -> Any:
     if kind is bool:
         return _convert_bool(raw)
     if kind in (int, float):
-        return _convert_number(raw, kind, meta)
+        word = str(raw).strip().lower()
+        return meta["spellings"][word] if word in (meta["spellings"] or {}) else _convert_number(raw, kind, meta)
     text = _convert_text(raw, meta)
     if meta["is_path"] and text is not None:
         text = _expand_home(text)

@@ -61,9 +61,19 @@ class Steps:
     def describe(self) -> str:
         """Say what one step consists of, and how many there are."""
         config = self.config
+        if config.micro_batch_tokens:
+            return f"{self._describe_dealing()}, {self.steps_per_epoch} steps per epoch, {self.total} steps"
         factors = (config.per_device_train_batch_size, config.gradient_accumulation_steps, config.gpus)
         product = f"{factors[0]} x {factors[1]} x " + (f"{config.gpus} ranks" if config.gpus > 1 else "1 device")
         whole = f"{config.global_batch_size} sequences per step"
         is_even = math.prod(factors) == config.global_batch_size
         batch = f"{product} = {whole}" if is_even else f"{whole}, at most {product}"
         return f"{batch}, {self.steps_per_epoch} steps per epoch, {self.total} steps"
+
+    def _describe_dealing(self) -> str:
+        config = self.config
+        count = config.gradient_accumulation_steps
+        several = "one micro-batch" if count == 1 else f"at most {count} micro-batches"
+        on_each = f" on each of {config.gpus} ranks" if config.gpus > 1 else ""
+        most = f"at most {config.micro_batch_tokens:,} tokens{on_each}"
+        return f"{config.global_batch_size} sequences per step in {several} of {most}"

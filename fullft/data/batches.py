@@ -1,16 +1,23 @@
-"""Batches: sequences in an order that any step can be resumed from, padded or packed into micro-batches."""
+"""Batches: sequences in an order that any step can be resumed from, dealt into micro-batches."""
 
+import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain, cycle
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
 
 from fullft.config.config import Config
+from fullft.config.steps import Steps
+from fullft.data.dealing import Dealing, deal, find_dealings
 from fullft.data.micro_batch import IGNORED, Documents, GlobalBatch, MicroBatch
 from fullft.data.packing import pack
+
+Row = dict[str, Any]  # tokenised, or the columns of several such rows
 
 
 class Batches:
@@ -18,8 +25,12 @@ class Batches:
 
     Args:
         rows: tokenised, as `load_data` makes them.
-        config: `max_length`, `packing`, `seed` and the batch sizes are read.
-        pad_token_id: fills the end of a micro-batch's shorter sequences.
+        config: `max_length`, `packing`, `seed` and the batch sizes are read. With `micro_batch_tokens` a micro-batch is
+            one row, in which sequences lie behind each other; else it has a row per sequence, padded to the longest.
+        pad_token_id: fills the end of a micro-batch's shorter rows.
+
+    Attributes:
+        longest: tokens of the longest sequence.
     """
 
     def __init__(self, rows: Dataset, config: Config, pad_token_id: int) -> None:
@@ -27,14 +38,26 @@ class Batches:
         self.lengths: list[int] = rows["num_tokens"][:]
         self.num_targets: list[int] = rows["num_target_tokens"][:]
         self.documents = pack(self.lengths, config.max_length) if config.packing else [[i] for i in range(len(rows))]
-        self.packing = config.packing
+        self.packing, self.most_tokens = config.packing, config.micro_batch_tokens or 0
         self.pad_token_id = pad_token_id
         self.seed, self.place = config.seed, config.place
         self.batch_size = config.per_device_train_batch_size
         self.sequences_per_step = config.global_batch_size
         self.steps_per_epoch = math.ceil(len(self.documents) / self.sequences_per_step)
-        self._longest = max(map(self._length, range(len(self.documents))))
+        self.longest = max(map(self._length, range(len(self.documents))))
         self._order: tuple[int, list[int]] = (-1, [])  # the current epoch, and its order
+
+    def dealt(self, most_tokens: int) -> "Batches":
+        """Return the same steps, dealt into micro-batches of at most so many tokens; 0 deals by number.
+
+        Args:
+            most_tokens: as many as the longest sequence has, at least.
+        """
+        others = copy.copy(self)
+        others.most_tokens = most_tokens
+        return others
+
+    # ------------------------------------------------------------------------------------------ the steps
 
     def global_batch(self, step: int) -> GlobalBatch:
         """Make the micro-batches of one optimizer step, on the CPU.
@@ -42,17 +65,10 @@ class Batches:
         Args:
             step: counted from 1. An epoch's last global batch may be smaller.
         """
-        epoch, position = divmod(step - 1, self.steps_per_epoch)
-        if self._order[0] != epoch:
-            # The order depends on (seed, epoch) alone: no state to save, and no draw from torch's random stream.
-            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.documents))
-            self._order = (epoch, order.tolist())
-        start = position * self.sequences_per_step
-        sequences = self._order[1][start : start + self.sequences_per_step]
-        groups = [sequences[first : first + self.batch_size] for first in range(0, len(sequences), self.batch_size)]
+        sequences = self._sequences(step)
         # Packed sequences, nearly all full, are padded to one length, which one compiled graph serves.
-        mine = self._dealt(groups, at_least=self._longest if self.packing else 0)
-        rows = [row for sequence in sequences for row in self.documents[sequence]]
+        mine = self._dealt(self._groups(sequences), at_least=(self.most_tokens or self.longest) if self.packing else 0)
+        rows = self._rows(sequences)
         return GlobalBatch(
             self.seed,
             step,
@@ -61,35 +77,106 @@ class Batches:
             num_target_tokens=sum(self.num_targets[row] for row in rows),
         )
 
+    def _sequences(self, step: int) -> list[int]:
+        """Return the sequences of a step over all ranks."""
+        epoch, position = divmod(step - 1, self.steps_per_epoch)
+        if self._order[0] != epoch:
+            # The order depends on (seed, epoch) alone: no state to save, and no draw from torch's random stream.
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.documents))
+            self._order = (epoch, order.tolist())
+        start = position * self.sequences_per_step
+        return self._order[1][start : start + self.sequences_per_step]
+
+    def _groups(self, sequences: list[int]) -> list[list[int]]:
+        """Deal a step's sequences into micro-batches."""
+        if self.most_tokens:
+            groups = deal([self._length(number) for number in sequences], self.most_tokens, self.place.count)
+            return [[sequences[place] for place in group] for group in groups]
+        return [sequences[first : first + self.batch_size] for first in range(0, len(sequences), self.batch_size)]
+
+    def find_dealings(self, config: Config) -> list[Dealing]:
+        """List ways to deal every step by tokens, those of the fewest micro-batches first.
+
+        Args:
+            config: the length of the run is read.
+        """
+        total = Steps(config, self.steps_per_epoch).total
+        steps = ([self._length(number) for number in self._sequences(step)] for step in range(1, total + 1))
+        return find_dealings(steps, self.place.count, self.longest, self._largest_step(total))
+
+    def _largest_step(self, total: int) -> int:
+        """Return the tokens of the largest of so many steps."""
+        lengths = np.array([self._length(number) for number in range(len(self.documents))])
+        starts = np.arange(0, len(lengths), self.sequences_per_step)
+        largest = 0
+        for first in range(1, total + 1, self.steps_per_epoch):
+            self._sequences(first)
+            sums = np.add.reduceat(lengths[self._order[1]], starts)
+            largest = max(largest, int(sums[: total + 1 - first].max()))
+        return largest
+
+    def most_micro_batches(self, config: Config) -> int:
+        """Return how many micro-batches a rank has in a step, at most.
+
+        Args:
+            config: the length of the run is read.
+        """
+        total = Steps(config, self.steps_per_epoch).total
+        return max(-(-len(self._groups(self._sequences(step))) // self.place.count) for step in range(1, total + 1))
+
+    # ------------------------------------------------------------------------------------------ all rows
+
     def by_length(self) -> Iterator[MicroBatch]:
         """Make this rank's micro-batches of all sequences, the shortest first, for evaluation.
 
         More short ones come together, but no more tokens, padding included, than `largest` has.
         """
         sequences = sorted(range(len(self.documents)), key=self._length)
-        room, start = self.batch_size * self._longest, 0
-        groups = []
-        for end in range(1, len(sequences) + 1):
-            if end == len(sequences) or (end + 1 - start) * self._length(sequences[end]) > room:
-                groups.append(sequences[start:end])
-                start = end
+        room, groups = self.most_tokens or self.batch_size * self.longest, [sequences[:1]]
+        for number in sequences[1:]:
+            if self._size([*groups[-1], number]) > room:
+                groups.append([])
+            groups[-1].append(number)
         return (micro_batch for _, micro_batch in self._dealt(groups))
+
+    def _size(self, group: list[int]) -> int:
+        """Return the tokens of a micro-batch whose longest sequence comes last, padding included."""
+        return sum(map(self._length, group)) if self.most_tokens else len(group) * self._length(group[-1])
 
     def largest(self) -> MicroBatch:
         """Make a micro-batch of the longest sequences: none of the run takes more memory."""
         longest = sorted(range(len(self.documents)), key=lambda number: -self._length(number))
-        micro_batch = self._collate(longest[: self.batch_size])
+        if self.most_tokens:
+            micro_batch = self._filled(longest)
+        else:
+            micro_batch = self._collate(longest[: self.batch_size])
         # Another one may have more targets, but at most all tokens.
         ids = micro_batch.inputs["input_ids"]
         return replace(micro_batch, labels=ids.clone(), num_target_tokens=ids[:, 1:].numel())
 
+    def _filled(self, sequences: list[int]) -> MicroBatch:
+        """Join sequences, again and again, to the most tokens that a micro-batch may have; the last one is cut."""
+        room = min(self.most_tokens, sum(self.lengths))
+        joined: list[Row] = []
+        for row in cycle(self._rows(sequences)):
+            joined.append(_cut(self.rows[row], room))
+            room -= joined[-1]["num_tokens"]
+            if room == 0:
+                return self._padded([joined])
+        raise AssertionError("there is a row")
+
     def _length(self, sequence: int) -> int:
         return sum(self.lengths[i] for i in self.documents[sequence])
+
+    def _rows(self, sequences: Iterable[int]) -> list[int]:
+        return [row for number in sequences for row in self.documents[number]]
 
     @property
     def mean_length(self) -> float:
         """Tokens of the average sequence."""
         return sum(self.lengths) / len(self.documents)
+
+    # ------------------------------------------------------------------------------------------ micro-batches
 
     def _dealt(self, groups: list[list[int]], at_least: int = 0) -> Iterator[tuple[int, MicroBatch]]:
         """Yield this rank's micro-batches, with their places among all, where ranks take turns at groups of sequences.
@@ -99,7 +186,8 @@ class Batches:
         rank, count = self.place.rank, self.place.count
         order = list(range(len(groups)))
         if count > 1:  # in each turn all ranks wait for the longest
-            order.sort(key=lambda number: -max(map(self._length, groups[number])))
+            size = sum if self.most_tokens else max
+            order.sort(key=lambda number: -size(map(self._length, groups[number])))
         end = -(-len(groups) // count) * count
         for turn in range(rank, end, count):
             # Without a group left, of a shape that is there anyway: another one could need another graph.
@@ -110,28 +198,47 @@ class Batches:
             yield number, replace(micro_batch, is_last=turn + count >= end)
 
     def _collate(self, group: Sequence[int], at_least: int = 0) -> MicroBatch:
-        """Join each sequence's documents, and pad to the longest sequence of the micro-batch, or to so many tokens."""
-        sequences = [self.rows[self.documents[number]] for number in group]
-        shape = (len(group), max(at_least, *(sum(sequence["num_tokens"]) for sequence in sequences)))
+        """Join sequences into one row, or each one's documents into a row of its own."""
+        rows = [_split(self.rows[self.documents[number]]) for number in group]
+        return self._padded([list(chain(*rows))] if self.most_tokens else rows, at_least)
+
+    def _padded(self, rows: list[list[Row]], at_least: int = 0) -> MicroBatch:
+        """Join each row's documents, and pad to the longest row, or to so many tokens."""
+        shape = (len(rows), max(at_least, *(sum(each["num_tokens"] for each in row) for row in rows)))
         input_ids = torch.full(shape, self.pad_token_id)
         labels = torch.full(shape, IGNORED)
         # Padding gets positions of its own from 0: to the model it is one more document, which no token sees.
         position_ids = torch.zeros(shape, dtype=torch.int64)
         lengths: list[int] = []
-        for number, sequence in enumerate(sequences):
-            end = sum(sequence["num_tokens"])
-            input_ids[number, :end] = torch.tensor([token for ids in sequence["input_ids"] for token in ids])
-            labels[number, :end] = torch.tensor([label for labels in sequence["labels"] for label in labels])
-            position_ids[number, :end] = torch.cat([torch.arange(length) for length in sequence["num_tokens"]])
+        for number, row in enumerate(rows):
+            own = [document["num_tokens"] for document in row]
+            end = sum(own)
+            input_ids[number, :end] = torch.tensor([token for document in row for token in document["input_ids"]])
+            labels[number, :end] = torch.tensor([label for document in row for label in document["labels"]])
+            position_ids[number, :end] = torch.cat([torch.arange(length) for length in own])
             position_ids[number, end:] = torch.arange(shape[1] - end)
-            lengths += [*sequence["num_tokens"], *([shape[1] - end] if end < shape[1] else [])]
-        inputs = {"input_ids": input_ids}
-        if self.packing:
+            lengths += [*own, *([shape[1] - end] if end < shape[1] else [])]
+        inputs, joins = {"input_ids": input_ids}, self.packing or self.most_tokens > 0
+        if joins:
             inputs["position_ids"] = position_ids
         return MicroBatch(
             inputs,
             labels,
-            num_tokens=sum(sum(sequence["num_tokens"]) for sequence in sequences),
-            num_target_tokens=sum(sum(sequence["num_target_tokens"]) for sequence in sequences),
-            documents=Documents.of(lengths) if self.packing else None,
+            num_tokens=sum(document["num_tokens"] for row in rows for document in row),
+            num_target_tokens=sum(document["num_target_tokens"] for row in rows for document in row),
+            documents=Documents.of(lengths) if joins else None,
         )
+
+
+def _split(columns: Row) -> list[Row]:
+    """Make one dictionary per row of those of columns."""
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _cut(row: Row, room: int) -> Row:
+    """Return the first tokens of a row, as many as there is room for."""
+    return row | {
+        "input_ids": row["input_ids"][:room],
+        "labels": row["labels"][:room],
+        "num_tokens": min(row["num_tokens"], room),
+    }

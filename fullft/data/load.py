@@ -39,6 +39,16 @@ class Data:
     fingerprint: str
     description: str
 
+    def dealt(self, config: Config) -> "Data":
+        """Return the same rows, dealt into micro-batches as the plan has decided.
+
+        Args:
+            config: `micro_batch_tokens` is read.
+        """
+        most_tokens = config.micro_batch_tokens or 0
+        evaluation = self.evaluation and self.evaluation.dealt(most_tokens)
+        return replace(self, train=self.train.dealt(most_tokens), evaluation=evaluation)
+
     def largest(self, accumulation: int) -> tuple[list[MicroBatch], MicroBatch | None]:
         """Make the micro-batches that take most memory: for training, at most two, and for evaluation.
 

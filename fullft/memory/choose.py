@@ -4,7 +4,7 @@ Only what the user left at auto is set. `choices` is the one place to add a way 
 """
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from fullft.config.config import Config
 from fullft.config.placement import Placement, placements
 from fullft.config.recomputation import Recomputation
+from fullft.data.dealing import Dealing
 from fullft.memory.facts import Facts, find_facts
 from fullft.memory.machine import Device
 from fullft.memory.plan import Batch, plan_step
@@ -43,11 +44,11 @@ class Plans:
 
         Args:
             config: as in `plan_step`.
-            batch: the largest micro-batches.
+            batch: the largest micro-batches; of a step that is dealt by tokens, what one sequence of it makes.
         """
         key = self._key(config, batch)
         if key not in self._known:
-            planned = self._known[key] = plan_step(config, self.model_config, batch)
+            planned = self._known[key] = plan_step(config, self.model_config, batch.under(config))
             self._activations[_what_is_kept(config, batch)] = planned["components"]["activations"]
         return self._known[key]
 
@@ -93,7 +94,7 @@ class Plans:
     def _key(self, config: Config, batch: Batch) -> tuple[Any, ...]:
         layout = (config.numerics, config.placement, config.recomputation, config.compiles)
         ranks = (config.shard, config.group) if config.gpus > 1 else ()
-        return (*layout, *ranks, config.accumulates, config.packing, config.max_grad_norm > 0, batch)
+        return (*layout, *ranks, config.accumulates, config.joins_rows, config.max_grad_norm > 0, batch.under(config))
 
     def facts(self, length: int) -> Facts:
         """Count what follows from the model's shapes alone.
@@ -108,7 +109,7 @@ class Plans:
 
 def _what_is_kept(config: Config, batch: Batch) -> tuple[Any, ...]:
     """Return what activations depend on, besides the model."""
-    return (config.numerics.computation, config.recomputation, config.compiles, config.packing, batch)
+    return (config.numerics.computation, config.recomputation, config.compiles, config.joins_rows, batch.under(config))
 
 
 # ---------------------------------------------------------------------------------------------- choosing
@@ -126,35 +127,51 @@ class Choice:
         activation_checkpointing: the option's word.
         placement: where things live.
         shard: the option's word; None for a run on one device.
+        dealing: how a step's sequences are dealt by tokens; None where they are dealt by number.
         seconds: of a step, estimated.
     """
 
     activation_checkpointing: str
     placement: Placement
     shard: str | None = None
+    dealing: Dealing | None = None
     seconds: float = 0.0
 
     @staticmethod
     def of(config: Config) -> "Choice":
         """Return what options say."""
-        return Choice(config.activation_checkpointing, config.placement, config.shard if config.gpus > 1 else None)
+        shard = config.shard if config.gpus > 1 else None
+        return Choice(config.activation_checkpointing, config.placement, shard, dealing_of(config))
 
     def apply(self, config: Config) -> Config:
         """Set the options."""
-        changes = {} if self.shard is None else {"shard": self.shard}
+        changes: dict[str, Any] = {} if self.shard is None else {"shard": self.shard}
+        if self.dealing is not None:
+            changes |= dealt_by(self.dealing)
         changes |= {"activation_checkpointing": self.activation_checkpointing, "offload": str(self.placement)}
-        return replace(config, **changes)  # type: ignore[arg-type]
+        return replace(config, **changes)
 
     @property
-    def where(self) -> tuple[str | None, Placement]:
-        """Where things are: the same for several ways to recompute."""
-        return self.shard, self.placement
+    def where(self) -> tuple[str | None, Placement, Dealing | None]:
+        """Where things are, and how many tokens at a time: the same for several ways to recompute."""
+        return self.shard, self.placement, self.dealing
 
     def describe(self) -> str:
         """Name what it sets."""
         shard = f"shard {self.shard}, " if self.shard is not None else ""
         offload = f", offload {self.placement}" if self.placement.offloaded else ""
-        return f"{shard}activation_checkpointing {self.activation_checkpointing}{offload}"
+        tokens = "" if self.dealing is None else f", micro-batches of at most {self.dealing.tokens:,} tokens"
+        return f"{shard}activation_checkpointing {self.activation_checkpointing}{offload}{tokens}"
+
+
+def dealing_of(config: Config) -> Dealing | None:
+    """Return how a step is dealt by tokens; None where it is not, or not yet decided."""
+    return Dealing(config.micro_batch_tokens, config.gradient_accumulation_steps) if config.micro_batch_tokens else None
+
+
+def dealt_by(dealing: Dealing) -> dict[str, int]:
+    """Return the options that say how a step is dealt by tokens."""
+    return {"micro_batch_tokens": dealing.tokens, "gradient_accumulation_steps": dealing.micro_batches}
 
 
 def recomputing_time(config: Config) -> float:
@@ -177,10 +194,18 @@ def step_seconds(config: Config, facts: Facts, batch: Batch, speeds: Speeds) -> 
         batch: the largest micro-batches.
         speeds: of the machine.
     """
-    return estimate_seconds(config, facts, batch.sequences * batch.length, speeds, recomputing_time(config))
+    dealt = batch.under(config)
+    return estimate_seconds(config, facts, dealt.sequences * dealt.length, speeds, recomputing_time(config))
 
 
-def choices(config: Config, plans: Plans, batch: Batch, device: Device, speeds: Speeds) -> list[Choice]:
+def choices(
+    config: Config,
+    plans: Plans,
+    batch: Batch,
+    device: Device,
+    speeds: Speeds,
+    dealings: Sequence[Dealing] = (),
+) -> list[Choice]:
     """List what may be set in place of auto, the fastest first by estimate.
 
     Each choice gives the same losses: to the bit or, compiled or on several ranks, up to rounding. Nothing is offloaded
@@ -192,6 +217,7 @@ def choices(config: Config, plans: Plans, batch: Batch, device: Device, speeds: 
         batch: the largest micro-batches.
         device: to fit on.
         speeds: of the machine.
+        dealings: ways to deal a step by tokens, where that is open.
     """
     tiers = ("device", "disk") if device.is_host else ("device", "host", "disk")
     possible = list(placements(tiers)) if "offload" in config.undecided else [config.placement]
@@ -203,23 +229,29 @@ def choices(config: Config, plans: Plans, batch: Batch, device: Device, speeds: 
         # `selective` saves about as much as recomputing every other layer, and takes less time.
         modes = ["none", "every_2" if config.compiles else "selective", "full"]
     facts = plans.facts(batch.length)
+    ways: Sequence[Dealing | None] = dealings or [dealing_of(config)]
     found = []
-    for stage, placement, mode in itertools.product(stages, possible, modes):
+    for stage, placement, mode, dealing in itertools.product(stages, possible, modes, ways):
         if placement.streams_layers and (mode != "full" or stage is not None):
             continue  # a layer whose weights have left the device must be recomputed
         if placement.optimizer != "device" and config.placement.optimizer == "paged":
             continue  # the driver places these states
-        choice = Choice(mode, placement, stage)
+        choice = Choice(mode, placement, stage, dealing)
         found.append(replace(choice, seconds=step_seconds(choice.apply(config), facts, batch, speeds)))
     return sorted(found, key=lambda choice: (choice.seconds, len(choice.placement.offloaded)))
 
 
 def choose(
-    config: Config, plans: Plans, batch: Batch, device: Device, speeds: Callable[[], Speeds]
+    config: Config,
+    plans: Plans,
+    batch: Batch,
+    device: Device,
+    speeds: Callable[[], Speeds],
+    dealings: Sequence[Dealing] = (),
 ) -> tuple[Config, str]:
     """Set what the user left at auto to the fastest exact choice that fits, or to that which needs least if none does.
 
-    Precision, optimizer, batch and packing are never touched.
+    Precision, optimizer, global batch and packing are never touched.
 
     Args:
         config: resolved options.
@@ -227,6 +259,7 @@ def choose(
         batch: the largest micro-batches.
         device: to fit on.
         speeds: measures the machine; asked only where something must be ranked by them.
+        dealings: ways to deal a step by tokens, where that is open.
 
     Returns:
         The options with nothing left open, and a line that says what was chosen and why.
@@ -236,15 +269,15 @@ def choose(
     """
     if config.gpus > 1 and "shard" not in config.undecided:
         require_stage(config, plans.model_config)
-    if not config.undecided & {"activation_checkpointing", "offload", "shard"}:
+    if not config.undecided & {"activation_checkpointing", "offload", "shard", "micro_batch_tokens"}:
         return config, f"{Choice.of(config).describe()}: as asked"
     # Most runs fit without moving anything, and then nothing needs to be measured, unless stages must be ranked.
     is_open = "offload" in config.undecided
     known = speeds() if "shard" in config.undecided else ASSUMED
-    ranked = choices(replace(config, offload="none") if is_open else config, plans, batch, device, known)
+    ranked = choices(replace(config, offload="none") if is_open else config, plans, batch, device, known, dealings)
     choice = _first_to_fit(ranked, config, plans, batch, device)
     if choice is None and is_open:
-        ranked = choices(config, plans, batch, device, speeds())
+        ranked = choices(config, plans, batch, device, speeds(), dealings)
         choice = _first_to_fit(ranked, config, plans, batch, device)
     return _explained(config, plans, batch, device, choice, ranked)
 
@@ -301,26 +334,27 @@ def _explained(
         if planned[name]
     ]
     line += f"; {', '.join(kept)}" if kept else ""
-    if too_large := _too_large(ranked[:place], config, plans, batch, unit):
+    if too_large := _too_large(ranked[:place], choice, config, plans, batch, unit):
         line += f"; faster, but too large: {too_large}"
     return chosen, line
 
 
-def _too_large(faster: list[Choice], config: Config, plans: Plans, batch: Batch, unit: Unit) -> str:
+def _too_large(faster: list[Choice], taken: Choice, config: Config, plans: Plans, batch: Batch, unit: Unit) -> str:
     """Say what faster choices need, as far as that is known: one of each stage and placement."""
-    needs: dict[tuple[str | None, Placement], str] = {}
+    needs: dict[str, str] = {}
     for choice in faster:
         chosen = choice.apply(config)
         held = plans.least_bytes(chosen, batch)
         device = max(held["device"], plans.known_peak(chosen, batch))
         elsewhere = {"host": held["host"], "disk": held["disk"]}
         needed = [unit.amount(device), *(f"{tier} {unit.amount(size)}" for tier, size in elsewhere.items() if size)]
-        name = str(choice.placement)
+        name = f"offload {choice.placement}"
         if choice.shard is not None:
-            name = choice.shard + (f" with {name}" if choice.placement.offloaded else "")
-        needs.setdefault(choice.where, f"{name} ({', '.join(needed)})")
-    shown = ", ".join(list(needs.values())[:_SHOWN])
-    return shown and f"{'offload' if config.gpus == 1 else 'shard'} {shown}"
+            name = f"shard {choice.shard}" + (f" with {name}" if choice.placement.offloaded else "")
+        if choice.dealing is not None and choice.where[:2] == taken.where[:2]:
+            name = f"{choice.dealing.tokens:,} tokens"
+        needs.setdefault(name, f"{name} ({', '.join(needed)})")
+    return ", ".join(list(needs.values())[:_SHOWN])
 
 
 def fits(planned: Mapping[str, Any], device: Device) -> bool:

@@ -76,7 +76,12 @@ def _peak(plans: Plans, config: Config, options: dict[str, Any], batch: Batch, s
 def _candidates(config: Config, plans: Plans, batch: Batch, tier: str) -> Iterator[_Candidate]:
     # What depends on the batch is at most the rest, without weights, gradients and states: often not worth a trace.
     share = _besides_states(plans, config, batch) / plans.of(config, batch)["peak_bytes"]
-    if batch.sequences > 1 and share > 2 * _WORTH_IT:
+    tokens, micro_batches = config.micro_batch_tokens or 0, config.gradient_accumulation_steps
+    if tokens >= 2 * batch.length and share > 2 * _WORTH_IT:
+        fewer = {"micro_batch_tokens": tokens // 2, "gradient_accumulation_steps": 2 * micro_batches}
+        flags = f"--micro_batch_tokens {tokens // 2}"
+        yield _Candidate(flags, fewer, {}, "some", f"accumulate {2 * micro_batches}")
+    elif batch.sequences > 1 and share > 2 * _WORTH_IT:
         steps = config.gradient_accumulation_steps * batch.sequences
         yield _Candidate(
             "--per_device_train_batch_size 1",

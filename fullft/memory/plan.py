@@ -9,9 +9,10 @@ the first or the last ones.
 import copy
 import gc
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -52,12 +53,14 @@ class Batch:
         length: tokens of each.
         evaluation_length: tokens of each held-out one; 0 without evaluation.
         evaluation_sequences: held-out rows; 0 for as many as in training.
+        held_out_tokens: of all held-out rows.
     """
 
     sequences: int
     length: int
     evaluation_length: int = 0
     evaluation_sequences: int = 0
+    held_out_tokens: int = sys.maxsize
 
     @staticmethod
     def of(micro_batches: list[MicroBatch], evaluation: MicroBatch | None) -> "Batch":
@@ -66,6 +69,17 @@ class Batch:
         if evaluation is None:
             return Batch(sequences, length)
         return Batch(sequences, length, evaluation.labels.shape[1], evaluation.labels.shape[0])
+
+    def under(self, config: Config) -> "Batch":
+        """Return the micro-batches that these rows make where a step is dealt by tokens; else what this is.
+
+        Args:
+            config: `micro_batch_tokens` is read.
+        """
+        if not config.micro_batch_tokens:
+            return self
+        evaluated = min(config.micro_batch_tokens, self.held_out_tokens) if self.evaluation_length else 0
+        return replace(self, sequences=1, length=config.micro_batch_tokens, evaluation_length=evaluated)
 
 
 @dataclass(frozen=True)
@@ -172,7 +186,7 @@ def trace(config: Config, model_config: PreTrainedConfig, batch: Batch, layers: 
         ends: how many layers behind them, and at the end, have slots of their own as these do.
     """
     device = torch.device("cpu")
-    with planned_ranks(config) as mesh, tracing(), _mask_as_for_real_tensors(config.packing), no_init_weights():
+    with planned_ranks(config) as mesh, tracing(), _mask_as_for_real_tensors(config.joins_rows), no_init_weights():
         model = AutoModelForCausalLM.from_config(
             shortened(model_config, layers), dtype=dtype_of(config.numerics.weights)
         )
@@ -180,7 +194,7 @@ def trace(config: Config, model_config: PreTrainedConfig, batch: Batch, layers: 
         model.tie_weights()  # left out together with the initial values
         if pick_device().type == "cpu":
             attend_by_document(model)
-        elif config.packing:
+        elif config.joins_rows:
             attend_packed(model, pick_device().type)
         storage = PlannedStorage(device)
         if config.placement.streams_layers:
@@ -189,9 +203,11 @@ def trace(config: Config, model_config: PreTrainedConfig, batch: Batch, layers: 
         apply_layer_streaming(model, storage)
         apply_sharding(model, config, storage, mesh)
         optimizer = build_optimizer(model, config, storage)
-        micro_batch = _micro_batch(batch.sequences, batch.length, config.packing)
+        micro_batch = _micro_batch(batch.sequences, batch.length, config.joins_rows)
         held_out_sequences = batch.evaluation_sequences or batch.sequences
-        held_out = batch.evaluation_length and _micro_batch(held_out_sequences, batch.evaluation_length, config.packing)
+        held_out = batch.evaluation_length and _micro_batch(
+            held_out_sequences, batch.evaluation_length, config.joins_rows
+        )
         # Elsewhere the first one leaves whole weights, whole sums or sums of this copy behind.
         is_alike = config.gpus == 1 or (config.shard == "full" and config.group.copies == 1)
         profile = take_worst_step(

@@ -1,7 +1,7 @@
 """A run's memory: planned before its weights are loaded, measured before its first step, both recorded together."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,8 +14,9 @@ from fullft.config.steps import Steps
 from fullft.data.load import Data
 from fullft.errors import FullftError, MemoryExhaustedError, general_advice
 from fullft.hardware import process_figures
-from fullft.memory.choose import Plans, choose, fits
+from fullft.memory.choose import Plans, choose, dealing_of, dealt_by, fits
 from fullft.memory.collectives import sent_in_step
+from fullft.memory.dealings import Dealings, dealings_of_run
 from fullft.memory.levers import find_levers
 from fullft.memory.machine import Device, find_device, least_of
 from fullft.memory.picture import plot_memory
@@ -77,15 +78,20 @@ def plan_run(
     """
     if config.has_8bit_moments:
         require_kernel(device)  # before weights are loaded
-    batch, plans = Batch.of(*data.largest(accumulation=2)), Plans(model_config)
+    batch, plans = _largest_batch(data), Plans(model_config)
+    saved = {} if checkpoint is None else checkpoint.state["options"]
     # What fits on the rank with the least of everything fits on all.
     there = least_of(by_each_rank(lambda: find_device(config, device)))
     ring = measure_ring(config, device) if config.gpus > 1 and config.undecided & {"shard", "offload"} else 0.0
 
     def decide() -> _Decision:
+        dealings = dealings_of_run(config, model_config, data.train, saved)
         num_tokens = _num_tokens(config, data)
-        speeds = partial(measure_speeds, config, plans.model_config, batch, device, ring)
-        return _decide(config, plans, batch, there, device, num_tokens, speeds, checkpoint)
+        timed = batch
+        if dealings.ways:
+            timed = replace(batch, sequences=max(1, dealings.ways[0].tokens // batch.length))
+        speeds = partial(measure_speeds, config, plans.model_config, timed, device, ring)
+        return _decide(config, plans, batch, there, device, num_tokens, speeds, dealings, saved)
 
     decision = by_first_rank(decide)
     config = replace(config, **decision.changes)
@@ -128,19 +134,21 @@ def _decide(
     device: torch.device,
     num_tokens: float,
     speeds: Callable[[], Speeds],
-    checkpoint: Checkpoint | None,
+    dealings: Dealings,
+    saved: Mapping[str, Any],
 ) -> _Decision:
     try:
         work = num_tokens * plans.facts(batch.length).flops_per_token
-        config, compilation = choose_compilation(asked, work, device)
-        config = _rounding_as_before(config, checkpoint)
-        config, choice = choose(config, plans, batch, there, speeds)
+        config, compilation = choose_compilation(dealings.config, work, device)
+        config = _rounding_as_before(config, saved)
+        config, choice = choose(config, plans, batch, there, speeds, dealings.ways)
         figures = plans.of(config, batch)
     except FullftError:
         raise
     except Exception as error:  # code that comes with a model may need values, which fake tensors lack
         line = f"warning: the memory of this model cannot be planned ({type(error).__name__}: {str(error)[:150]})"
-        return _Decision({"shard": "full"} if "shard" in asked.undecided else {}, None, line)
+        least = {"shard": "full", "micro_batch_tokens": 0}
+        return _Decision({name: least[name] for name in least if name in asked.undecided}, None, line)
     unit = unit_for(figures["peak_bytes"])
     if config.must_fit and not fits(figures, there):
         raise MemoryExhaustedError(
@@ -148,20 +156,31 @@ def _decide(
             f"cheapest remedies: {_remedies(config, plans, batch, there, unit)}; --plan shows where every byte goes, "
             "--fit off runs anyway"
         )
-    lines = (f"Plan: {unit.amount(figures['peak_bytes'])} at the peak{_of_each(config)}; {choice}", compilation)
+    lines = (
+        f"Plan: {unit.amount(figures['peak_bytes'])} at the peak{_of_each(config)}; {choice}",
+        dealings.note,
+        compilation,
+    )
     changes = {name: getattr(config, name) for name in asked.undecided}
+    if (dealing := dealing_of(config)) is not None:
+        changes |= dealt_by(dealing)
     return _Decision(changes, figures, "\n".join(filter(None, lines)))
 
 
-def _rounding_as_before(config: Config, checkpoint: Checkpoint | None) -> Config:
+def _rounding_as_before(config: Config, saved: Mapping[str, Any]) -> Config:
     """Keep what the resumed run chose, where another choice may round otherwise.
 
     Graphs that recompute more may; stages of sharding add up gradients over ranks and micro-batches in other orders.
     """
-    saved = {} if checkpoint is None else checkpoint.state["options"]
     kept = {"activation_checkpointing", "offload"} if config.compiles else set()
     kept |= {"shard"} if saved.get("gpus") == config.gpus else set()
     return replace(config, **{name: saved[name] for name in kept & config.undecided & saved.keys()})
+
+
+def _largest_batch(data: Data) -> Batch:
+    """Return the shape of the largest micro-batches as long as each sequence is one."""
+    held_out = 0 if data.evaluation is None else sum(data.evaluation.lengths)
+    return replace(Batch.of(*data.largest(accumulation=2)), held_out_tokens=held_out)
 
 
 def _num_tokens(config: Config, data: Data) -> float:

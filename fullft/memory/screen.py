@@ -17,6 +17,7 @@ from fullft.config.numerics import Format
 from fullft.errors import FullftError, ModelError
 from fullft.hardware import pick_device
 from fullft.memory.choose import Plans, choose, fits
+from fullft.memory.dealings import dealings_of_plan
 from fullft.memory.estimates import GPUS, MFU, ROWS, estimate_adapters, estimate_work
 from fullft.memory.facts import Facts
 from fullft.memory.levers import ALL, Lever, find_levers
@@ -50,17 +51,19 @@ def show_plan(config: Config) -> None:
     here = pick_device()
     device = find_device(config, here)
     try:
+        dealings = dealings_of_plan(config, plans.model_config)
+        config = dealings.config
         facts, compilation = plans.facts(batch.length), ""
         if config.device_memory is None:  # else the compiler of that machine is unknown
             config, compilation = choose_compilation(config, estimate_work(config, facts, batch).training_flops, here)
             compilation += " (with the rows assumed below)" if compilation and config.max_steps <= 0 else ""
         speeds = functools.cache(functools.partial(measure_speeds, config, plans.model_config, batch, here))
-        config, chosen = choose(config, plans, batch, device, speeds)
+        config, chosen = choose(config, plans, batch, device, speeds, dealings.ways)
         if config.json:
             figures = plan_object(config, plans.of(config, batch), facts, device)
             print(json.dumps(figures | _asked_for(config, plans, batch, speeds), indent=1))
         else:
-            lines = (f"Chosen: {chosen}.", compilation)
+            lines = (f"Chosen: {chosen}.", dealings.note, compilation)
             print("\n\n".join(describe_plan(config, plans, batch, device, speeds, lines)))
     except FullftError:
         raise
@@ -155,10 +158,14 @@ def _assumptions(config: Config, planned: Mapping[str, Any], batch: Batch, chose
     several = config.gpus > 1
     accumulated = f"{config.gradient_accumulation_steps} per step" + (f" on each of {config.gpus} ranks" * several)
     accumulated += "; packed" * config.packing
+    dealt = f"{batch.sequences} x {batch.length}"
+    if config.micro_batch_tokens:
+        dealt = f"at most {config.micro_batch_tokens:,}"
+        accumulated = f"at most {accumulated}; rows of {batch.length}"
     masters = f" with master weights {config.master_weights}" if config.numerics.weights is Format.BF16 else ""
     paragraphs = (
         f"Full fine-tuning of {config.model or 'the built-in demo'}: all {planned['num_parameters']:,} parameters",
-        f"Assumed: micro-batches of {batch.sequences} x {batch.length} tokens, {accumulated}; "
+        f"Assumed: micro-batches of {dealt} tokens, {accumulated}; "
         f"{config.precision}{masters}, {config.optim}. Kernels' workspaces come on top. {unit.legend()}.",
         *chosen,
     )

@@ -23,12 +23,21 @@ def estimate_seconds(config: Config, facts: Facts, tokens: int, speeds: Speeds, 
     forward = tokens * facts.flops_per_token / 3 / speeds.flops  # backward takes twice as long
     backward = (2 + recomputed) * forward
     if config.gpus == 1:
-        computing = config.gradient_accumulation_steps * (forward + backward)
+        computing = config.gradient_accumulation_steps * (forward + backward + _reading(config, facts, speeds))
     else:
         computing = seconds_with_others(config, facts, forward, backward, speeds)
     during, after = estimate_traffic(config, facts)
     summing = _summing_seconds(config, facts, speeds)
     return _together(computing, during, summing, speeds) + _together(_updating(config, facts, speeds), after, 0, speeds)
+
+
+def _reading(config: Config, facts: Facts, speeds: Speeds) -> float:
+    """Estimate what every micro-batch costs, however small it is: weights are read, and gradients added to sums."""
+    sizes = own_sizes_of(config, facts)
+    moved = 3 * sizes.weights  # in forward, for the gradients of inputs, and as gradients of their own
+    if config.accumulates and config.placement.gradients == "device":
+        moved += 2 * sizes.gradients
+    return moved / speeds.memory
 
 
 def _together(computing: float, moved: Traffic, summing: float, speeds: Speeds) -> float:

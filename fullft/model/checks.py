@@ -18,6 +18,8 @@ from fullft.model.probing import (
     trace,
 )
 
+_ALONE = "train it without --packing, and with --per_device_train_batch_size 1"
+
 
 def check_model(model: PreTrainedModel, largest_token_id: int, longest: int, packing: bool) -> None:
     """Check that the data and the model belong together, and that the model can be trained as it is here.
@@ -92,9 +94,9 @@ def _check_isolation(model: PreTrainedModel) -> None:
     try:
         is_alike = not depends_on_others(model, behind_one, behind_another, TWO_DOCUMENTS, second)
     except TypeError as error:
-        raise ModelError(f"{type(model).__name__} takes no position_ids: train it without --packing") from error
+        raise ModelError(f"{type(model).__name__} takes no position_ids: {_ALONE}") from error
     behind = [each[..., second, :] for each in trace(model, behind_one, TWO_DOCUMENTS)]
     # Alone its products have another size, and round differently: a router, too, may choose another expert for a token.
     tolerance = 4 * tolerance_of(model)
     if not is_alike or not agrees_layer_by_layer(model, behind, tolerance, DOCUMENT, TWO_DOCUMENTS[:count]):
-        raise ModelError(f"{type(model).__name__} lets packed documents see each other: train it without --packing")
+        raise ModelError(f"{type(model).__name__} lets documents of one row see each other: {_ALONE}")

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from fullft.config.config import Config, to_words
 from fullft.config.declare import by_name
 from fullft.config.numerics import Format, Numerics
-from fullft.config.options import NEWEST, UNDECIDED, Options
+from fullft.config.options import NEWEST, Options
 from fullft.config.steps import Steps
 from fullft.errors import CheckpointError, OptionsError
 from fullft.optim.adamw import AdamW, block_of
@@ -89,7 +89,7 @@ def _changed_options(config: Config, saved: dict[str, Any]) -> list[str]:
     return [
         f"{name} was {saved.get(name)}, is {now[name]}"
         for name in fixed
-        if now[name] not in (saved.get(name), UNDECIDED)
+        if name not in config.undecided and now[name] != saved.get(name)
     ]
 
 

@@ -1,0 +1,92 @@
+"""Dealing: which sequences of a step are computed together. It changes no gradient but by the order of sums.
+
+A step's sequences are dealt into micro-batches by tokens, not by number: within one they lie behind each other, without
+padding. The fewer micro-batches, the fewer times all weights are read and all gradients are added.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from fullft.data.packing import pack
+
+_FEWEST = (1, 2, 4, 8, 16)  # micro-batches per step that a plan may choose among
+_STEPS_LOOKED_AT = 2000  # to find how many tokens a micro-batch needs
+
+
+@dataclass(frozen=True)
+class Dealing:
+    """One way to deal every step of a run.
+
+    Attributes:
+        tokens: that a micro-batch has at most.
+        micro_batches: that a rank has at most in a step.
+    """
+
+    tokens: int
+    micro_batches: int
+
+
+def deal(lengths: Sequence[int], most_tokens: int, ranks: int = 1) -> list[list[int]]:
+    """Deal sequences into as few micro-batches as best fit finds, or as many as all ranks need to have as many.
+
+    Args:
+        lengths: [sequences], tokens of each, none above `most_tokens`.
+        most_tokens: of a micro-batch.
+        ranks: that take turns at them.
+
+    Returns:
+        The sequences' indices, in the order of `lengths` within each micro-batch.
+    """
+    fewest = pack(lengths, most_tokens)
+    if ranks == 1:
+        return fewest
+    count = min(len(lengths), -(-len(fewest) // ranks) * ranks)
+    evenly = deal_evenly(lengths, count)
+    # In each turn ranks wait for the largest, so alike ones are better, unless they do not fit.
+    return evenly if max(sum(lengths[i] for i in group) for group in evenly) <= most_tokens else fewest
+
+
+def deal_evenly(lengths: Sequence[int], count: int) -> list[list[int]]:
+    """Deal sequences into so many micro-batches of about as many tokens, none of them empty.
+
+    Args:
+        lengths: [sequences], tokens of each.
+        count: of the micro-batches; at most one per sequence.
+
+    Source: Graham, "Bounds on multiprocessing timing anomalies" (1969): the longest first, each to the least loaded.
+    """
+    groups: list[list[int]] = [[] for _ in range(count)]
+    tokens = [0] * count
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        least = min(range(count), key=lambda number: (tokens[number], number))
+        groups[least].append(index)
+        tokens[least] += lengths[index]
+    return [sorted(group) for group in groups]
+
+
+def find_dealings(steps: Iterable[Sequence[int]], ranks: int, longest: int, largest_step: int) -> list[Dealing]:
+    """List ways to deal, those of the fewest micro-batches first.
+
+    Args:
+        steps: the lengths of each step's sequences.
+        ranks: that share a step out.
+        longest: tokens of the longest sequence of the run.
+        largest_step: tokens of the largest step of the run.
+    """
+    looked_at = [step for step, _ in zip(steps, range(_STEPS_LOOKED_AT), strict=False)]
+    found: dict[int, Dealing] = {}
+    for count in _FEWEST:
+        if count == 1 and ranks == 1:
+            tokens = largest_step
+        else:
+            tokens = max(_tokens_for(step, count * ranks) for step in looked_at)
+        tokens = max(longest, tokens)
+        most = max(-(-len(deal(step, tokens, ranks)) // ranks) for step in looked_at)
+        found.setdefault(tokens, Dealing(tokens, most))
+    return list(found.values())
+
+
+def _tokens_for(lengths: Sequence[int], count: int) -> int:
+    """Return the tokens of the largest micro-batch where sequences are dealt evenly."""
+    groups = deal_evenly(lengths, min(count, len(lengths)))
+    return max(sum(lengths[i] for i in group) for group in groups)

@@ -228,7 +228,7 @@ def output_dir_of(options: Options) -> Path:
 def to_words(config: Config) -> dict[str, Any]:
     """Return every option under its name, as JSON and YAML can hold it."""
     values = {field.name: getattr(config, field.name) for field in fields(Options)}
-    if config.micro_batch_tokens:  # then it alone says how a step is dealt
+    if config.micro_batch_tokens != 0:  # then it alone says how a step is dealt, as soon as that is decided
         values |= {"per_device_train_batch_size": None, "gradient_accumulation_steps": None}
     return values | {"output_dir": str(config.output_dir)}
 

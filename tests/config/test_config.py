@@ -98,9 +98,14 @@ def test_an_own_dataset_is_read_whole() -> None:
 @pytest.mark.parametrize(
     ("file", "flags", "batch"),
     [
-        ("", "--per_device_train_batch_size 2", (2, 16, 32)),
+        ("", "--per_device_train_batch_size 2", (2, 8, 16)),
+        ("", "--per_device_train_batch_size 3", (3, 6, 18)),  # 16 is no multiple
+        ("", "--per_device_train_batch_size 32", (32, 1, 32)),
+        ("", "--per_device_train_batch_size 2 --gradient_accumulation_steps 3", (2, 3, 6)),
+        ("", "--gradient_accumulation_steps 4", (4, 4, 16)),
+        ("", "--gradient_accumulation_steps 4 --global_batch_size 64", (16, 4, 64)),
         ("", "--per_device_train_batch_size 2 --global_batch_size 16", (2, 8, 16)),
-        ("global_batch_size: 16", "--gradient_accumulation_steps 4", (1, 4, 4)),
+        ("global_batch_size: 16", "--gradient_accumulation_steps 8", (2, 8, 16)),
         ("gradient_accumulation_steps: 4", "--global_batch_size 6", (1, 6, 6)),
         # a run's own config.yaml holds all three
         ("{per_device_train_batch_size: 2, gradient_accumulation_steps: 8, global_batch_size: 16}", "", (2, 8, 16)),
@@ -138,7 +143,7 @@ def test_resolved_options_leave_nothing_narrowed_at_none(words: str) -> None:
 def test_resolving_keeps_every_given_value() -> None:
     options = Options(dataset="d.jsonl", dataset_split="s", output_dir=Path("out"), eval_steps=7, val_size=0.1, seed=3)
     config = resolve(options)
-    changed = {"gradient_accumulation_steps", "global_batch_size", "gpus"}
+    changed = {"per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size", "gpus"}
     for name in by_name(Options).keys() - changed:
         assert getattr(config, name) == getattr(options, name), name
 
@@ -146,7 +151,10 @@ def test_resolving_keeps_every_given_value() -> None:
 @pytest.mark.parametrize(
     ("words", "undecided"),
     [
-        ("", {"activation_checkpointing", "offload", "compile"}),
+        ("--model m", {"activation_checkpointing", "offload", "compile", "micro_batch_tokens"}),
+        ("--model m --micro_batch_tokens 512", {"activation_checkpointing", "offload", "compile"}),
+        ("--model m --gradient_accumulation_steps 4", {"activation_checkpointing", "offload", "compile"}),
+        ("", {"activation_checkpointing", "offload", "compile"}),  # the demo says how many rows
         ("--compile false", {"activation_checkpointing", "offload"}),
         ("--offload parameters=host", {"compile"}),  # streamed layers must be recomputed
         ("--activation_checkpointing full --offload none --compile true", set()),

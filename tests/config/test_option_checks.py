@@ -29,13 +29,16 @@ def test_the_batch_is_dealt_over_the_ranks(monkeypatch: pytest.MonkeyPatch) -> N
     for words, accumulation, whole in (
         (["--gpus", "4", "--global_batch_size", "16"], 4, 16),
         (["--gpus", "3", "--global_batch_size", "16"], 6, 16),  # two ranks have 5 micro-batches
-        (["--gpus", "4", "--gradient_accumulation_steps", "2"], 2, 8),
+        (["--gpus", "4", "--gradient_accumulation_steps", "2"], 2, 16),
     ):
         config = parse_config(["--model", "m", *words])
         assert (config.gradient_accumulation_steps, config.global_batch_size) == (accumulation, whole), words
     assert (
         "is not 1 x 2 x 4 ranks"
-        in problems_of(*"--model m --gpus 4 --gradient_accumulation_steps 2 --global_batch_size 16".split())[0]
+        in problems_of(
+            *"--model m --gpus 4 --per_device_train_batch_size 1 --gradient_accumulation_steps 2".split(),
+            *"--global_batch_size 16".split(),
+        )[0]
     )
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
@@ -197,3 +200,26 @@ def test_the_best_checkpoint_can_be_told(words: str) -> None:
 def test_the_best_checkpoint_cannot_be_told(words: str, message: str) -> None:
     (line,) = problems_of(*BEST.split(), *words.split())
     assert line.startswith("load_best_model_at_end ") and message in line
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("--per_device_train_batch_size 2", "per_device_train_batch_size"),
+        ("--gradient_accumulation_steps 2", "gradient_accumulation_steps"),
+    ],
+)
+def test_a_step_is_dealt_by_tokens_or_by_number(words: str, named: str) -> None:
+    found = problems_of("--model", "m", "--micro_batch_tokens", "512", *words.split())
+    assert found == [f"micro_batch_tokens deals a step by tokens, {named} by number: leave out one of the two"]
+    # In a file, such as a run's own, either gives way to a flag.
+    Path("own.yaml").write_text("model: m\nmicro_batch_tokens: 512\nglobal_batch_size: 16\n")
+    config = parse_config(["--config", "own.yaml", *words.split()])
+    assert config.micro_batch_tokens == 0 and config.global_batch_size == 16
+    Path("own.yaml").write_text(f"model: m\n{named}: 2\nglobal_batch_size: 16\n")
+    assert parse_config(["--config", "own.yaml", "--micro_batch_tokens", "512"]).micro_batch_tokens == 512
+
+
+def test_auto_is_a_word_for_the_batch() -> None:
+    words = "--model m --per_device_train_batch_size auto --gradient_accumulation_steps auto --micro_batch_tokens auto"
+    assert parse_config(words.split()) == parse_config(["--model", "m"])

@@ -140,7 +140,7 @@ def test_a_word_means_the_same_in_file_and_flag() -> None:
 
 def test_a_conflict_within_the_file_is_refused() -> None:
     file = write_yaml("model: a\ngradient_accumulation_steps: 3\nglobal_batch_size: 16\n")
-    assert "global_batch_size 16 is not 1 x 3" in problems_of("--config", file)[0]
+    assert "global_batch_size 16 is not a multiple of gradient_accumulation_steps 3" in problems_of("--config", file)[0]
 
 
 @pytest.mark.parametrize(

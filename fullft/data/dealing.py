@@ -7,8 +7,6 @@ padding. The fewer micro-batches, the fewer times all weights are read and all g
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from fullft.data.packing import pack
-
 _FEWEST = (1, 2, 4, 8, 16)  # micro-batches per step that a plan may choose among
 _STEPS_LOOKED_AT = 2000  # to find how many tokens a micro-batch needs
 
@@ -27,23 +25,22 @@ class Dealing:
 
 
 def deal(lengths: Sequence[int], most_tokens: int, ranks: int = 1) -> list[list[int]]:
-    """Deal sequences into as few micro-batches as best fit finds, or as many as all ranks need to have as many.
+    """Deal sequences evenly into as few micro-batches as they fit in, as many for each rank.
 
     Args:
         lengths: [sequences], tokens of each, none above `most_tokens`.
         most_tokens: of a micro-batch.
-        ranks: that take turns at them.
+        ranks: that take turns at them, and wait for the largest in each turn.
 
     Returns:
         The sequences' indices, in the order of `lengths` within each micro-batch.
     """
-    fewest = pack(lengths, most_tokens)
-    if ranks == 1:
-        return fewest
-    count = min(len(lengths), -(-len(fewest) // ranks) * ranks)
-    evenly = deal_evenly(lengths, count)
-    # In each turn ranks wait for the largest, so alike ones are better, unless they do not fit.
-    return evenly if max(sum(lengths[i] for i in group) for group in evenly) <= most_tokens else fewest
+    fewest = -(-sum(lengths) // (most_tokens * ranks)) * ranks
+    for count in range(fewest, len(lengths), ranks):
+        groups = deal_evenly(lengths, count)
+        if max(sum(lengths[index] for index in group) for group in groups) <= most_tokens:
+            return groups
+    return [[index] for index in range(len(lengths))]
 
 
 def deal_evenly(lengths: Sequence[int], count: int) -> list[list[int]]:

@@ -91,7 +91,9 @@ class MicroBatch:
         def moved(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(device, non_blocking=True, copy=copy)
 
-        documents = self.documents and replace(self.documents, bounds=moved(self.documents.bounds))
+        documents = self.documents
+        if documents is not None and device.type != "cpu":  # whose attention takes their lengths
+            documents = replace(documents, bounds=moved(documents.bounds))
         inputs = {name: moved(tensor) for name, tensor in self.inputs.items()}
         return replace(self, inputs=inputs, labels=moved(self.labels), documents=documents)
 

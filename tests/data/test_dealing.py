@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from global_batches import UNEVEN, largest_difference, our_gradients, reference_gradients, tolerance
-from models import SHAPE, VOCABULARY, make_config, tiny_model
+from models import SHAPE, make_config, tiny_model
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
 
 from fullft.data.batches import Batches

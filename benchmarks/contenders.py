@@ -52,6 +52,8 @@ TRAINERS = {
     "Trainer, grouped by length, 4 rows at a time": (4, False),
     "Trainer, grouped by length, 8 rows at a time": (8, False),
     "Trainer, grouped by length, 8 rows at a time, compiled": (8, True),
+    "Trainer, grouped by length, 16 rows at a time": (16, False),
+    "Trainer, grouped by length, 16 rows at a time, compiled": (16, True),
 }
 ROWS_ALIKE = max(size for size, _ in TRAINERS.values())  # rows of similar length that the benchmark draws together
 TRLS = {"TRL SFTTrainer, packing": False, "TRL SFTTrainer, packing, compiled": True}
@@ -63,8 +65,13 @@ Result = dict[str, Any]
 
 _MIXED, _SPLIT, _FP32 = "--precision bf16-mixed", "--precision bf16-true --master_weights split", "--precision fp32"
 _AT_ONCE = "--per_device_train_batch_size {sequences} --gradient_accumulation_steps 1"  # all of a step's tokens
+DEFAULT = "ours, the default command"  # decides by itself how it runs; others are told
 # Each line is a row of the table, with its options for `train.py` besides `COMMON`. Trainer gets the first one's rows.
 OURS = {
+    DEFAULT: "",
+    f"{DEFAULT}, compiled": "--compile true",  # as it is chosen for runs of more than some minutes
+    f"{DEFAULT}, bf16-mixed": _MIXED,
+    f"{DEFAULT}, bf16-mixed, compiled": f"{_MIXED} --compile true",
     "ours, bf16-mixed": _MIXED,
     "ours, bf16-mixed, packing": f"{_MIXED} --packing",
     "ours, bf16-mixed, packing, compiled": f"{_MIXED} --packing --compile true",
@@ -81,12 +88,13 @@ OURS = {
     "ours, fp32, packing, compiled": f"{_FP32} --packing --compile true",
     "ours, fp32, packing, compiled, steps of one micro-batch": f"{_FP32} --packing --compile true {_AT_ONCE}",
 }
-# No option depends on the memory that happens to be free, and nothing but training is done.
+# Nothing but training is done.
 COMMON = (
-    "--val_size 0 --num_train_epochs 1 --per_device_train_batch_size 1 --learning_rate 2e-5 --max_grad_norm 1 "
-    "--activation_checkpointing none --offload none --compile false --eval_strategy no --save_strategy no "
+    "--val_size 0 --num_train_epochs 1 --learning_rate 2e-5 --max_grad_norm 1 --eval_strategy no --save_strategy no "
     f"--logging_steps 1 --max_length {MAX_LENGTH} --overwrite_output_dir"
 )
+# No option depends on the memory that happens to be free.
+TOLD = "--per_device_train_batch_size 1 --activation_checkpointing none --offload none --compile false"
 
 
 @dataclass(frozen=True)
@@ -131,8 +139,10 @@ class Task:
     def flags(self, name: str) -> list[str]:
         """Return a run's command line for `train.py`."""
         flags = ["--model", str(self.source), "--dataset", str(self.file), "--output_dir", str(self.output_dir(name))]
-        accumulation = self.packed_sequences if is_packed(name) else ROWS_PER_STEP
-        flags += [*COMMON.split(), "--gradient_accumulation_steps", str(accumulation)]
+        flags += COMMON.split()
+        if DEFAULT not in name:
+            accumulation = self.packed_sequences if is_packed(name) else ROWS_PER_STEP
+            flags += [*TOLD.split(), "--gradient_accumulation_steps", str(accumulation)]
         return [*flags, *OURS[name].format(sequences=self.packed_sequences).split()]
 
     def batches(self, name: str) -> Batches:
@@ -190,7 +200,9 @@ def _profile(run: Callable[[], None]) -> str:
 
 def _result_of(task: Task, name: str) -> Result:
     """Read `train.py`'s log. Padding is not logged, so the batches are made once more to count it."""
-    folder, batches = task.output_dir(name), task.batches(name)
+    folder = task.output_dir(name)
+    written = parse_config(["--config", str(folder / "config.yaml")])
+    batches = task.batches(name).dealt(written.micro_batch_tokens or 0)
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     records = [record for record in records if "loss" in record]
     shutil.rmtree(folder)  # the trained weights are not needed

@@ -80,7 +80,7 @@ def main(config: Config) -> None:
         choose_attention(model, config.packing)
         check_model(model, data.largest_token_id, data.longest, config.packing)
         reuse_memory(model)
-        loss_sum = LossSum(model)
+        loss_sum = LossSum(model, compiled=config.compiles)
         optimizer = build_optimizer(model, config, storage)
         steps = Steps(config, data.train.steps_per_epoch)
         learning_rate_at = build_schedule(config, steps.total)

@@ -82,15 +82,25 @@ def join(weights: torch.Tensor, remainder: torch.Tensor, master: torch.Tensor) -
     bits.add_(remainder)  # a signed number: it is negative where the weight was rounded up
 
 
-def round_stochastically(numbers: torch.Tensor, weights: torch.Tensor, generator: torch.Generator | None) -> None:
+def round_stochastically(numbers: torch.Tensor, weights: torch.Tensor, noise: torch.Tensor) -> None:
     """Round fp32 numbers to one of their two bf16 neighbours, the nearer the likelier: right on average.
 
     Args:
         numbers: [n] float32; overwritten.
         weights: [n] bfloat16, set.
-        generator: of the numbers' device; None draws from torch's own stream.
+        noise: from `noise_for`.
     """
     bits = numbers.view(torch.int32)
-    noise = torch.randint(0, 1 << _HALF_BITS, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)
     bits.add_(noise).bitwise_right_shift_(_HALF_BITS)
     weights.view(torch.int16).copy_(bits)
+
+
+def noise_for(numbers: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    """Draw what stochastic rounding adds to numbers' bits: [n] int32, from 0 to 2^16 - 1.
+
+    Args:
+        numbers: [n].
+        generator: of the numbers' device; None draws from torch's own stream.
+    """
+    shape, device = numbers.shape, numbers.device
+    return torch.randint(0, 1 << _HALF_BITS, shape, dtype=torch.int32, device=device, generator=generator)

@@ -33,6 +33,9 @@ logging.getLogger("torch._higher_order_ops.wrap").addFilter(lambda record: "in-p
 # of a large GPU.
 WORTH_IT = {"cpu": 2e14, "cuda": 1e17}
 
+Function = Callable[..., Any]
+_FAILURES = (TorchDynamoException, InductorError, FailOnRecompileLimitHit)
+
 
 def choose_compilation(config: Config, flops: float, device: torch.device) -> tuple[Config, str]:
     """Decide whether to compile where that was left at auto: long runs of packed sequences, all of one length, gain.
@@ -94,6 +97,45 @@ def apply_compilation(model: PreTrainedModel, config: Config) -> None:
         layer.forward = attempt.compiled(layer.forward)
 
 
+def fuse(function: Function, device: torch.device, eager: Function | None = None) -> Function:
+    """Return a function that does the same in as few kernels as a compiler can make of it.
+
+    On a CPU, without a compiler, or if that fails, it is a function that needs none.
+
+    Args:
+        function: changes its arguments in place. They are tensors, whose first dimension may have any size, or None.
+        device: of the tensors.
+        eager: that needs no compiler; None for `function` itself.
+    """
+    eager = eager or function
+    return eager if device.type == "cpu" or _lack(device) else fused(function, eager)
+
+
+def fused(function: Function, eager: Function) -> Function:
+    """Return what `fuse` returns where there is a compiler for the device.
+
+    Args:
+        function: as `fuse` takes it.
+        eager: as `fuse` takes it.
+    """
+    graph = torch.compile(function, fullgraph=True, dynamic=True)
+    has_failed = False
+
+    @functools.wraps(function)
+    def wrapped(*args: Any) -> Any:
+        nonlocal has_failed
+        if has_failed or is_in_torch_dispatch_mode():
+            return eager(*args)
+        try:
+            return graph(*args)
+        except _FAILURES as error:
+            has_failed = True
+            _warn_of(error, f"`{function.__name__}` takes several kernels")
+            return eager(*args)
+
+    return wrapped
+
+
 class _Attempt:
     """Compiles all layers, or none if the first one fails."""
 
@@ -114,13 +156,17 @@ class _Attempt:
                 return forward(*args, **kwargs)
             try:
                 outputs = graph(*args, **kwargs)
-            except (TorchDynamoException, InductorError, FailOnRecompileLimitHit) as error:
+            except _FAILURES as error:
                 # Layers that have run as graphs keep them: backward may recompute them in the same step.
                 is_left_out, self._has_failed = True, not self._has_succeeded
-                cause = str(error).strip().split("\n")[0][:200]
-                tqdm.write(f"warning: the compiler failed ({cause}); training goes on without it")
+                _warn_of(error, "training goes on without it")
                 return forward(*args, **kwargs)
             self._has_succeeded = True
             return outputs
 
         return wrapped
+
+
+def _warn_of(error: Exception, consequence: str) -> None:
+    cause = str(error).strip().split("\n")[0][:200]
+    tqdm.write(f"warning: the compiler failed ({cause}); {consequence}")

@@ -15,6 +15,7 @@ from global_batches import (
     whole_loss,
 )
 from models import SHAPE, VOCABULARY, make_config, tiny_model
+from torch._dynamo.utils import counters
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -28,6 +29,7 @@ from fullft.data.batches import Batches
 from fullft.data.micro_batch import MicroBatch
 from fullft.model import loss as loss_module
 from fullft.model.loss import LossSum
+from fullft.transforms.compilation import fused
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "qwen2", "gemma2"])
@@ -155,3 +157,23 @@ def test_softmax_of_bf16_logits_is_in_fp32() -> None:
     ours = LossSum(model)(micro_batch)
     assert ours.dtype == torch.float32
     assert ours.item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_compiled_softmax_gives_the_same_loss_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "CHUNK_TOKENS", 48)  # several chunks of two lengths
+    monkeypatch.setattr(loss_module, "fuse", lambda function, device, eager: fused(function, eager))
+    model, micro_batch = tiny_model("llama"), MicroBatch.of(torch.randint(1, VOCABULARY, (2, 60)))
+    found: list[tuple[float, list[torch.Tensor]]] = []
+    frames = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        counters.clear()
+        loss = LossSum(model, compiled=compiled)(micro_batch)
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        found.append((loss.item(), list(gradients)))
+        frames.append(counters["stats"]["unique_graphs"])
+    assert frames == [0, 1]
+    (loss_in_tiles, in_tiles), (compiled_loss, compiled_gradients) = found
+    assert compiled_loss == pytest.approx(loss_in_tiles, rel=1e-12)
+    for tiled, whole in zip(in_tiles, compiled_gradients, strict=True):
+        torch.testing.assert_close(whole, tiled, rtol=1e-10, atol=1e-10)

@@ -2,7 +2,7 @@
 
 import torch
 
-from fullft.model.precision import join, round_stochastically, split
+from fullft.model.precision import join, noise_for, round_stochastically, split
 
 HALF = 1 << 16
 # Of fp32's lower half: none, the least, around the tie, the most, and some in between.
@@ -68,7 +68,8 @@ def test_stochastic_rounding_is_right_on_average() -> None:
     numbers = torch.tensor(AROUND)
     weights = torch.empty(len(AROUND), draws, dtype=torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
-    round_stochastically(numbers[:, None].repeat(1, draws), weights, generator)
+    masters = numbers[:, None].repeat(1, draws)
+    round_stochastically(masters, weights, noise_for(masters, generator))
     below = (bits(numbers) >> 16)[:, None]  # in magnitude
     steps = bits(weights).int() - below
     assert set(steps.unique().tolist()) <= {0, 1}
@@ -85,6 +86,7 @@ def test_stochastic_rounding_keeps_bf16_numbers() -> None:
     weights = torch.arange(HALF, dtype=torch.int64).to(torch.int16).view(torch.bfloat16)
     rounded = torch.empty_like(weights)
     for seed in range(3):
-        round_stochastically(weights.float(), rounded, torch.Generator().manual_seed(seed))
+        masters = weights.float()
+        round_stochastically(masters, rounded, noise_for(masters, torch.Generator().manual_seed(seed)))
         is_number = ~weights.isnan()
         assert torch.equal(bits(rounded[is_number]), bits(weights[is_number]))

@@ -1,7 +1,7 @@
 """Faults in the order of copies and computing, put in one at a time: the race detector finds each of them."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from emulated_cuda import library
 from emulated_cuda.runs import save_models, train_here
+from fullft.errors import NonFiniteError
 from fullft.optim import gradients
 from fullft.storage.stream import ChunkStream
 from fullft.storage.workers import Workers
@@ -100,7 +101,8 @@ def test_fault_is_found(
     save_models(tmp_path, ["llama"], tokenizer)
     everything = "optimizer=host,gradients=host,parameters=host"
     options = {"model": tmp_path / "llama", "offload": everything, "output_dir": tmp_path / "run"}
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, suppress(NonFiniteError):  # a fault may spoil numbers too
         fault(patch)
-        assert train_here(options).races
+        train_here(options)
+    assert library.races
     library.reset()

@@ -17,6 +17,7 @@ def load() -> None:
         return
     load_library()
     import flash_attention
+
     from emulated_cuda import threads, torch_cuda, watch
 
     torch_cuda.complete()

@@ -20,7 +20,8 @@ from torch.nn.functional import scaled_dot_product_attention
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the package need not be installed, as for train.py
 # ruff: noqa: E402
-from fullft.attention.documents import _mask, document_attention
+from fullft.attention.documents import document_attention
+from fullft.attention.interface import mask_of
 
 # What a sequence holds: documents of their lengths.
 CASES = {
@@ -71,7 +72,7 @@ def measure(lengths: list[int], arguments: argparse.Namespace) -> tuple[list[flo
 
     query, key, value = vectors(arguments.heads), vectors(arguments.key_heads), vectors(arguments.key_heads)
     above = vectors(arguments.heads).detach()
-    mask = _mask(positions, query) if len(lengths) > 1 else None
+    mask = mask_of(positions, query) if len(lengths) > 1 else None
 
     def ours() -> torch.Tensor:
         attended: torch.Tensor = document_attention(query, key, value, scale, positions)

@@ -1,31 +1,54 @@
-"""The choice of how a model attends: document by document with our operator, or as transformers has it."""
+"""The choice of how a model attends: document by document with an operator of ours, or as transformers has it.
+
+On a CPU `documents` attends, packed or not. On CUDA `packed` attends to packed sequences, and torch's fused kernels to
+others.
+"""
 
 from transformers import PreTrainedModel
 
-from fullft.attention.documents import NAME
+from fullft.attention import documents, packed
 from fullft.model.probing import DOCUMENT, TWO_DOCUMENTS, agrees_layer_by_layer, probing, tolerance_of, trace
 
 
 def choose_attention(model: PreTrainedModel, packing: bool) -> None:
-    """Switch a model on a CPU to attention by document, where that gives the same result.
+    """Switch a model to attention by document, where that gives the same result.
+
+    On CUDA one line says why packed sequences keep a mask.
 
     Args:
         model: loaded; changed in place.
         packing: whether sequences hold several documents.
     """
-    documents = (DOCUMENT + DOCUMENT[::-1], TWO_DOCUMENTS) if packing else (DOCUMENT, None)
-    if not attend_by_document(model):
-        return
+    own, device = attention_of(model), model.device.type
+    refusal = "its attention is a kind of its own"
+    if attend_by_document(model) or (packing and attend_packed(model, device)):
+        refusal = _refusal(model, own, packing)
+        if refusal:
+            model.set_attn_implementation(own)
+    if refusal and packing and device == "cuda":
+        name = type(model).__name__
+        print(f"warning: {name} attends to packed rows with a mask of length² in each layer: {refusal}")
+
+
+def _refusal(model: PreTrainedModel, own: str | None, packing: bool) -> str:
+    """Compare a model's attention, which is ours by now, with its own on a few tokens; return why it may not be used.
+
+    Args:
+        model: switched back and forth.
+        own: the name of its own attention.
+        packing: whether to compare two documents, or one.
+    """
+    ours = attention_of(model)
+    ids, positions = (DOCUMENT + DOCUMENT[::-1], TWO_DOCUMENTS) if packing else (DOCUMENT, None)
     try:
         with probing(model):
-            attend_as_before(model)
-            own = trace(model, *documents)
-            attend_by_document(model)
-            agrees = agrees_layer_by_layer(model, own, tolerance_of(model), *documents)
-    except Exception:  # a family may pass on what ours cannot take; one without positions is refused later
-        agrees = False
-    if not agrees:
-        attend_as_before(model)
+            model.set_attn_implementation(own)
+            expected = trace(model, ids, positions)
+            model.set_attn_implementation(ours)
+            agrees = agrees_layer_by_layer(model, expected, tolerance_of(model), ids, positions)
+    except Exception as error:  # a family may pass on what ours cannot take; one without positions is refused later
+        return str(error).strip().split("\n")[0] or type(error).__name__
+    return "" if agrees else "ours gives another result"
 
 
 def attend_by_document(model: PreTrainedModel) -> bool:
@@ -40,18 +63,27 @@ def attend_by_document(model: PreTrainedModel) -> bool:
     is_sdpa, is_on_cpu = attention_of(model) == "sdpa", model.device.type == "cpu"
     if not (is_sdpa and is_on_cpu and model._supports_attention_backend):
         return False
-    model.set_attn_implementation(NAME)
+    model.set_attn_implementation(documents.NAME)
     return True
 
 
-def attend_as_before(model: PreTrainedModel) -> None:
-    """Undo `attend_by_document`.
+def attend_packed(model: PreTrainedModel, device_type: str) -> bool:
+    """Switch a model to attention within packed documents on CUDA.
 
     Args:
-        model: changed in place.
+        model: changed in place, if torch's kernel could do what its attention does, but for a soft cap.
+        device_type: of the device that it computes on, or that a plan is made for.
+
+    Returns:
+        Whether it was changed.
     """
-    if attention_of(model) == NAME:
-        model.set_attn_implementation("sdpa")
+    text = model.config.get_text_config(decoder=True)
+    has_softcap = getattr(text, "attn_logit_softcapping", None) is not None  # then transformers takes no kernel
+    is_known = attention_of(model) == ("eager" if has_softcap else "sdpa")
+    if not (is_known and device_type == "cuda" and model._supports_attention_backend):
+        return False
+    model.set_attn_implementation(packed.NAME)
+    return True
 
 
 def attention_of(model: PreTrainedModel) -> str | None:

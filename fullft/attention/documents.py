@@ -15,12 +15,11 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import nn
 from torch.library import custom_op
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
+from fullft.attention.interface import attention_by, whole_sequences_need_none
 from fullft.attention.order import Gathered, Layout, Span, most_padded, padded
 from fullft.tracing import is_tracing, standing_for_all
 
@@ -30,61 +29,21 @@ _GROUP_TOKENS = 1024  # of documents that are computed together: small operation
 
 
 def _attend(
-    module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    position_ids: torch.Tensor | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attend as transformers asks for it.
-
-    Args:
-        module: the attention layer.
-        query: [batch, heads, queries, width].
-        key: [batch, key heads, keys, width].
-        value: as the keys.
-        attention_mask: given where keys are cached, or sequences are longer than a window; else None.
-        scaling: of the scores; None for 1 / sqrt(width).
-        dropout: of the probabilities.
-        position_ids: [1 or batch, sequence].
-
-    Returns:
-        [batch, queries, heads, width], and no probabilities.
-    """
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if torch.is_autocast_enabled(query.device.type):  # as it treats torch's own kernel
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    is_alike = (
-        query.shape[2:] == key.shape[2:] == value.shape[2:]
-    )  # not so with cached keys, or values of another width
-    if attention_mask is None and is_alike and dropout == 0:
-        attended: torch.Tensor = document_attention(query, key, value, scaling, position_ids)
-        return attended.transpose(1, 2), None
-    if attention_mask is None and query.shape[2] == key.shape[2]:
-        attention_mask = _mask(position_ids, query)
-    attended = scaled_dot_product_attention(
-        query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True
-    )
-    return attended.transpose(1, 2), None
+    scaling: float,
+    position_ids: torch.Tensor | None,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Attend as `interface.attention_by` asks; no window and no soft cap comes here."""
+    attended: torch.Tensor = document_attention(query, key, value, scaling, position_ids)
+    return attended
 
 
-def _whole_sequences_need_none(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    """Return the mask of a step of generation, or of a sequence longer than a window; positions say the rest."""
-    # Some families (Qwen2-MoE, Phi-MoE, Llama-4's chunks) say in the mask alone what a token sees.
-    fits = kwargs["q_length"] <= (kwargs.get("local_size") or kwargs["q_length"])
-    if kwargs["q_length"] == kwargs["kv_length"] and kwargs.get("attention_mask") is None and fits:
-        return None
-    mask: torch.Tensor | None = sdpa_mask(*args, **kwargs)
-    return mask
-
-
-AttentionInterface.register(NAME, _attend)
-AttentionMaskInterface.register(NAME, _whole_sequences_need_none)
+AttentionInterface.register(NAME, attention_by(_attend))
+AttentionMaskInterface.register(NAME, whole_sequences_need_none)
 
 
 _layout_of = lru_cache(maxsize=1)(Layout)  # all layers of a micro-batch share one
@@ -99,16 +58,6 @@ def _layout(position_ids: torch.Tensor | None, query: torch.Tensor) -> Layout:
             starts = [0, *(torch.nonzero(positions[1:] == 0)[:, 0] + 1).tolist(), length]
             documents[row] = tuple(end - start for start, end in zip(starts, starts[1:], strict=False))
     return _layout_of(tuple(documents), _BLOCK_QUERIES, _GROUP_TOKENS)
-
-
-def _mask(position_ids: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor:
-    """Make [batch or 1, 1, queries, keys], True where a query sees a key."""
-    places = torch.arange(query.shape[2])
-    seen = places[:, None] >= places
-    if position_ids is None:
-        return seen[None, None]
-    starts = places - position_ids
-    return (seen & (starts[:, :, None] == starts[:, None, :]))[:, None]
 
 
 # ---------------------------------------------------------------------------------------------- the arithmetic

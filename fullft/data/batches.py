@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 
 from fullft.config.config import Config
-from fullft.data.micro_batch import IGNORED, GlobalBatch, MicroBatch
+from fullft.data.micro_batch import IGNORED, Documents, GlobalBatch, MicroBatch
 from fullft.data.packing import pack
 
 
@@ -117,12 +117,14 @@ class Batches:
         labels = torch.full(shape, IGNORED)
         # Padding gets positions of its own from 0: to the model it is one more document, which no token sees.
         position_ids = torch.zeros(shape, dtype=torch.int64)
+        lengths: list[int] = []
         for number, sequence in enumerate(sequences):
             end = sum(sequence["num_tokens"])
             input_ids[number, :end] = torch.tensor([token for ids in sequence["input_ids"] for token in ids])
             labels[number, :end] = torch.tensor([label for labels in sequence["labels"] for label in labels])
             position_ids[number, :end] = torch.cat([torch.arange(length) for length in sequence["num_tokens"]])
             position_ids[number, end:] = torch.arange(shape[1] - end)
+            lengths += [*sequence["num_tokens"], *([shape[1] - end] if end < shape[1] else [])]
         inputs = {"input_ids": input_ids}
         if self.packing:
             inputs["position_ids"] = position_ids
@@ -131,4 +133,5 @@ class Batches:
             labels,
             num_tokens=sum(sum(sequence["num_tokens"]) for sequence in sequences),
             num_target_tokens=sum(sum(sequence["num_target_tokens"]) for sequence in sequences),
+            documents=Documents.of(lengths) if self.packing else None,
         )

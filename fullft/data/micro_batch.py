@@ -3,10 +3,47 @@
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 
 IGNORED = -100  # the label of a token that is no target
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where the documents of a packed micro-batch lie among its tokens, row after row.
+
+    They are known when rows are joined. Read from positions on a device, they would cost a wait for it.
+
+    Attributes:
+        lengths: tokens of each document. The padding of a row is one more.
+        bounds: [documents + 1] int32: how many tokens are before each document, and in all; on the inputs' device.
+    """
+
+    lengths: tuple[int, ...]
+    bounds: torch.Tensor
+
+    @staticmethod
+    def of(lengths: Sequence[int], device: torch.device | None = None) -> "Documents":
+        """Lay documents out, one behind the other.
+
+        Args:
+            lengths: tokens of each.
+            device: of the bounds.
+        """
+        bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        return Documents(tuple(lengths), bounds if device is None else bounds.to(device, non_blocking=True))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest one."""
+        return max(self.lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all."""
+        return sum(self.lengths)
 
 
 @dataclass(frozen=True)
@@ -21,6 +58,7 @@ class MicroBatch:
         num_tokens: tokens that are not padding.
         num_target_tokens: labels that are not -100.
         is_last: whether it is the last one of its step on this rank.
+        documents: where positions restart; None where rows are not packed, or where only the positions say it.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -28,6 +66,7 @@ class MicroBatch:
     num_tokens: int
     num_target_tokens: int
     is_last: bool = True
+    documents: Documents | None = None
 
     @staticmethod
     def of(input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> "MicroBatch":
@@ -41,10 +80,20 @@ class MicroBatch:
         num_target_tokens = int((labels[:, 1:] != IGNORED).sum())
         return MicroBatch({"input_ids": input_ids}, labels, input_ids.numel(), num_target_tokens)
 
-    def to(self, device: torch.device) -> "MicroBatch":
-        """Copy the tensors to a device."""
-        inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
-        return replace(self, inputs=inputs, labels=self.labels.to(device))
+    def to(self, device: torch.device, *, copy: bool = False) -> "MicroBatch":
+        """Copy the tensors to a device.
+
+        Args:
+            device: where the model computes.
+            copy: whether to copy them where they are there already.
+        """
+
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, non_blocking=True, copy=copy)
+
+        documents = self.documents and replace(self.documents, bounds=moved(self.documents.bounds))
+        inputs = {name: moved(tensor) for name, tensor in self.inputs.items()}
+        return replace(self, inputs=inputs, labels=moved(self.labels), documents=documents)
 
     def without_targets(self) -> "MicroBatch":
         """Return one of the same shape that teaches nothing."""

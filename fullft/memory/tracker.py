@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
-from fullft.attention.documents import BODIES
+from fullft.attention import documents, packed
 from fullft.data.micro_batch import MicroBatch
 from fullft.errors import ModelError
 from fullft.memory.collectives import BETWEEN_RANKS, Sent, gradients_in, sent_by, watching_resizes
@@ -32,6 +32,8 @@ from fullft.tracing import is_fake
 from fullft.transforms.activation_checkpointing import tensors_in
 from fullft.transforms.sharding import sharding_of
 from fullft.transforms.streaming import stream_of
+
+_BODIES = documents.BODIES | packed.BODIES
 
 # Not a component of the device's memory: what the run holds in the host's, where that is another one.
 HOST = "host"
@@ -119,7 +121,8 @@ class MemoryTracker(TorchDispatchMode):
         self._label_inputs(micro_batch)
 
     def _label_inputs(self, micro_batch: MicroBatch) -> None:
-        for tensor in (*micro_batch.inputs.values(), micro_batch.labels):
+        bounds = () if micro_batch.documents is None else (micro_batch.documents.bounds,)
+        for tensor in (*micro_batch.inputs.values(), micro_batch.labels, *bounds):
             self._relabel(tensor, "other")
 
     def _begin(self, phase: str, layer: int = -1) -> None:
@@ -176,7 +179,7 @@ class MemoryTracker(TorchDispatchMode):
         return "logits" if self._in_loss else "temporaries", True
 
     def _run(self, operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if body := BODIES.get(operator):
+        if body := _BODIES.get(operator):
             with self._tracking_within():
                 return body(*args, **kwargs)
         if operator in BETWEEN_RANKS:

@@ -85,6 +85,4 @@ def _random_state_restored(device: torch.device) -> AbstractContextManager[None]
 
 def _copy(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
     """Copy a micro-batch to the device, and on a CPU too: there as elsewhere one exists at a time."""
-    inputs = {name: tensor.to(device, copy=True) for name, tensor in micro_batch.inputs.items()}
-    labels = micro_batch.labels.to(device, copy=True)
-    return replace(micro_batch, inputs=inputs, labels=labels)
+    return micro_batch.to(device, copy=True)

@@ -19,6 +19,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
+from fullft.attention.positions import knowing_documents
 from fullft.cpu.sums import add_
 from fullft.data.micro_batch import IGNORED, MicroBatch
 from fullft.model.head import Head, Product, find_linear
@@ -81,7 +82,8 @@ class LossSum:
             A scalar, in nats. Where gradients are recorded, those of the head exist already.
         """
         # Without a cache: it serves generation, and in training it would hide the boundaries of packed documents.
-        outputs = self._run(**micro_batch.inputs, use_cache=False)
+        with knowing_documents(micro_batch):
+            outputs = self._run(**micro_batch.inputs, use_cache=False)
         # The labels are shifted, not the hidden states: position t predicts token t + 1.
         labels = pad(micro_batch.labels[:, 1:], (0, 1), value=IGNORED).flatten()
         # The number of targets is known, so that nothing has to wait for the device to count them.

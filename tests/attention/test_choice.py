@@ -11,7 +11,7 @@ from models import VOCABULARY, tiny_model
 from transformers import PreTrainedConfig
 
 from fullft.attention import documents
-from fullft.attention.choice import attend_as_before, attend_by_document, choose_attention
+from fullft.attention.choice import attend_by_document, choose_attention
 from fullft.attention.documents import NAME
 
 
@@ -73,7 +73,7 @@ def test_generation_stays_the_same(family: str) -> None:
     theirs = model.generate(prompts, **options)
     assert attend_by_document(model)
     assert torch.equal(model.generate(prompts, **options), theirs)
-    attend_as_before(model)
+    model.set_attn_implementation("sdpa")
     assert model.config._attn_implementation == "sdpa"
 
 

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from fullft.attention import documents as attention
 from fullft.attention.choice import attend_by_document
 from fullft.attention.documents import NAME
+from fullft.attention.interface import mask_of
 from fullft.transforms.activation_checkpointing import apply_activation_checkpointing
 
 FAMILIES = ["gpt2", "llama", "mistral", "qwen2", "phi"]  # fewer key heads, a sliding window of 8, biases
@@ -75,7 +76,7 @@ def test_blocks_of_full_size_are_exact(dtype: torch.dtype, tolerance: float, mon
 
     def errors(positions: torch.Tensor) -> list[float]:
         exact = [each.detach().double().requires_grad_() for each in inputs]
-        mask = attention._mask(positions, exact[0])
+        mask = mask_of(positions, exact[0])
         expected = scaled_dot_product_attention(*exact, attn_mask=mask, scale=0.3, enable_gqa=True)
         expected.backward(above.double())
         pairs = zip([attended.detach(), *gradients], [expected.detach(), *(each.grad for each in exact)], strict=True)

@@ -99,6 +99,7 @@ def complete() -> None:
         "_cuda_getDevice": lambda: 0,
         "_cuda_getCurrentRawStream": lambda device: 0,
         "_cuda_isInBadFork": lambda: False,
+        "_is_flash_attention_available": lambda: True,  # for packed rows; see `tests/flash_attention.py`
     }
     of_device = {
         "is_available": lambda: True,

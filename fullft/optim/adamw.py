@@ -23,6 +23,7 @@ from fullft.optim import adamw_8bit
 from fullft.optim.gradients import Gradients
 from fullft.storage.stream import ChunkStream, Field
 from fullft.storage.tiers import CHUNK, Array, Storage, first_element, home_of, local_of
+from fullft.storage.workers import wait_for_all
 
 # Elements that a CPU updates at a time: few enough for its cache. An eager split step runs at 84 million parameters/s
 # over tiles of 4 million elements, and at 1,200 to 1,400 over these. An accelerator would only launch more kernels.
@@ -271,6 +272,7 @@ class AdamW(torch.optim.Optimizer):
 
     def close(self) -> None:
         """Free the states and the gradients, and leave the parameters alone from now on."""
+        wait_for_all(self.storage.device)  # which may still copy them
         self.gradients.close()
         self.state.clear()
 

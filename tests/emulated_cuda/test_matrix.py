@@ -18,9 +18,9 @@ from fullft.storage import tiers
 
 pytestmark = pytest.mark.emulated
 
-# How often the loop may wait for the device: for the loss and the norm; per micro-batch, in our code and the family's.
+# How often the loop may wait for the device: for the loss and the norm; per micro-batch, in the masks of transformers.
 WAITS_PER_STEP = 2
-WAITS_PER_MICRO_BATCH = 5
+WAITS_PER_MICRO_BATCH = 2
 
 # Largest relative differences of losses and norms from those on the CPU, which computes attention and sums otherwise.
 LOSS_AS_ON_CPU = {"fp32": 1e-5, "mixed": 1e-3, "split": 1e-3, "plain": 1e-3, "stochastic": 1e-3}

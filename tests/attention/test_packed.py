@@ -9,13 +9,14 @@ from typing import Any
 import flash_attention
 import pytest
 import torch
+from families import model_of, of_experts
 from models import VOCABULARY, make_config, summed_loss, tiny_model
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from fullft.attention import blocks, kernels, packed
+from fullft.attention import blocks, interface, kernels, packed
 from fullft.attention.choice import attend_packed
 from fullft.attention.positions import documents_of
 from fullft.data.micro_batch import Documents
@@ -182,6 +183,17 @@ def test_models_attend_as_with_a_mask(family: str, kernel: str, use: Callable[[s
     assert largest_error(results(model, batch), theirs) < (1e-5 if family == "gemma2" else 1e-12)
     batch["position_ids"] = torch.arange(24).expand(3, -1)
     assert largest_error(results(model, batch), theirs) > 1e-3
+
+
+def test_values_narrower_than_keys_need_no_mask(use: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSeek's."""
+    use("torch")
+    widths = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12, "first_k_dense_replace": 4}
+    model, batch = model_of(of_experts("deepseek_v3", **widths), torch.float64), packed_inputs()
+    theirs = results(model, batch)
+    assert attend_packed(model, "cuda")
+    monkeypatch.setattr(interface, "mask_of", None)
+    assert largest_error(results(model, batch), theirs) < 1e-12
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])

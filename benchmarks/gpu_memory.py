@@ -1,0 +1,111 @@
+"""Planned bytes next to those of torch's allocator on the card, for `gpu.py`."""
+
+import time
+from functools import partial
+
+import torch
+from gpu_findings import GIB, Findings
+from gpu_steps import config_of, small_config
+from memory_accuracy import track
+from transformers import AutoModelForCausalLM
+
+from fullft.memory.plan import Batch, plan_step
+from fullft.model.precision import dtype_of
+
+TABLE = "The worst step of SmolLM2-135M's shape, random weights"
+HOST = "optimizer=host,gradients=host"
+ALL_HOST = f"{HOST},parameters=host"
+# Precision, master weights, checkpointing, optimizer, accumulation, packing, offload.
+CASES = [
+    ("bf16-true", "split", "none", "adamw", 2, False, "none"),
+    ("bf16-true", "split", "none", "adamw", 2, True, "none"),
+    ("bf16-true", "split", "full", "adamw", 2, True, HOST),
+    ("bf16-mixed", "split", "none", "adamw", 2, False, "none"),
+    ("bf16-true", "split", "full", "adamw", 2, False, ALL_HOST),
+    ("fp32", "split", "none", "adamw", 1, False, "none"),
+    ("bf16-true", "split", "selective", "adamw", 2, True, "none"),
+    ("bf16-true", "split", "full", "adamw_8bit", 1, True, "none"),
+    ("bf16-mixed", "split", "full", "adamw", 1, True, "none"),
+    ("bf16-true", "split", "every_2", "adamw", 2, False, "optimizer=host"),
+    ("bf16-true", "split", "full", "adamw", 2, False, "optimizer=disk,gradients=disk"),
+    ("bf16-true", "stochastic", "none", "adamw", 1, False, "gradients=released"),
+]
+WITHIN = 0.05  # of what was allocated: the allocator rounds, and matrix products have a workspace
+TOY_WITHIN = 0.3  # where rounding weighs more, and attention that is not fused keeps more
+
+
+def run(findings: Findings) -> None:
+    """Compare the cases."""
+    findings.note(
+        "Planned on fake tensors; tracked tensor by tensor; allocated and reserved are the peaks of torch's allocator "
+        "over what was there before the model. Pinned memory comes in blocks."
+    )
+    cases = CASES[:3] if findings.is_emulated else CASES
+    findings.carry_out({" ".join(map(str, case)): partial(compare, findings, *case) for case in cases})
+
+
+def compare(
+    findings: Findings,
+    precision: str,
+    masters: str,
+    mode: str,
+    optim: str,
+    accumulation: int,
+    packing: bool,
+    offload: str,
+) -> None:
+    """Plan a step, take it, and compare the peaks.
+
+    Args:
+        findings: to add to.
+        precision: as the option, like those that follow.
+        masters: `--master_weights`.
+        mode: `--activation_checkpointing`.
+        optim: `--optim`.
+        accumulation: `--gradient_accumulation_steps`.
+        packing: `--packing`.
+        offload: `--offload`.
+    """
+    config = config_of(
+        precision=precision,
+        master_weights=masters if precision == "bf16-true" else None,
+        activation_checkpointing=mode,
+        optim=optim,
+        gradient_accumulation_steps=accumulation,
+        packing=packing,
+        offload=offload,
+        max_grad_norm=0.0 if "released" in offload else 1.0,
+    )
+    model_config, length = small_config(findings.is_emulated), 256 if findings.is_emulated else 2048
+    batch = Batch(1 if findings.is_emulated else 4, length, length)
+    started = time.perf_counter()
+    planned = plan_step(config, model_config, batch)
+    planning = time.perf_counter() - started
+    torch.manual_seed(0)
+    torch.cuda.reset_peak_memory_stats()
+    allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    model = AutoModelForCausalLM.from_config(model_config, dtype=dtype_of(config.numerics.weights)).cuda().train()
+    tracked = track(config, model, batch)
+    allocated = torch.cuda.max_memory_allocated() - allocated
+    reserved = torch.cuda.max_memory_reserved() - reserved
+    error = planned["peak_bytes"] / allocated - 1
+    findings.add(
+        TABLE,
+        {
+            "precision": precision if masters == "split" else f"{precision}, {masters}",
+            "checkpointing": mode,
+            "optimizer": optim,
+            "accumulation": str(accumulation),
+            "packing": packing,
+            "offload": offload,
+            "planned, GiB": planned["peak_bytes"] / GIB,
+            "tracked, GiB": tracked["peak_bytes"] / GIB,
+            "allocated, GiB": allocated / GIB,
+            "reserved, GiB": reserved / GIB,
+            "planned / allocated": 1 + error,
+            "host, planned, GiB": planned["host_bytes"] / GIB,
+            "planning, s": planning,
+        },
+    )
+    within = TOY_WITHIN if findings.is_emulated else WITHIN
+    findings.require(abs(error) <= within, f"{precision} {mode} {optim} {offload}: the plan is off by {error:+.1%}")

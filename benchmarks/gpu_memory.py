@@ -4,7 +4,7 @@ import time
 from functools import partial
 
 import torch
-from gpu_findings import GIB, Findings
+from gpu_findings import Findings
 from gpu_steps import config_of, small_config
 from memory_accuracy import track
 from transformers import AutoModelForCausalLM
@@ -30,6 +30,7 @@ CASES = [
     ("bf16-true", "split", "full", "adamw", 2, False, "optimizer=disk,gradients=disk"),
     ("bf16-true", "stochastic", "none", "adamw", 1, False, "gradients=released"),
 ]
+MIB = 2**20
 WITHIN = 0.05  # of what was allocated: the allocator rounds, and matrix products have a workspace
 TOY_WITHIN = 0.3  # where rounding weighs more, and attention that is not fused keeps more
 
@@ -68,7 +69,7 @@ def compare(
     """
     config = config_of(
         precision=precision,
-        master_weights=masters if precision == "bf16-true" else None,
+        master_weights=masters,
         activation_checkpointing=mode,
         optim=optim,
         gradient_accumulation_steps=accumulation,
@@ -76,7 +77,7 @@ def compare(
         offload=offload,
         max_grad_norm=0.0 if "released" in offload else 1.0,
     )
-    model_config, length = small_config(findings.is_emulated), 256 if findings.is_emulated else 2048
+    model_config, length = small_config(findings.is_emulated), 64 if findings.is_emulated else 2048
     batch = Batch(1 if findings.is_emulated else 4, length, length)
     started = time.perf_counter()
     planned = plan_step(config, model_config, batch)
@@ -98,12 +99,12 @@ def compare(
             "accumulation": str(accumulation),
             "packing": packing,
             "offload": offload,
-            "planned, GiB": planned["peak_bytes"] / GIB,
-            "tracked, GiB": tracked["peak_bytes"] / GIB,
-            "allocated, GiB": allocated / GIB,
-            "reserved, GiB": reserved / GIB,
+            "planned, MiB": planned["peak_bytes"] / MIB,
+            "tracked, MiB": tracked["peak_bytes"] / MIB,
+            "allocated, MiB": allocated / MIB,
+            "reserved, MiB": reserved / MIB,
             "planned / allocated": 1 + error,
-            "host, planned, GiB": planned["host_bytes"] / GIB,
+            "host, planned, MiB": planned["host_bytes"] / MIB,
             "planning, s": planning,
         },
     )

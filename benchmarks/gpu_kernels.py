@@ -112,11 +112,13 @@ def measure(
         states.float().square().mean().backward()
         return states.detach()
 
+    model.zero_grad()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     try:
-        milliseconds = 1e3 * seconds_of(take)
-        return take().float(), {"ms": milliseconds, "GiB": (torch.cuda.max_memory_allocated() - before) / GIB}
+        taken: dict[str, float | str] = {"ms": 1e3 * seconds_of(take)}
+        taken["GiB"] = (torch.cuda.max_memory_allocated() - before) / GIB
+        return take().float(), taken
     except torch.OutOfMemoryError:
         return None, {"ms": "out of memory"}
 

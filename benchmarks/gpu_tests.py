@@ -1,6 +1,5 @@
 """The tests that are marked `gpu`, for `gpu.py`."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -52,9 +51,6 @@ def run(findings: Findings) -> None:
 
     On the emulated device one file is enough: `make emulated` runs them all.
     """
-    if importlib.util.find_spec("pytest") is None:
-        findings.skip("pytest is not installed: pip install -e '.[dev]'")
-        return
     plugins = ["-p", "emulated_cuda.plugin"] if findings.is_emulated else []
     words = ["-m", "gpu", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", f"--rootdir={ROOT}"]
     files = [file for file in sorted(ROOT.glob("tests/**/test_*.py")) if "mark.gpu" in file.read_text("utf-8")]

@@ -5,6 +5,7 @@ A part that is stopped half-way leaves what it has found so far.
 
 import gc
 import json
+import subprocess
 import sys
 import time
 import traceback
@@ -79,7 +80,8 @@ class Findings:
         """Carry out cases one after the other, as long as there is time for one like the longest so far.
 
         Args:
-            cases: under the names that failures and omissions are reported with. One that fails leaves the others.
+            cases: under the names that failures and omissions are reported with. One that fails leaves the others, and
+                so does one whose process was ended when time was up.
         """
         names, longest = list(cases), 0.0
         for number, name in enumerate(names):
@@ -89,6 +91,8 @@ class Findings:
             started = time.monotonic()
             try:
                 cases[name]()
+            except subprocess.TimeoutExpired:
+                self.left_out.append(name)
             except (Exception, SystemExit) as error:
                 traceback.print_exc()
                 self.fail(f"{name}: {_in_one_line(error)}")

@@ -33,8 +33,8 @@ def run(findings: Findings) -> None:
         "transformers makes of restarting positions."
     )
     findings.note(
-        "The optimizer: bytes are those that must be read and written, once each, and not those that are. A copy within "
-        "the card's memory shows what can be reached."
+        "The optimizer: bytes are those that must be read and written, once each, and not those that are. "
+        "A copy within the card's memory shows what can be reached."
     )
     lengths, count = ((128, 256), 1 << 16) if findings.is_emulated else (LENGTHS, PARAMETERS)
     cases: dict[str, Work] = {f"attention, {length} tokens": partial(attend, findings, length) for length in lengths}

@@ -105,9 +105,7 @@ class Runs:
         resident = self._losses_of_resident(options)
         differences = [abs(one - other) / abs(other) for one, other in zip(losses, resident, strict=True)]
         worst = max(differences)
-        self.findings.add(
-            TABLE, {**case, "loss before": losses[0], "after": losses[-1], "off the resident run": worst}
-        )
+        self.findings.add(TABLE, {**case, "loss before": losses[0], "after": losses[-1], "off the resident run": worst})
         # A loss that is no number compares as false.
         self.findings.require(worst <= TOLERANCE, f"{name}: losses {losses}, and {resident} with all on the device")
 
@@ -176,7 +174,7 @@ def finds_a_race() -> bool:
     """Return whether the sanitizer raises where two streams write to the same memory unordered."""
     numbers = torch.zeros(1 << 20, device="cuda")
     try:
-        with torch.cuda.stream(torch.cuda.Stream()):
+        with torch.Stream(device="cuda"):
             numbers.add_(1)
     except Exception as error:
         return "Sanitizer" in type(error).__name__

@@ -83,9 +83,9 @@ def compare(
     planned = plan_step(config, model_config, batch)
     planning = time.perf_counter() - started
     torch.manual_seed(0)
-    torch.cuda.reset_peak_memory_stats()
     allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     model = AutoModelForCausalLM.from_config(model_config, dtype=dtype_of(config.numerics.weights)).cuda().train()
+    torch.cuda.reset_peak_memory_stats()
     tracked = track(config, model, batch)
     allocated = torch.cuda.max_memory_allocated() - allocated
     reserved = torch.cuda.max_memory_reserved() - reserved

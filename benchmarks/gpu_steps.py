@@ -1,4 +1,4 @@
-"""Models with random weights, built and trained as `train.py` does, on whatever device there is: for parts of `gpu.py`."""
+"""Models with random weights, built and trained as `train.py` does, on any device: for parts of `gpu.py`."""
 
 # ruff: noqa: E402
 import sys
@@ -86,9 +86,7 @@ def random_model(config: Config, model_config: PreTrainedConfig, storage: Storag
     """
     streams = config.placement.streams_layers
     with torch.device("cpu" if streams else storage.device), no_init_weights():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            model_config, dtype=dtype_of(config.numerics.weights)
-        )
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(model_config, dtype=dtype_of(config.numerics.weights))
     model.tie_weights()
     if streams:
         move_layers_home(model, config.placement.parameters, storage, with_values=False)

@@ -12,6 +12,7 @@ Prints what failed last.
 """
 
 import argparse
+import copy
 import importlib
 import json
 import os
@@ -30,6 +31,8 @@ from gpu_findings import Findings, Row, as_markdown
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "benchmarks" / "work" / "gpu"
 GRACE = 10  # seconds that a part may be late before it is stopped
+LEAST = 5  # seconds that a part needs to find anything
+NOTHING: Row = {"tables": {}, "notes": [], "left_out": [], "failed": [], "skipped": ""}  # the fields of `Findings`
 LAST_LINES = 15  # of the output of a part that ended by itself
 
 
@@ -53,7 +56,7 @@ class Part:
 # The most important ones first.
 PARTS = {
     "tests": Part("Tests that need a GPU", "gpu_tests", 80),
-    "matrix": Part("Runs under torch's sanitizer", "gpu_matrix", 90, {"TORCH_CUDA_SANITIZER": "1"}),
+    "matrix": Part("Runs under torch's sanitizer", "gpu_matrix", 100, {"TORCH_CUDA_SANITIZER": "1"}),
     "memory": Part("Memory, planned and measured", "gpu_memory", 45),
     "time": Part("Time of a step, estimated and measured", "gpu_time", 50),
     "peers": Part("Speed, next to Trainer and TRL", "gpu_peers", 110),
@@ -136,8 +139,7 @@ def in_own_process(name: str, seconds: float, arguments: argparse.Namespace) -> 
             code = None
         finally:
             _stop(process)
-    empty = {"tables": {}, "notes": [], "left_out": [], "failed": [], "skipped": ""}
-    found: Row = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else empty
+    found: Row = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else copy.deepcopy(NOTHING)
     if code is None:
         found["failed"].append(f"stopped after {seconds + GRACE:.0f} s; the last lines are in {log}")
     elif code:
@@ -176,9 +178,12 @@ def carry_out(arguments: argparse.Namespace) -> int:
     names = [name for name in PARTS if name in arguments.only]
     for number, name in enumerate(names):
         shares = [PARTS[each].share for each in names[number:]]
-        seconds = max(5.0, (end - time.monotonic()) * shares[0] / sum(shares) - GRACE / 2)
-        print(f"{PARTS[name].title}: at most {seconds:.0f} s", flush=True)
-        found[name] = in_own_process(name, seconds, arguments)
+        seconds = (end - time.monotonic()) * shares[0] / sum(shares) - GRACE / 2
+        print(f"{PARTS[name].title}: at most {max(0.0, seconds):.0f} s", flush=True)
+        if seconds < LEAST:
+            found[name] = NOTHING | {"skipped": "there was no time", "seconds": 0.0}
+        else:
+            found[name] = in_own_process(name, seconds, arguments)
         print(f"  {_outcome(found[name])} in {found[name]['seconds']:.0f} s", flush=True)
         page = write(arguments, facts, found)
     failures = [f"{name}: {line}" for name, each in found.items() for line in each["failed"]]
@@ -229,6 +234,8 @@ def as_page(facts: Row, found: dict[str, Row]) -> str:
     """
     failures = [f"- {PARTS[name].title}: {line}" for name, each in found.items() for line in each["failed"]]
     lines = [f"# On {facts['card']}", "", as_markdown([{"": name, "value": value} for name, value in facts.items()])]
+    if facts["card"].endswith("(emulated)"):
+        lines += ["", "At toy size, on an emulated device: this shows that all runs, and its speeds mean nothing."]
     lines += ["", "## What failed", "", *(failures or ["Nothing."])]
     for name, each in found.items():
         lines += ["", f"## {PARTS[name].title}", "", f"{_outcome(each).capitalize()}, in {each['seconds']:.0f} s."]

@@ -28,8 +28,8 @@ Work = Callable[[], object]
 def run(findings: Findings) -> None:
     """Time all three."""
     findings.note(
-        f"Attention: one decoder layer, forward and backward, on packed documents of {DOCUMENT} tokens in bf16, "
-        "projections included. Ours as `train.py` chooses it; beside it sdpa with the mask of L x L numbers that "
+        f"Attention: one decoder layer, forward and backward, on packed documents of at most {DOCUMENT} tokens in "
+        "bf16, projections included. Ours as `train.py` chooses it; beside it sdpa with the mask of L x L numbers that "
         "transformers makes of restarting positions."
     )
     findings.note(

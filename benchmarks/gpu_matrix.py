@@ -6,7 +6,6 @@ sees the threads of the loop and of backward, not those that carry chunks betwee
 
 import contextlib
 import json
-import math
 import os
 import shutil
 import tempfile
@@ -27,7 +26,7 @@ import train
 from fullft.config.options import DEMO_FOLDER
 from fullft.config.parse import parse_config
 
-TABLE = "Runs of three steps"
+TABLE = "Runs of two steps, and how far their losses are from those with everything on the device, relatively"
 WIDTH = 64  # of the models, so that matrices have moments in 8 bits
 TOY_CASES = 2
 # Losses of two placements differ by no more than this, relatively: kernels that add atomically do so in any order.
@@ -35,10 +34,10 @@ TOLERANCE = 1e-2
 OPTIONS: dict[str, Any] = {
     "dataset": DEMO_FOLDER / "instructions.jsonl",
     "dataset_split": "train[:40]",
-    "val_size": 0.05,
+    "val_size": 0,
     "per_device_train_batch_size": 2,
     "max_length": 64,
-    "max_steps": 3,
+    "max_steps": 2,
     "learning_rate": 1e-3,
     "save_strategy": "no",
     "eval_strategy": "no",
@@ -105,7 +104,8 @@ class Runs:
         resident = self._losses_of_resident(options)
         differences = [abs(one - other) / abs(other) for one, other in zip(losses, resident, strict=True)]
         worst = max(differences)
-        self.findings.add(TABLE, {**case, "loss before": losses[0], "after": losses[-1], "off the resident run": worst})
+        row = {"first loss": losses[0], "last loss": losses[-1], "losses differ by": worst}
+        self.findings.add(TABLE, {**case, **row})
         # A loss that is no number compares as false.
         self.findings.require(worst <= TOLERANCE, f"{name}: losses {losses}, and {resident} with all on the device")
 
@@ -114,7 +114,8 @@ class Runs:
         resident = options | {"optim": optim, "offload": "none", "activation_checkpointing": "none"}
         key = tuple(resident.values())
         if key not in self._resident:
-            self._resident[key] = self._losses(resident)
+            with sanitizer_paused():  # one stream has no races, and this takes a fraction of the time
+                self._resident[key] = self._losses(resident)
         return self._resident[key]
 
     def _losses(self, options: dict[str, Any]) -> list[float]:
@@ -126,8 +127,7 @@ class Runs:
                 train.main(config)
         finally:
             records = self._records()
-        losses = [record.get("loss", record.get("eval_loss", math.nan)) for record in records]
-        return [loss for loss in losses if not math.isnan(loss)]
+        return [record["loss"] for record in records if "loss" in record]
 
     def _records(self) -> list[dict[str, Any]]:
         """Read the log, and remove the run."""

@@ -5,14 +5,13 @@ from functools import partial
 
 import torch
 from gpu_findings import Findings
-from gpu_steps import config_of, small_config
+from gpu_steps import config_of, shape_name, small_config
 from memory_accuracy import track
 from transformers import AutoModelForCausalLM
 
 from fullft.memory.plan import Batch, plan_step
 from fullft.model.precision import dtype_of
 
-TABLE = "The worst step of SmolLM2-135M's shape, random weights"
 HOST = "optimizer=host,gradients=host"
 ALL_HOST = f"{HOST},parameters=host"
 # Precision, master weights, checkpointing, optimizer, accumulation, packing, offload.
@@ -91,7 +90,7 @@ def compare(
     reserved = torch.cuda.max_memory_reserved() - reserved
     error = planned["peak_bytes"] / allocated - 1
     findings.add(
-        TABLE,
+        f"The worst step of {shape_name(findings.is_emulated)}, random weights",
         {
             "precision": precision if masters == "split" else f"{precision}, {masters}",
             "checkpointing": mode,

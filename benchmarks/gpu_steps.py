@@ -41,6 +41,11 @@ def small_config(is_emulated: bool) -> LlamaConfig:
     return LlamaConfig(**(bundled_config("HuggingFaceTB/SmolLM2-135M") or {}) | (TOY if is_emulated else {}))
 
 
+def shape_name(is_emulated: bool) -> str:
+    """Return how the page calls that config."""
+    return "a toy's shape" if is_emulated else "SmolLM2-135M's shape"
+
+
 def config_of(**options: Any) -> Config:
     """Resolve options; what is not given leaves nothing to a plan."""
     given: dict[str, Any] = {

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from gpu_findings import Findings
-from gpu_steps import Training, config_of, global_batch, small_config
+from gpu_steps import Training, config_of, global_batch, shape_name, small_config
 
 from fullft.memory.choose import Plans, step_seconds
 from fullft.memory.plan import Batch
@@ -69,7 +69,7 @@ def compare(findings: Findings, name: str, options: dict[str, Any]) -> None:
         training.optimizer.close()
     measured = statistics.median(seconds for _, seconds in taken[1:])
     findings.add(
-        f"SmolLM2-135M's shape, micro-batches of {sequences} x {length:,} tokens",
+        f"Steps of {shape_name(findings.is_emulated)}, micro-batches of {sequences} x {length:,} tokens",
         {
             "case": name,
             "estimated, ms": 1e3 * estimated,

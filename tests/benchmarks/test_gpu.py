@@ -120,6 +120,11 @@ class TestAllParts:
         # All answer at once, so the last one gets all that is left.
         assert self.given["ranks"] == pytest.approx(480 - gpu.GRACE / 2, abs=5)
 
+    def test_parts_without_time_are_said(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        arguments = argparse.Namespace(work=tmp_path, minutes=0.1, only=["memory"], emulated=False)
+        assert gpu.carry_out(arguments) == 0
+        assert self.given.keys() == {"machine"} and "there was no time" in capsys.readouterr().out
+
     def test_machine_without_a_card_ends_it(self, answers: dict[str, Any], tmp_path: Path) -> None:
         answers["machine"] = FOUND | {"skipped": "torch finds no CUDA device"}
         assert self.carry_out(tmp_path) == 1

@@ -9,13 +9,15 @@ from gpu_steps import config_of, shape_name, small_config
 from memory_accuracy import track
 from transformers import AutoModelForCausalLM
 
+from fullft.config.config import Config
 from fullft.memory.plan import Batch, plan_step
 from fullft.model.precision import dtype_of
 
 HOST = "optimizer=host,gradients=host"
 ALL_HOST = f"{HOST},parameters=host"
 # Precision, master weights, checkpointing, optimizer, accumulation, packing, offload.
-CASES = [
+Case = tuple[str, str, str, str, int, bool, str]
+CASES: list[Case] = [
     ("bf16-true", "split", "none", "adamw", 2, False, "none"),
     ("bf16-true", "split", "none", "adamw", 2, True, "none"),
     ("bf16-true", "split", "full", "adamw", 2, True, HOST),
@@ -41,32 +43,14 @@ def run(findings: Findings) -> None:
         "over what was there before the model. Pinned memory comes in blocks."
     )
     cases = CASES[:3] if findings.is_emulated else CASES
-    findings.carry_out({" ".join(map(str, case)): partial(compare, findings, *case) for case in cases})
+    findings.carry_out({" ".join(map(str, case)): partial(compare, findings, case) for case in cases})
 
 
-def compare(
-    findings: Findings,
-    precision: str,
-    masters: str,
-    mode: str,
-    optim: str,
-    accumulation: int,
-    packing: bool,
-    offload: str,
-) -> None:
-    """Plan a step, take it, and compare the peaks.
-
-    Args:
-        findings: to add to.
-        precision: as the option, like those that follow.
-        masters: `--master_weights`.
-        mode: `--activation_checkpointing`.
-        optim: `--optim`.
-        accumulation: `--gradient_accumulation_steps`.
-        packing: `--packing`.
-        offload: `--offload`.
-    """
-    config = config_of(
+def config_of_case(
+    precision: str, masters: str, mode: str, optim: str, accumulation: int, packing: bool, offload: str
+) -> Config:
+    """Resolve the options of a case, in the order of `CASES`."""
+    return config_of(
         precision=precision,
         master_weights=masters,
         activation_checkpointing=mode,
@@ -76,6 +60,17 @@ def compare(
         offload=offload,
         max_grad_norm=0.0 if "released" in offload else 1.0,
     )
+
+
+def compare(findings: Findings, case: Case) -> None:
+    """Plan a step, take it, and compare the peaks.
+
+    Args:
+        findings: to add to.
+        case: one of `CASES`.
+    """
+    config = config_of_case(*case)
+    precision, masters, mode, optim, accumulation, packing, offload = case
     model_config, length = small_config(findings.is_emulated), 64 if findings.is_emulated else 2048
     batch = Batch(1 if findings.is_emulated else 4, length, length)
     started = time.perf_counter()

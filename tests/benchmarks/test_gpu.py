@@ -129,3 +129,21 @@ class TestAllParts:
         answers["machine"] = FOUND | {"skipped": "torch finds no CUDA device"}
         assert self.carry_out(tmp_path) == 1
         assert self.given.keys() == {"machine"}
+
+
+def test_cases_of_all_parts_are_allowed() -> None:
+    """Those for a card, which nothing else runs here: a mistake in one would show after minutes of somebody's card."""
+    pytest.importorskip("accelerate")
+    import gpu_7b
+    import gpu_memory
+    import gpu_peers
+    import gpu_time
+    from gpu_steps import config_of
+
+    configs = [gpu_memory.config_of_case(*case) for case in gpu_memory.CASES]
+    configs += [config_of(**changes) for _, changes in gpu_time.chosen(is_emulated=False)]
+    configs += [config_of(offload="auto", activation_checkpointing="auto", **case) for case in gpu_7b.CASES.values()]
+    assert len(configs) == 12 + 10 + 2
+    assert set(gpu_peers.SYSTEMS) <= gpu_peers.OURS.keys() | gpu_peers.PEERS.keys()
+    with pytest.raises(AssertionError):  # the negative control
+        config_of(offload="parameters=host")

@@ -18,7 +18,7 @@ from fullft.attention.choice import choose_attention
 from fullft.config.checks import find_problems
 from fullft.config.config import Config, resolve
 from fullft.config.options import Options
-from fullft.data.micro_batch import GlobalBatch, MicroBatch
+from fullft.data.micro_batch import Documents, GlobalBatch, MicroBatch
 from fullft.model.bundled import bundled_config
 from fullft.model.homes import move_layers_home
 from fullft.model.loss import LossSum
@@ -72,12 +72,16 @@ def global_batch(config: Config, vocabulary: int, sequences: int, length: int) -
     """
     generator = torch.Generator().manual_seed(0)
     micro_batches = []
+    document = min(DOCUMENT, length // 2)
+    lengths = [min(document, length - start) for start in range(0, length, document)] * sequences
     for _ in range(config.gradient_accumulation_steps):
         ids = torch.randint(0, vocabulary, (sequences, length), generator=generator)
         inputs = {"input_ids": ids}
         if config.packing:
-            inputs["position_ids"] = (torch.arange(length) % min(DOCUMENT, length // 2)).repeat(sequences, 1)
-        micro_batches.append(MicroBatch(inputs, ids.clone(), ids.numel(), sequences * (length - 1)))
+            inputs["position_ids"] = (torch.arange(length) % document).repeat(sequences, 1)
+        documents = Documents.of(lengths) if config.packing else None
+        num_targets = sequences * (length - 1)
+        micro_batches.append(MicroBatch(inputs, ids.clone(), ids.numel(), num_targets, documents=documents))
     return GlobalBatch.of(micro_batches)
 
 

@@ -33,7 +33,7 @@ class Documents:
             device: of the bounds.
         """
         bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-        return Documents(tuple(lengths), bounds if device is None else bounds.to(device, non_blocking=True))
+        return Documents(tuple(lengths), bounds if device is None else bounds.to(device))
 
     @property
     def longest(self) -> int:
@@ -89,7 +89,7 @@ class MicroBatch:
         """
 
         def moved(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(device, non_blocking=True, copy=copy)
+            return tensor.to(device, non_blocking=device.type == "cuda", copy=copy)
 
         documents = self.documents and replace(self.documents, bounds=moved(self.documents.bounds))
         inputs = {name: moved(tensor) for name, tensor in self.inputs.items()}

@@ -33,7 +33,7 @@ class Documents:
             device: of the bounds.
         """
         bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-        return Documents(tuple(lengths), bounds if device is None else bounds.to(device, non_blocking=True))
+        return Documents(tuple(lengths), bounds if device is None else bounds.to(device))
 
     @property
     def longest(self) -> int:
@@ -93,7 +93,9 @@ class MicroBatch:
             is_apart = device.type not in ("cpu", "mps")
             return (tensor.pin_memory() if is_apart else tensor).to(device, non_blocking=is_apart, copy=copy)
 
-        documents = self.documents and replace(self.documents, bounds=moved(self.documents.bounds))
+        documents = self.documents
+        if documents is not None and device.type != "cpu":  # whose attention takes their lengths
+            documents = replace(documents, bounds=moved(documents.bounds))
         inputs = {name: moved(tensor) for name, tensor in self.inputs.items()}
         return replace(self, inputs=inputs, labels=moved(self.labels), documents=documents)
 

@@ -122,6 +122,8 @@ class MemoryTracker(TorchDispatchMode):
 
     def _label_inputs(self, micro_batch: MicroBatch) -> None:
         bounds = () if micro_batch.documents is None else (micro_batch.documents.bounds,)
+        if micro_batch.labels.device.type == "cpu":
+            bounds = ()  # they stay with the rows
         for tensor in (*micro_batch.inputs.values(), micro_batch.labels, *bounds):
             self._relabel(tensor, "other")
 

@@ -6,7 +6,7 @@ PARALLEL := --numprocesses auto --maxprocesses 4
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help train test emulated check format docs bench real parity clean
+.PHONY: help train test emulated check format docs bench real parity gpu clean
 
 help: ## show this
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -42,6 +42,9 @@ real: .venv/bench ## train a real 135M model on real rows: ARGS="--dataset alpac
 
 parity: .venv/bench ## compare losses and weights with Hugging Face Trainer, step by step
 	$(BIN)/python benchmarks/parity.py $(ARGS)
+
+gpu: .venv/bench ## with a CUDA card: tests, races, memory, speed, a 7B model, in 8 minutes; writes one page
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 clean: ## remove the environment and what the benchmarks made
 	rm -rf .venv site benchmarks/work

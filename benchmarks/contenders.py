@@ -247,7 +247,7 @@ def _arguments(task: Task, batch_size: int, accumulation: int) -> dict[str, Any]
         "max_grad_norm": 1.0,
         "optim": "adamw_torch_fused",
         "bf16": True,
-        "use_cpu": True,
+        "use_cpu": not torch.cuda.is_available(),
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
@@ -391,5 +391,5 @@ def train_peer(task: Task, name: str) -> Result:
         "tokens": [sum(tokens for tokens, _ in step) for step in steps[-count:]],
         "positions": [sum(positions for _, positions in step) for step in steps[-count:]],
         "losses": losses[:count],
-        "peak_bytes": peak_bytes(torch.device("cpu")),
+        "peak_bytes": peak_bytes(trainer.model.device),
     }

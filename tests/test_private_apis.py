@@ -9,6 +9,7 @@ import ast
 import inspect
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +45,8 @@ LOAD, CHOICE = "fullft/model/load.py", "fullft/attention/choice.py"
 TRACING, TRACKER = "fullft/tracing.py", "fullft/memory/tracker.py"
 COMPILATION, CHECKPOINTING = "fullft/transforms/compilation.py", "fullft/transforms/activation_checkpointing.py"
 FILES = "fullft/model/weight_files.py"
+KERNELS, POSITIONS = "fullft/attention/kernels.py", "fullft/attention/positions.py"
+FLASH = "flash_attn.flash_attn_interface"
 SNAPSHOT = "fullft/memory/snapshot.py"
 COLLECTIVES, RANKS = "fullft/memory/collectives.py", "fullft/memory/planned_ranks.py"
 JOINING, GROUPS = "fullft/run/joining.py", "torch.distributed.distributed_c10d"
@@ -91,6 +94,18 @@ PRIVATE = {
         "fullft/attention/documents.py",
         "softmax's backward in place, in one pass",
         lambda: torch._softmax_backward_data,
+    ),
+    "_flash_attention_forward": Private(
+        "torch", KERNELS, "packed attention", lambda: torch.ops.aten._flash_attention_forward.default
+    ),
+    "_flash_attention_backward": Private(
+        "torch", KERNELS, "its gradients", lambda: torch.ops.aten._flash_attention_backward.default
+    ),
+    "_flash_attn_varlen_forward": Private(
+        "flash_attn", KERNELS, "packed attention with a soft cap", lambda: module(FLASH)._flash_attn_varlen_forward
+    ),
+    "_flash_attn_varlen_backward": Private(
+        "flash_attn", KERNELS, "its gradients", lambda: module(FLASH)._flash_attn_varlen_backward
     ),
     "_to_copy": Private("torch", TRACKER, "autocast's copies", lambda: torch.ops.aten._to_copy.default),
     "_unsafe_view": Private("torch", TRACKER, "a slow operator of plans", lambda: torch.ops.aten._unsafe_view.default),
@@ -232,8 +247,8 @@ PUBLIC_LOOKING = {
     ),
     "find_packed_sequence_indices": Private(
         "transformers",
-        "fullft/memory/plan.py",
-        "reads positions, of which a plan has no values",
+        POSITIONS,
+        "reads positions from the device, and of a plan's there are no values",
         lambda: transformers.masking_utils.find_packed_sequence_indices,
     ),
     "get_error": Private(
@@ -291,6 +306,8 @@ def used() -> dict[str, dict[str, bool]]:
 @pytest.mark.parametrize("name", ALL)
 def test_private_api_exists_in_the_installed_version(name: str) -> None:
     private = ALL[name]
+    if private.library == "flash_attn" and find_spec("flash_attn") is None:
+        pytest.skip("flash-attn is not installed: torch's kernel or blocks are used without")
     installed = "Python's own" if private.library == "argparse" else version(private.library)
     try:
         private.find()

@@ -20,11 +20,13 @@ Operator = Callable[
 ]
 
 
-def attention_by(operator: Operator) -> Callable[..., tuple[torch.Tensor, None]]:
+def attention_by(operator: Operator, *, narrow_values: bool = False) -> Callable[..., tuple[torch.Tensor, None]]:
     """Return attention as transformers calls it.
 
     Args:
         operator: attends within documents.
+        narrow_values: whether it takes values that are narrower than keys, such as DeepSeek's. Its result is of the
+            values' width then.
     """
 
     def attend(
@@ -61,9 +63,10 @@ def attention_by(operator: Operator) -> Callable[..., tuple[torch.Tensor, None]]
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         window = _window_of(attention_mask)
         attention_mask = attention_mask if window is None else None
-        # Not so with cached keys, or values of another width.
-        is_alike = query.shape[2:] == key.shape[2:] == value.shape[2:]
-        if attention_mask is None and is_alike and dropout == 0:
+        # Not so with cached keys.
+        is_whole = query.shape[2:] == key.shape[2:] and value.shape[2] == key.shape[2]
+        fits = value.shape[3] <= key.shape[3] if narrow_values else value.shape[3] == key.shape[3]
+        if attention_mask is None and is_whole and fits and dropout == 0:
             return operator(query, key, value, scaling, position_ids, window, softcap).transpose(1, 2), None
         if attention_mask is None and query.shape[2] == key.shape[2]:
             attention_mask = mask_of(position_ids, query, window)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch.library import custom_op
+from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from fullft.attention.blocks import Scores
@@ -29,12 +30,14 @@ def _attend(
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Attend as `interface.attention_by` asks."""
+    """Attend as `interface.attention_by` asks. Kernels take values of the keys' width."""
+    width, missing = value.shape[3], key.shape[3] - value.shape[3]
+    value = pad(value, (0, missing)) if missing else value
     attended: torch.Tensor = packed_attention(query, key, value, scaling, position_ids, window, softcap)[0]
-    return attended
+    return attended[..., :width]
 
 
-AttentionInterface.register(NAME, attention_by(_attend))
+AttentionInterface.register(NAME, attention_by(_attend, narrow_values=True))
 AttentionMaskInterface.register(NAME, windows_need_none)
 
 

@@ -33,7 +33,7 @@ class Documents:
             device: of the bounds.
         """
         bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-        return Documents(tuple(lengths), bounds if device is None else bounds.to(device, non_blocking=True))
+        return Documents(tuple(lengths), bounds if device is None else bounds.to(device))
 
     @property
     def longest(self) -> int:
@@ -81,7 +81,7 @@ class MicroBatch:
         return MicroBatch({"input_ids": input_ids}, labels, input_ids.numel(), num_target_tokens)
 
     def to(self, device: torch.device, *, copy: bool = False) -> "MicroBatch":
-        """Copy the tensors to a device.
+        """Copy the tensors to a device; the host goes on without waiting for it.
 
         Args:
             device: where the model computes.
@@ -89,7 +89,9 @@ class MicroBatch:
         """
 
         def moved(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(device, non_blocking=True, copy=copy)
+            # A card copies by itself from locked memory alone. An Apple GPU shares the host's.
+            is_apart = device.type not in ("cpu", "mps")
+            return (tensor.pin_memory() if is_apart else tensor).to(device, non_blocking=is_apart, copy=copy)
 
         documents = self.documents
         if documents is not None and device.type != "cpu":  # whose attention takes their lengths

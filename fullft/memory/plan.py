@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, masking_utils
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from fullft.attention.choice import attend_by_document, attend_packed
@@ -186,7 +186,7 @@ def trace(config: Config, model_config: PreTrainedConfig, batch: Batch, layers: 
         ends: how many layers behind them, and at the end, have slots of their own as these do.
     """
     device = torch.device("cpu")
-    with planned_ranks(config) as mesh, tracing(), _mask_as_for_real_tensors(config.joins_rows), no_init_weights():
+    with planned_ranks(config) as mesh, tracing(), no_init_weights():
         model = AutoModelForCausalLM.from_config(
             shortened(model_config, layers), dtype=dtype_of(config.numerics.weights)
         )
@@ -240,22 +240,6 @@ def _micro_batch(sequences: int, length: int, packing: bool) -> MicroBatch:
     if packing:
         inputs["position_ids"] = torch.ones_like(ids)
     return MicroBatch(inputs, torch.ones_like(ids), sequences * length, sequences * (length - 1))
-
-
-@contextmanager
-def _mask_as_for_real_tensors(packing: bool) -> Iterator[None]:
-    """Make transformers mask fake tensors as it masks real ones.
-
-    It reads from the positions' values whether a row is packed. Of a tensor without values it assumes the worst: a mask
-    where a run has none, with copies of keys and values. Every family with shared key-value heads would be planned too
-    high.
-    """
-    original = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = original if packing else (lambda position_ids: None)
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = original
 
 
 @contextmanager

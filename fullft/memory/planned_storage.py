@@ -1,7 +1,6 @@
 """Storage for a plan: arrays that have sizes but no bytes, and nothing that moves."""
 
 from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 
 from fullft.storage.disk import PAGE, DiskFile
 from fullft.storage.tiers import Storage
-from fullft.storage.workers import Workers
+from fullft.storage.workers import Moved, Workers, moved
 
 
 class PlannedStorage(Storage):
@@ -36,10 +35,11 @@ class PlannedStorage(Storage):
 
 
 class _IdleWorkers(Workers):
-    def submit(self, work: Callable[..., None], *arguments: Any) -> "Future[None]":
-        future: Future[None] = Future()
-        future.set_result(None)
-        return future
+    def start(self, work: Callable[..., torch.Event | None], *arguments: Any, waits: bool) -> Moved:
+        return moved(None)
+
+    def copy(self, *_: Any) -> None:
+        return None
 
 
 class _PlannedFile(DiskFile):

@@ -123,7 +123,7 @@ class MemoryTracker(TorchDispatchMode):
     def _label_inputs(self, micro_batch: MicroBatch) -> None:
         bounds = () if micro_batch.documents is None else (micro_batch.documents.bounds,)
         if micro_batch.labels.device.type == "cpu":
-            bounds = ()  # stays with the rows
+            bounds = ()  # they stay with the rows
         for tensor in (*micro_batch.inputs.values(), micro_batch.labels, *bounds):
             self._relabel(tensor, "other")
 

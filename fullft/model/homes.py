@@ -1,7 +1,6 @@
 """Homes: the arrays on the host or on disk that hold the weights of streamed decoder layers between uses."""
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from fullft.model.parts import decoder_layers
@@ -21,14 +20,13 @@ def move_layers_home(model: PreTrainedModel, tier: str, storage: Storage, with_v
         ModelError: the model's decoder layers cannot be found.
         DiskError: the disk has no room for them.
     """
+    zeros: dict[torch.dtype, torch.Tensor] = {}
     for parameter in decoder_layers(model).parameters():
         home = storage.zeros(tier, parameter.numel(), parameter.dtype)
         if with_values:
             fill(home, parameter.detach().cpu())
         set_home(parameter, home)
-        drop_memory(parameter, storage.device)
-
-
-def drop_memory(parameter: nn.Parameter, device: torch.device) -> None:
-    """Put a single number in the shape of the weight: everything that reads shapes goes on working."""
-    parameter.data = torch.zeros(1, dtype=parameter.dtype, device=device).expand(parameter.shape)
+        if parameter.dtype not in zeros:
+            zeros[parameter.dtype] = torch.zeros(1, dtype=parameter.dtype, device=storage.device)
+        # A single number in the shape of the weight: everything that reads shapes goes on working.
+        parameter.data = zeros[parameter.dtype].expand(parameter.shape)

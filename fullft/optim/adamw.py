@@ -24,6 +24,7 @@ from fullft.optim.gradients import Gradients
 from fullft.optim.masters import narrow, widen
 from fullft.storage.stream import ChunkStream, Field
 from fullft.storage.tiers import CHUNK, Array, Storage, first_element, home_of, local_of
+from fullft.storage.workers import wait_for_all
 from fullft.transforms.compilation import fuse
 
 # Elements that a CPU updates at a time: few enough for its cache. An eager split step runs at 84 million parameters/s
@@ -266,6 +267,7 @@ class AdamW(torch.optim.Optimizer):
 
     def close(self) -> None:
         """Free the states and the gradients, and leave the parameters alone from now on."""
+        wait_for_all(self.storage.device)  # which may still copy them
         self.gradients.close()
         self.state.clear()
 

@@ -20,7 +20,7 @@ from fullft.ranks import add_in_rank_order
 from fullft.storage.disk import DiskArray, paged
 from fullft.storage.stream import ChunkStream, Field
 from fullft.storage.tiers import CHUNK, Array, Storage, local_of, sharded_like
-from fullft.storage.workers import Workers, mark_computed
+from fullft.storage.workers import Moved, mark_computed, wait_for
 from fullft.tracing import standing_for_all
 
 _SLOTS = 4  # chunks on their way off the device
@@ -50,7 +50,7 @@ class Gradients:
         self._dtypes = {id(parameter): dtype or parameter.dtype for parameter in parameters}
         self._sums: dict[int, Array] = {}
         self._begun: set[int] = set()  # parameters whose sums hold gradients of this step
-        self._sender = _Sender(storage, self._largest_chunk())
+        self._sender, self._stream = _Sender(storage, self._largest_chunk()), ChunkStream(storage)
         self._released: dict[int, list[torch.Tensor]] = {}  # sums of squares of gradients that are gone
         self._hooks = []
         for parameter in parameters:
@@ -160,7 +160,7 @@ class Gradients:
             for start in range(0, array.numel(), CHUNK)[: None if sample is None else 1]
         ]
         squares = {id(parameter): self._released.get(id(parameter), []) for parameter in self.parameters}
-        chunks = ChunkStream(self._storage).run({"gradient": field} for _, field in jobs)
+        chunks = self._stream.run({"gradient": field} for _, field in jobs)
         for (key, _), chunk in zip(jobs, chunks, strict=True):
             squares[key].append(sum_of_squares(chunk["gradient"][: None if sample is None else TILE]))
         sums = [sum_in_order(each) for each in squares.values() if each]
@@ -188,8 +188,9 @@ class _Slot:
 
     arriving: torch.Tensor
     sums: torch.Tensor
+    source: torch.Tensor | None = None  # the chunk on the device, until it has arrived
     target: tuple[int, int] = (0, 0)
-    done: "Future[None]" = field(default_factory=Future)
+    done: Moved = field(default_factory=Future)
 
 
 class _Sender:
@@ -218,18 +219,13 @@ class _Sender:
             chunk = gradient[start : start + CHUNK]
             slot = self._next_slot()
             arrived = slot.arriving[: chunk.nbytes].view(chunk.dtype)
-            computed, source = mark_computed(chunk.device), None
-            if computed is None:
-                arrived.copy_(chunk)  # and the gradient is free
-            else:
-                source = chunk
+            copied = self._workers.copy("out", [(arrived, chunk)], mark_computed(chunk.device))
+            slot.source = None if copied is None else chunk
             slot.target = (id(sums), start)
             for other in self._slots:
                 if other.target == slot.target:  # of the micro-batch before: the order of additions must stay
                     other.done.result()
-            slot.done = self._workers.submit(
-                _add_to_sum, self._workers, slot, arrived, source, computed, sums, start, is_first
-            )
+            slot.done = self._workers.start(_add_to_sum, slot, arrived, copied, sums, start, is_first, waits=True)
             self._slots.append(slot)
 
     def finish(self) -> None:
@@ -246,20 +242,12 @@ class _Sender:
 
 
 def _add_to_sum(
-    workers: Workers,
-    slot: _Slot,
-    arrived: torch.Tensor,
-    source: torch.Tensor | None,
-    computed: torch.Event | None,
-    sums: Array,
-    start: int,
-    is_first: bool,
+    slot: _Slot, arrived: torch.Tensor, copied: torch.Event | None, sums: Array, start: int, is_first: bool
 ) -> None:
-    """Bring a chunk to the host, unless it has arrived, and add it to its sum there."""
+    """Add a chunk to its sum on the host once it has arrived there."""
+    wait_for(copied)
+    slot.source = None
     count = arrived.numel()
-    if source is not None:
-        with workers.copying("out", computed):
-            arrived.copy_(source, non_blocking=True)
     if isinstance(sums, DiskArray):
         total = slot.sums[: count * sums.element_size()].view(sums.dtype)
         if not is_first:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fullft.optim.adamw import AdamW, Job
+from fullft.storage.tiers import is_on_host
 
 
 class Rehearsal:
@@ -47,8 +48,8 @@ class Rehearsal:
             group["lr"] = rate
         optimizer.zero_grad()
         for states in optimizer.state.values():
-            for array in states.values():  # 8-bit blocks have several codes for zero
-                if isinstance(array, torch.Tensor) and array.dtype == torch.uint8:
+            for array in states.values():  # 8-bit blocks have several codes for zero, and those on the device changed
+                if isinstance(array, torch.Tensor) and array.dtype == torch.uint8 and not is_on_host(array):
                     array.zero_()
 
     @torch.no_grad()

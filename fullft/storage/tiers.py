@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 from fullft.errors import OptionsError
 from fullft.storage.disk import DiskArray, DiskFile, aligned_bytes, paged
-from fullft.storage.workers import Workers
+from fullft.storage.workers import Workers, wait_for_all
 
 # Elements fetched, updated and stored at a time. A multiple of 64, where torch's fused AdamW may be cut and round
 # alike; of the blocks of 8-bit moments; and of the elements of any dtype in a page.
@@ -25,7 +25,7 @@ Array = torch.Tensor | DiskArray
 
 # ---------------------------------------------------------------------------------------------- registries
 
-# Storages in host memory that do not count as the device's, even where the device is a CPU.
+# Storages in host memory that do not count as the device's, even where the device is a CPU; each with that device.
 _HOST_STORAGES: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _HOMES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
@@ -33,6 +33,12 @@ _HOMES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def is_on_host(tensor: torch.Tensor) -> bool:
     """Return whether `Storage` placed a tensor on the host, rather than on a device that happens to be a CPU."""
     return tensor.untyped_storage() in _HOST_STORAGES
+
+
+def _wait_for_copies(array: torch.Tensor) -> None:
+    """Wait until nothing is copied from or to an array on the host any more."""
+    if is_on_host(array):
+        wait_for_all(_HOST_STORAGES[array.untyped_storage()])
 
 
 def home_of(parameter: torch.Tensor) -> Array:
@@ -163,7 +169,7 @@ class Storage:
             return torch.zeros(numel, dtype=dtype, device=self.device)
         num_bytes = numel * dtype.itemsize
         tensor = self._host_memory(num_bytes)[:num_bytes].view(dtype)
-        _HOST_STORAGES[tensor.untyped_storage()] = True
+        _HOST_STORAGES[tensor.untyped_storage()] = self.device
         return tensor
 
     def buffer(self, num_bytes: int) -> torch.Tensor:
@@ -216,6 +222,7 @@ def host_pieces(array: Array) -> Iterator[torch.Tensor]:
         array: any shape.
     """
     if isinstance(array, torch.Tensor):
+        _wait_for_copies(array)
         yield array.detach().cpu()
         return
     buffer = aligned_bytes(paged(min(CHUNK, array.numel()) * array.element_size()), torch.device("cpu"))
@@ -235,6 +242,7 @@ def fill(array: Array, values: torch.Tensor, first: int = 0) -> None:
     """
     values = values.reshape(-1)
     if isinstance(array, torch.Tensor):
+        _wait_for_copies(array)
         array.detach().view(-1)[first : first + values.numel()].copy_(values)
         return
     if values.numel() == 0:

@@ -1,30 +1,29 @@
 """Layer streaming: a decoder layer's weights are on the device only while it computes; their home is elsewhere.
 
-How it works: before a layer computes, its weights must have come, and those of the next layer are sent for. Backward
-recomputes each layer, and so asks for its weights again. The optimizer updates weights at home. Under non-reentrant
-checkpointing no saved tensor refers to weights between a layer's forward and its recomputation, so they may be dropped.
+How it works: a layer computes after its weights have come, and those of the next layer are sent for. On an accelerator
+it is the computing stream that waits for them, and the host goes on. Backward recomputes each layer, and so asks for
+its weights again. The optimizer updates weights at home. Under non-reentrant checkpointing no saved tensor refers to
+weights between a layer's forward and its recomputation, so they may be dropped.
 
 It must be applied last, so that compiled layers, too, have their weights before they compute.
 """
 
 import functools
+import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from fullft.model.homes import drop_memory
 from fullft.model.parts import decoder_layers
 from fullft.storage.disk import DiskArray, paged
 from fullft.storage.tiers import Array, Storage, home_of, lives_elsewhere
-from fullft.storage.workers import mark_computed
+from fullft.storage.workers import Moved, mark_computed, wait_for, wait_for_all
 from fullft.transforms.activation_checkpointing import recompute
 
-_STREAMS: "WeakKeyDictionary[nn.Module, LayerStream]" = WeakKeyDictionary()
+_STREAMS: "weakref.WeakKeyDictionary[nn.Module, LayerStream]" = weakref.WeakKeyDictionary()
 
 
 def apply_layer_streaming(model: PreTrainedModel, storage: Storage) -> None:
@@ -79,9 +78,14 @@ class LayerStream:
         self.memory = self._hosts
         if not on_cpu:
             self.memory = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
+        # A single number in the shape of each weight takes its place while it is away.
+        self._absent = [[parameter.data for parameter in layer] for layer in self._layers]
         self._present: dict[int, int] = {}  # layer -> place in memory
-        self._coming: dict[int, list[Future[None]]] = {}
+        self._coming: dict[int, list[Moved]] = {}
+        self._arrived: list[torch.Event | None] = [None, None]  # at each place, what came last: its host memory is free
         self._at_work: int | None = None
+        # Nothing may still be copied when the memory is freed. At the end of the process it is not.
+        weakref.finalize(self, wait_for_all, device).atexit = False
 
     def enter(self, number: int) -> None:
         """Put a layer's weights in place, and send for those of the layer that is probably next.
@@ -96,8 +100,7 @@ class LayerStream:
         if number not in self._present:
             self._make_room(keep=number)
             self._send_for(number)
-        for future in self._coming.pop(number, []):
-            future.result()
+        self._wait_for_arrival(number)
         for parameter, (_, place) in zip(self._layers[number], self._places(number), strict=True):
             count = parameter.numel() * parameter.element_size()
             memory = self.memory[self._present[number]][place : place + count]
@@ -117,19 +120,25 @@ class LayerStream:
 
     def _make_room(self, keep: int | None) -> None:
         for number in [number for number in self._present if number != keep]:
-            for future in self._coming.pop(number, []):
-                future.result()
+            self._wait_for_arrival(number)  # of unused weights, too: their homes may be written next
             del self._present[number]
-            for parameter in self._layers[number]:
-                drop_memory(parameter, self._device)
+            for parameter, absent in zip(self._layers[number], self._absent[number], strict=True):
+                parameter.data = absent
+
+    def _wait_for_arrival(self, number: int) -> None:
+        """Let what is computed from now on come after the arrival of a layer's weights."""
+        if arrivals := self._coming.pop(number, []):
+            for arrival in arrivals:
+                self._workers.compute_after(arrival.result())
+            self._arrived[self._present[number]] = mark_computed(self._device)
 
     def _send_for(self, number: int) -> None:
         slot = next(slot for slot in range(len(self.memory)) if slot not in self._present.values())
         self._present[number] = slot
         free = mark_computed(self._device)  # the computation may still read what this memory held before
         self._coming[number] = [
-            self._workers.submit(self._bring, home_of(parameter), slot, place, size, free)
-            for parameter, (size, place) in zip(self._layers[number], self._places(number), strict=True)
+            self._workers.start(self._bring, home, slot, place, size, free, waits=isinstance(home, DiskArray))
+            for home, (size, place) in zip(map(home_of, self._layers[number]), self._places(number), strict=True)
         ]
 
     def _places(self, number: int) -> Iterator[tuple[int, int]]:
@@ -139,16 +148,15 @@ class LayerStream:
             yield _num_bytes(parameter), place
             place += _num_bytes(parameter)
 
-    def _bring(self, home: Array, slot: int, place: int, size: int, free: torch.Event | None) -> None:
-        host, memory = self._hosts[slot][place : place + size], self.memory[slot][place : place + size]
-        count = home.numel() * home.element_size()
-        if isinstance(home, DiskArray):
-            home.read(0, home.numel(), host)
-        with self._workers.copying("in", free):
-            if not isinstance(home, DiskArray):
-                memory[:count].view(home.dtype).copy_(home, non_blocking=True)
-            elif self._device.type != "cpu":
-                memory.copy_(host, non_blocking=True)
+    def _bring(self, home: Array, slot: int, place: int, size: int, free: torch.Event | None) -> torch.Event | None:
+        memory = self.memory[slot][place : place + size]
+        if not isinstance(home, DiskArray):
+            count = home.numel() * home.element_size()
+            return self._workers.copy("in", [(memory[:count].view(home.dtype), home)], free)
+        host = self._hosts[slot][place : place + size]
+        wait_for(self._arrived[slot])
+        home.read(0, home.numel(), host)
+        return self._workers.copy("in", [] if self.memory is self._hosts else [(memory, host)], free)
 
 
 def _num_bytes(parameter: nn.Parameter) -> int:

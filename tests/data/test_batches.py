@@ -159,6 +159,9 @@ def test_packed_documents_are_whole_and_restart_their_positions(
         ids, positions = micro_batch.inputs["input_ids"], micro_batch.inputs["position_ids"]
         assert ids.shape == positions.shape == micro_batch.labels.shape
         assert ids.shape[1] <= 32
+        documents = micro_batch.documents
+        assert documents.bounds.tolist() == [*(positions.flatten() == 0).nonzero().flatten().tolist(), ids.numel()]
+        assert documents.lengths == tuple(documents.bounds.diff().tolist())
         for sequence in range(len(ids)):
             starts = [*(positions[sequence] == 0).nonzero().flatten().tolist(), ids.shape[1]]
             for start, end in zip(starts, starts[1:], strict=False):

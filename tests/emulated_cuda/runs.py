@@ -28,6 +28,7 @@ from fullft.run.log import Log
 from fullft.storage import tiers
 
 WIDTH = 64  # so that matrices have moments in 8 bits
+WORKERS = "offload"  # begins the names of threads that may wait for the device
 SMALL_SLAB = 1 << 20  # bytes of pinned memory taken at a time
 
 OPTIONS: dict[str, Any] = {
@@ -77,7 +78,7 @@ class Outcome:
         norms: of the gradients of each step.
         weights: a digest of the exported file.
         races: that were found.
-        waits: of the thread that runs the loop, within each step.
+        waits: of the threads that run the loop and backward, within each step.
         memory: None on a CPU.
     """
 
@@ -184,7 +185,8 @@ class _Watched:
     def _ending(self, log: Callable[..., None]) -> Callable[..., None]:
         def logged(*arguments: Any) -> None:
             log(*arguments)
-            self.waits.append([wait for wait in library.waits.elements() if wait.thread == "MainThread"])
+            # Backward has a thread of its own, for which the loop waits.
+            self.waits.append([wait for wait in library.waits.elements() if not wait.thread.startswith(WORKERS)])
 
         return logged
 

@@ -18,7 +18,7 @@ from fullft.storage import tiers
 
 pytestmark = pytest.mark.emulated
 
-# How often the loop may wait for the device: for the loss and the norm; per micro-batch, in our code and the family's.
+# How often the loop may wait for the device: for the loss and the norm; never for a micro-batch.
 WAITS_PER_STEP = 2
 WAITS_PER_MICRO_BATCH = 0
 

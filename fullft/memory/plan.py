@@ -79,7 +79,8 @@ class Batch:
         if not config.micro_batch_tokens:
             return self
         evaluated = min(config.micro_batch_tokens, self.held_out_tokens) if self.evaluation_length else 0
-        return replace(self, sequences=1, length=config.micro_batch_tokens, evaluation_length=evaluated)
+        dealt = replace(self, sequences=1, length=config.micro_batch_tokens)
+        return replace(dealt, evaluation_length=evaluated, evaluation_sequences=1)
 
 
 @dataclass(frozen=True)

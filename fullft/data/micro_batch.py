@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fullft.tracing import is_tracing
+
 IGNORED = -100  # the label of a token that is no target
 
 
@@ -45,9 +47,9 @@ class MicroBatch:
         """Copy the tensors to a device; the host goes on without waiting for it."""
 
         def moved(tensor: torch.Tensor) -> torch.Tensor:
-            # A card copies by itself from locked memory alone. An Apple GPU shares the host's.
-            is_apart = device.type not in ("cpu", "mps")
-            return (tensor.pin_memory() if is_apart else tensor).to(device, non_blocking=is_apart)
+            # A card copies by itself, but from locked memory alone. An Apple GPU shares the host's.
+            is_locked = device.type not in ("cpu", "mps") and not is_tracing()
+            return (tensor.pin_memory() if is_locked else tensor).to(device, non_blocking=is_locked)
 
         inputs = {name: moved(tensor) for name, tensor in self.inputs.items()}
         return replace(self, inputs=inputs, labels=moved(self.labels))

@@ -7,6 +7,8 @@ from itertools import accumulate
 
 import torch
 
+from fullft.tracing import is_tracing
+
 IGNORED = -100  # the label of a token that is no target
 
 
@@ -89,9 +91,9 @@ class MicroBatch:
         """
 
         def moved(tensor: torch.Tensor) -> torch.Tensor:
-            # A card copies by itself from locked memory alone. An Apple GPU shares the host's.
-            is_apart = device.type not in ("cpu", "mps")
-            return (tensor.pin_memory() if is_apart else tensor).to(device, non_blocking=is_apart, copy=copy)
+            # A card copies by itself, but from locked memory alone. An Apple GPU shares the host's.
+            is_locked = device.type not in ("cpu", "mps") and not is_tracing()
+            return (tensor.pin_memory() if is_locked else tensor).to(device, non_blocking=is_locked, copy=copy)
 
         documents = self.documents
         if documents is not None and device.type != "cpu":  # whose attention takes their lengths

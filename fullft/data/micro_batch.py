@@ -91,8 +91,8 @@ class MicroBatch:
         """
 
         def moved(tensor: torch.Tensor) -> torch.Tensor:
-            # A card copies by itself, but from locked memory alone. An Apple GPU shares the host's.
-            is_locked = device.type not in ("cpu", "mps") and not is_tracing()
+            # A card copies by itself, but from locked memory alone.
+            is_locked = device.type == "cuda" and not is_tracing()
             return (tensor.pin_memory() if is_locked else tensor).to(device, non_blocking=is_locked, copy=copy)
 
         documents = self.documents

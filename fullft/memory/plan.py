@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, masking_utils
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, masking_utils
 from transformers.initialization import no_init_weights
 
 from fullft.attention.choice import attend_by_document
@@ -171,15 +171,19 @@ def trace(config: Config, model_config: PreTrainedConfig, batch: Batch, layers: 
         first: how many layers are of kinds of their own.
         ends: how many layers behind them, and at the end, have slots of their own as these do.
     """
-    device = torch.device("cpu")
-    with planned_ranks(config) as mesh, tracing(), _mask_as_for_real_tensors(config.packing), no_init_weights():
+    device, for_type = torch.device("cpu"), planned_device_type(config)
+    with (
+        planned_ranks(config) as mesh,
+        tracing(for_type),
+        _mask_as_for_real_tensors(config.packing),
+        no_init_weights(),
+    ):
         model = AutoModelForCausalLM.from_config(
             shortened(model_config, layers), dtype=dtype_of(config.numerics.weights)
         )
         model.requires_grad_(True).train()  # as `load_model` leaves it
         model.tie_weights()  # left out together with the initial values
-        if pick_device().type == "cpu":
-            attend_by_document(model)
+        _attend_as_on(for_type, model)
         storage = PlannedStorage(device)
         if config.placement.streams_layers:
             move_layers_home(model, config.placement.parameters, storage, with_values=False)
@@ -204,6 +208,21 @@ def trace(config: Config, model_config: PreTrainedConfig, batch: Batch, layers: 
             pretend_earlier=config.accumulates and is_alike,
         )
         return _by_slot(profile, count_parameters(model), layers, first + ends, ends)
+
+
+def planned_device_type(config: Config) -> str:
+    """Return the type of device that a plan is for: a card that `--plan` is told the memory of, or this machine's.
+
+    Args:
+        config: `plan` and `device_memory` are read.
+    """
+    return "cuda" if config.plan and config.device_memory is not None else pick_device().type
+
+
+def _attend_as_on(device_type: str, model: PreTrainedModel) -> None:
+    """Make a model attend as a run on a device of this type chooses; on CUDA that is torch's own kernel."""
+    if device_type == "cpu":
+        attend_by_document(model)
 
 
 def shortened(model_config: PreTrainedConfig, layers: int) -> PreTrainedConfig:

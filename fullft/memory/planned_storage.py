@@ -10,6 +10,7 @@ import torch
 from fullft.storage.disk import PAGE, DiskFile
 from fullft.storage.tiers import Storage
 from fullft.storage.workers import Workers
+from fullft.tracing import device_type
 
 
 class PlannedStorage(Storage):
@@ -24,6 +25,8 @@ class PlannedStorage(Storage):
 
     def buffer(self, num_bytes: int) -> torch.Tensor:
         """Allocate as for real; a fake tensor has no address to be aligned."""
+        if device_type(self.device) != "cpu":
+            return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
         return torch.empty(num_bytes + PAGE, dtype=torch.uint8)[:num_bytes]
 
     def workers(self) -> Workers:

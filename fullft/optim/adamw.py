@@ -23,6 +23,7 @@ from fullft.optim import adamw_8bit
 from fullft.optim.gradients import Gradients
 from fullft.storage.stream import ChunkStream, Field
 from fullft.storage.tiers import CHUNK, Array, Storage, first_element, home_of, local_of
+from fullft.tracing import device_type
 
 # Elements that a CPU updates at a time: few enough for its cache. An eager split step runs at 84 million parameters/s
 # over tiles of 4 million elements, and at 1,200 to 1,400 over these. An accelerator would only launch more kernels.
@@ -179,7 +180,7 @@ class AdamW(torch.optim.Optimizer):
         if not jobs:
             return
         device = self.storage.device
-        size = CPU_TILE if device.type == "cpu" else CHUNK
+        size = CPU_TILE if device_type(device) == "cpu" else CHUNK
         scratch = torch.empty(2, min(size, max(job.count for job in jobs)), device=device)
         # Filled, not copied: a copy from the host would wait for the device.
         steps = {step: torch.full((), float(step), device=device) for step in {job.step for job in jobs}}

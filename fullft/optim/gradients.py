@@ -21,7 +21,7 @@ from fullft.storage.disk import DiskArray, paged
 from fullft.storage.stream import ChunkStream, Field
 from fullft.storage.tiers import CHUNK, Array, Storage, local_of, sharded_like
 from fullft.storage.workers import Workers, mark_computed
-from fullft.tracing import standing_for_all
+from fullft.tracing import device_type, standing_for_all
 
 _SLOTS = 4  # chunks on their way off the device
 
@@ -184,10 +184,14 @@ def _arriving_in(parameter: nn.Parameter) -> torch.dtype:
 
 @dataclass
 class _Slot:
-    """Host memory for one chunk on its way: as it arrives, and the sum that it is added to."""
+    """Host memory for one chunk on its way: as it arrives, and the sum on disk that it is added to.
+
+    The chunk on the device is kept until the slot is used again, so that a run takes the same memory each time.
+    """
 
     arriving: torch.Tensor
     sums: torch.Tensor
+    source: torch.Tensor | None = None
     target: tuple[int, int] = (0, 0)
     done: "Future[None]" = field(default_factory=Future)
 
@@ -214,21 +218,21 @@ class _Sender:
             is_first: whether it replaces what is there.
         """
         starts = range(0, gradient.numel(), CHUNK)
-        for start in standing_for_all(starts, _SLOTS - len(self._slots)):  # a plan only needs all slots filled
+        for start in standing_for_all(starts, _SLOTS):  # a plan only needs all slots filled
             chunk = gradient[start : start + CHUNK]
-            slot = self._next_slot()
+            slot = self._next_slot(is_on_disk=isinstance(sums, DiskArray))
             arrived = slot.arriving[: chunk.nbytes].view(chunk.dtype)
-            computed, source = mark_computed(chunk.device), None
-            if computed is None:
+            computed = mark_computed(chunk.device)
+            if device_type(chunk.device) == "cpu":
                 arrived.copy_(chunk)  # and the gradient is free
             else:
-                source = chunk
+                slot.source = chunk
             slot.target = (id(sums), start)
             for other in self._slots:
                 if other.target == slot.target:  # of the micro-batch before: the order of additions must stay
                     other.done.result()
             slot.done = self._workers.submit(
-                _add_to_sum, self._workers, slot, arrived, source, computed, sums, start, is_first
+                _add_to_sum, self._workers, slot, arrived, computed, sums, start, is_first
             )
             self._slots.append(slot)
 
@@ -237,9 +241,10 @@ class _Sender:
         while self._slots:
             self._slots.popleft().done.result()
 
-    def _next_slot(self) -> _Slot:
+    def _next_slot(self, *, is_on_disk: bool) -> _Slot:
         if len(self._slots) < _SLOTS:
-            return _Slot(self._storage.buffer(self._num_bytes), self._storage.buffer(self._num_bytes))
+            sums = self._num_bytes if is_on_disk else 0  # those on the host are added to where they are
+            return _Slot(self._storage.buffer(self._num_bytes), self._storage.buffer(sums))
         slot = self._slots.popleft()
         slot.done.result()
         return slot
@@ -249,7 +254,6 @@ def _add_to_sum(
     workers: Workers,
     slot: _Slot,
     arrived: torch.Tensor,
-    source: torch.Tensor | None,
     computed: torch.Event | None,
     sums: Array,
     start: int,
@@ -257,9 +261,9 @@ def _add_to_sum(
 ) -> None:
     """Bring a chunk to the host, unless it has arrived, and add it to its sum there."""
     count = arrived.numel()
-    if source is not None:
+    if slot.source is not None:
         with workers.copying("out", computed):
-            arrived.copy_(source, non_blocking=True)
+            arrived.copy_(slot.source, non_blocking=True)
     if isinstance(sums, DiskArray):
         total = slot.sums[: count * sums.element_size()].view(sums.dtype)
         if not is_first:

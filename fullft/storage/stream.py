@@ -10,6 +10,7 @@ import torch
 from fullft.storage.disk import DiskArray, paged
 from fullft.storage.tiers import Array, Storage, is_on_host
 from fullft.storage.workers import mark_computed
+from fullft.tracing import device_type
 
 # One chunk is computed on, one comes, one goes.
 _SLOTS = 3
@@ -44,7 +45,7 @@ class Field:
 
 @dataclass
 class _Slot:
-    """Memory on the device for one job's fields, with its twin on the host; on a CPU they are the same."""
+    """Memory on the device for one job's fields, and on the host for those from disk; on a CPU they are the same."""
 
     device: torch.Tensor
     host: torch.Tensor
@@ -84,7 +85,8 @@ class ChunkStream:
         """
         jobs = list(jobs)
         size = max((sum(each.num_bytes for each in job.values() if each.is_away) for job in jobs), default=0)
-        free = deque(self._make_slot(size) for _ in range(_SLOTS if size else 0))
+        uses_disk = any(isinstance(each.array, DiskArray) for job in jobs for each in job.values())
+        free = deque(self._make_slot(size, uses_disk=uses_disk) for _ in range(_SLOTS if size else 0))
         remaining = iter(jobs)
         ahead: deque[_Visit] = deque()
 
@@ -112,9 +114,10 @@ class ChunkStream:
             for future in under_way:
                 future.result()
 
-    def _make_slot(self, size: int) -> _Slot:
-        host = self._storage.buffer(size)
-        on_device = host if self._device.type == "cpu" else torch.empty_like(host, device=self._device)
+    def _make_slot(self, size: int, *, uses_disk: bool) -> _Slot:
+        is_shared = device_type(self._device) == "cpu"
+        host = self._storage.buffer(size if is_shared or uses_disk else 0)
+        on_device = host if is_shared else torch.empty(size, dtype=torch.uint8, device=self._device)
         return _Slot(on_device, host, mark_computed(self._device))
 
     def _fetch(self, job: Mapping[str, Field], free: "deque[_Slot]") -> _Visit:

@@ -23,6 +23,7 @@ from fullft.config.config import Config
 from fullft.data.micro_batch import MicroBatch
 from fullft.hardware import pick_device
 from fullft.memory.collectives import Sent, sent_in_step
+from fullft.memory.planned_autocast import autocast_as_cuda
 from fullft.memory.planned_ranks import planned_ranks
 from fullft.memory.planned_storage import PlannedStorage
 from fullft.memory.profile import COMPONENTS, Profile
@@ -184,6 +185,8 @@ def trace(config: Config, model_config: PreTrainedConfig, batch: Batch, layers: 
         model.requires_grad_(True).train()  # as `load_model` leaves it
         model.tie_weights()  # left out together with the initial values
         _attend_as_on(for_type, model)
+        if for_type == "cuda" and config.numerics.autocast:
+            autocast_as_cuda(model)
         storage = PlannedStorage(device)
         if config.placement.streams_layers:
             move_layers_home(model, config.placement.parameters, storage, with_values=False)

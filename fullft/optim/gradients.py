@@ -129,6 +129,7 @@ class Gradients:
             )
             if self._gathers(parameter):
                 self._gather(parameter)
+        self._sender.finish()  # long before the next forward is at its peak
 
     @torch.no_grad()
     def _release(self, parameter: nn.Parameter) -> None:
@@ -186,7 +187,8 @@ def _arriving_in(parameter: nn.Parameter) -> torch.dtype:
 class _Slot:
     """Host memory for one chunk on its way: as it arrives, and the sum on disk that it is added to.
 
-    The chunk on the device is kept until the slot is used again, so that a run takes the same memory each time.
+    On an accelerator `source` keeps the chunk, and with it the whole gradient, until it has been copied: at the latest
+    until the slot is used again, which is what a plan counts.
     """
 
     arriving: torch.Tensor
@@ -264,6 +266,7 @@ def _add_to_sum(
     if slot.source is not None:
         with workers.copying("out", computed):
             arrived.copy_(slot.source, non_blocking=True)
+        slot.source = None
     if isinstance(sums, DiskArray):
         total = slot.sums[: count * sums.element_size()].view(sums.dtype)
         if not is_first:

@@ -19,7 +19,7 @@ from fullft.cpu.sums import TILE, add_, sum_in_order, sum_of_squares
 from fullft.ranks import add_in_rank_order
 from fullft.storage.disk import DiskArray, paged
 from fullft.storage.stream import ChunkStream, Field
-from fullft.storage.tiers import CHUNK, Array, Storage, local_of, sharded_like
+from fullft.storage.tiers import CHUNK, Array, Storage, is_on_host, local_of, sharded_like
 from fullft.storage.workers import Workers, mark_computed
 from fullft.tracing import device_type, standing_for_all
 
@@ -106,7 +106,7 @@ class Gradients:
             self._sums[key] = self._new_sum(gradient.numel(), self._dtypes[key])
         self._begun.add(key)
         sums, flat = self._sums[key], gradient.detach().reshape(-1)
-        if isinstance(sums, torch.Tensor) and sums.device == flat.device:
+        if isinstance(sums, torch.Tensor) and not (is_on_host(sums) and device_type(flat.device) != "cpu"):
             sums.copy_(flat) if is_first else add_(sums, flat)
         else:
             self._sender.send(flat, sums, is_first)

@@ -23,6 +23,7 @@ from fullft.config.config import Config
 from fullft.data.micro_batch import MicroBatch
 from fullft.hardware import pick_device
 from fullft.memory.collectives import Sent, sent_in_step
+from fullft.memory.machine import margin_bytes
 from fullft.memory.planned_autocast import autocast_as_cuda
 from fullft.memory.planned_ranks import planned_ranks
 from fullft.memory.planned_storage import PlannedStorage
@@ -99,8 +100,9 @@ def plan_step(config: Config, model_config: PreTrainedConfig, batch: Batch) -> d
         batch: the largest micro-batches.
 
     Returns:
-        The figures of `memory.json`, in bytes, and `num_parameters`; for several ranks those of the first one, which
-        has the most rows, and `sent`: by kind, what it sends to others in a step.
+        The figures of `memory.json`, in bytes, `num_parameters`, and `margin_bytes`, which an accelerator needs besides;
+        for several ranks those of the first one, which has the most rows, and `sent`: by kind, what it sends to others
+        in a step.
     """
     layers = num_layers(model_config)
     first, period = layer_pattern(model_config)
@@ -326,6 +328,7 @@ def _figures(config: Config, whole: _Trace) -> dict[str, Any]:
         "num_parameters": whole.num_parameters,
         "peak_bytes": sums[peak],
         "peak_phase": peak[1],
+        "margin_bytes": 0 if planned_device_type(config) == "cpu" else margin_bytes(sums[peak]),
         "components": {name: max(live[name] for live in whole.maxima.values()) for name in COMPONENTS},
         "at_peak": whole.totals[peak],
         "phases": phases,

@@ -129,7 +129,7 @@ class Gradients:
             )
             if self._gathers(parameter):
                 self._gather(parameter)
-        self._sender.finish()  # long before the next forward is at its peak
+        self._sender.pretend_arrival()  # long before the next forward is at its peak
 
     @torch.no_grad()
     def _release(self, parameter: nn.Parameter) -> None:
@@ -237,6 +237,11 @@ class _Sender:
                 _add_to_sum, self._workers, slot, arrived, computed, sums, start, is_first
             )
             self._slots.append(slot)
+
+    def pretend_arrival(self) -> None:
+        """Free what is kept of gradients on their way, as their arrival does; for plans, in which nothing moves."""
+        for slot in self._slots:
+            slot.source = None
 
     def finish(self) -> None:
         """Wait until all chunks have arrived, and free the memory of those on their way."""

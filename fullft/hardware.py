@@ -10,6 +10,7 @@ import torch
 from fullft.config.ranks import ALONE, Place
 from fullft.cpu.proc import OF_THE_SYSTEM, memory_field
 from fullft.errors import OptionsError
+from fullft.storage.locked import peak_registered_bytes
 
 # Dense bf16 matrix products per second with fp32 accumulation, in operations. Source: the vendor's data sheets.
 PEAK_FLOPS = {
@@ -73,7 +74,7 @@ def process_figures(device: torch.device) -> dict[str, int]:
         `resident_peak_bytes` of the process. On CUDA also `allocated_peak_bytes` and `reserved_peak_bytes` of torch's
         allocator, their difference `unused_reserved_bytes`, and `outside_bytes`: what the device holds besides, such as
         the context, NCCL's buffers, and other processes; where torch counts it, `pinned_host_peak_bytes`: host memory
-        that is locked for transfers, in blocks rounded up to powers of two.
+        that is locked for transfers.
     """
     figures = {"resident_peak_bytes": _resident_peak_bytes()}
     if device.type == "cuda":
@@ -88,7 +89,7 @@ def process_figures(device: torch.device) -> dict[str, int]:
         # Older versions of torch do not count it.
         pinned = torch.cuda.host_memory_stats() if hasattr(torch.cuda, "host_memory_stats") else {}
         if "allocated_bytes.peak" in pinned:
-            figures["pinned_host_peak_bytes"] = pinned["allocated_bytes.peak"]
+            figures["pinned_host_peak_bytes"] = pinned["allocated_bytes.peak"] + peak_registered_bytes()
     return figures
 
 

@@ -14,7 +14,7 @@ from fullft.config.ranks import find_place
 from fullft.cpu.kernel_caches import limit_kernel_caches
 from fullft.errors import report_uncaught_errors
 from fullft.run.ending import watch_ranks
-from fullft.run.environment import prepare_hub
+from fullft.run.environment import prepare_hub, use_expandable_segments
 from fullft.run.launch import launch, must_launch
 from fullft.run.printing import keep_printing, silence
 
@@ -42,6 +42,7 @@ def start() -> Config:
     if must_launch(config):
         sys.exit(launch(config.gpus))
     limit_kernel_caches()
+    use_expandable_segments()
     if place.count > 1 and not config.debug:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # torch's own account of a failure; ours is one message
     gc.disable()  # collections during the imports would find nothing, and take a quarter of their time

@@ -3,6 +3,9 @@
 This is the one place that knows whether a step is traced. A fake operator takes some 60 microseconds whatever its size,
 so a plan's time is its number of operators: what repeats without adding bytes is traced once. Each loop that repeats
 says through `standing_for_all` how many of its rounds stand for all. Tests compare these stand-ins with the whole.
+
+Fake tensors are on the CPU whatever device a plan is for, since most builds of torch know no other. Code whose memory
+depends on the device asks `device_type`, which knows.
 """
 
 import logging
@@ -15,7 +18,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 Part = TypeVar("Part")
-_is_tracing = ContextVar("is_tracing", default=False)
+_planned_for: ContextVar[str | None] = ContextVar("planned_for", default=None)  # the type of device; None: no tracing
 
 
 class _FakeTensors(FakeTensorMode):
@@ -30,9 +33,13 @@ class _FakeTensors(FakeTensorMode):
 
 
 @contextmanager
-def tracing() -> Iterator[None]:
-    """Make every new tensor within the body a fake one."""
-    token = _is_tracing.set(True)
+def tracing(device_type: str = "cpu") -> Iterator[None]:
+    """Make every new tensor within the body a fake one.
+
+    Args:
+        device_type: what the fake tensors stand for: `cpu`, `cuda` or `mps`.
+    """
+    token = _planned_for.set(device_type)
     log = logging.getLogger(FakeTensorMode.__module__)
     was_disabled, log.disabled = log.disabled, True  # it prints a traceback of what the caller reports in a line
     try:
@@ -41,12 +48,21 @@ def tracing() -> Iterator[None]:
             yield
     finally:
         log.disabled = was_disabled
-        _is_tracing.reset(token)
+        _planned_for.reset(token)
 
 
 def is_tracing() -> bool:
     """Return whether tensors have no values, so that nothing can be read from them."""
-    return _is_tracing.get()
+    return _planned_for.get() is not None
+
+
+def device_type(device: torch.device) -> str:
+    """Return the type of the device whose memory a step takes: a tensor's, or while tracing what the plan is for.
+
+    Args:
+        device: of the tensors at hand.
+    """
+    return _planned_for.get() or device.type
 
 
 @overload
@@ -60,7 +76,7 @@ def standing_for_all(parts: Sequence[Part], count: int = 1) -> Sequence[Part]:
         parts: each takes no more memory than the first `count` did.
         count: how many are traced.
     """
-    return parts[:count] if _is_tracing.get() else parts
+    return parts[:count] if is_tracing() else parts
 
 
 def is_fake(tensor: object) -> bool:

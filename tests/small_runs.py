@@ -21,7 +21,7 @@ import train
 from fullft.config.config import Config
 from fullft.config.options import DEMO_FOLDER
 from fullft.config.parse import parse_config
-from fullft.memory.plan import Batch, plan_step
+from fullft.memory.plan import Batch, plan_step, planned_device_type
 from fullft.saving.output_dir import list_checkpoints
 
 SMALL = {
@@ -56,7 +56,13 @@ _PLANNED: dict[tuple[object, ...], dict[str, Any]] = {}
 def _plan_step_once(config: Config, model_config: PreTrainedConfig, batch: Batch) -> dict[str, Any]:
     """Predict as `plan_step` does, but trace equal steps once; tracing is most of a small run's time."""
     words = (config.numerics, config.recomputation, config.placement, config.packing, config.accumulates)
-    key = (*words, config.max_grad_norm, model_config.to_json_string(use_diff=False), batch)
+    key = (
+        planned_device_type(config),
+        *words,
+        config.max_grad_norm,
+        model_config.to_json_string(use_diff=False),
+        batch,
+    )
     if key not in _PLANNED:
         _PLANNED[key] = plan_step(config, model_config, batch)
     return copy.deepcopy(_PLANNED[key])

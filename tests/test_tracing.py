@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fullft.tracing import is_fake, is_tracing, standing_for_all, tracing
+from fullft.tracing import device_type, is_fake, is_tracing, standing_for_all, tracing
 
 
 def test_tensors_are_fake_while_tracing() -> None:
@@ -21,6 +21,15 @@ def test_tensors_are_real_after_tracing() -> None:
     assert not is_tracing()
     after = torch.ones(3)
     assert not is_fake(after) and after.sum().item() == 3
+
+
+def test_device_is_the_planned_one_while_tracing() -> None:
+    here = torch.device("cpu")
+    with tracing("cuda"):
+        assert device_type(torch.ones(1).device) == "cuda"
+    with tracing():
+        assert device_type(here) == "cpu"
+    assert device_type(here) == "cpu" and device_type(torch.device("cuda")) == "cuda"
 
 
 def test_real_tensors_may_be_read_while_tracing() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fullft.tracing import standing_for_all
+from fullft.tracing import device_type, standing_for_all
 
 # Elements that are squared, or widened to be added, at a time: few enough for the cache.
 TILE = 1 << 17
@@ -23,7 +23,7 @@ def add_(total: torch.Tensor, values: torch.Tensor) -> None:
         total: [n].
         values: [n].
     """
-    if total.device.type != "cpu" or total.dtype == values.dtype:
+    if device_type(total.device) != "cpu" or total.dtype == values.dtype:
         total.add_(values)
         return
     for start in standing_for_all(range(0, len(total), TILE)):
@@ -41,8 +41,8 @@ def sum_of_squares(values: torch.Tensor) -> torch.Tensor:
     Args:
         values: [n], any floating dtype. torch sums a norm in fp32: over 10^6 elements it is off by 1e-5.
     """
-    if values.device.type != "cpu":
-        wide = torch.float32 if values.device.type == "mps" else torch.float64
+    if (computing := device_type(values.device)) != "cpu":
+        wide = torch.float32 if computing == "mps" else torch.float64
         norm: torch.Tensor = torch.linalg.vector_norm(values, dtype=wide)
         return norm.square_()
     # vector_norm would hold an fp64 copy of all values; a tile's copy stays in the cache.

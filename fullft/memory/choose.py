@@ -15,7 +15,7 @@ from fullft.config.placement import Placement, placements
 from fullft.config.recomputation import Recomputation
 from fullft.data.dealing import Dealing
 from fullft.memory.facts import Facts, find_facts
-from fullft.memory.machine import Device
+from fullft.memory.machine import Device, margin_bytes
 from fullft.memory.plan import Batch, plan_step
 from fullft.memory.speeds import ASSUMED, Speeds
 from fullft.memory.stages import possible_stages, require_stage
@@ -372,7 +372,8 @@ def fits(planned: Mapping[str, Any], device: Device) -> bool:
 
 
 def _taken(planned: Mapping[str, Any], device: Device) -> int:
-    return int(planned["peak_bytes"] + (planned["host_bytes"] if device.is_host else 0))
+    peak = int(planned["peak_bytes"])
+    return peak + (int(planned["host_bytes"]) if device.is_host else margin_bytes(peak))
 
 
 def _has_room(device: Device, held: Mapping[str, int]) -> bool:

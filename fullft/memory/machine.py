@@ -14,6 +14,10 @@ from fullft.config.config import Config
 from fullft.hardware import available_host_bytes
 
 CONTEXT_BYTES = 2**29  # what a CUDA context takes of a card
+# What is left free on a card besides. Workspaces of cuBLAS and of cuBLASLt are 32 MiB each on Hopper, and 8 MiB or less
+# elsewhere. 2% are for what the caching allocator rounds up and cannot use of its segments.
+_WORKSPACES = 2**26
+_FRAGMENTS = 0.02
 CARDS = (10, 16, 24, 40, 48, 80, 141)
 _UNKNOWN = sys.maxsize
 
@@ -35,6 +39,15 @@ class Device:
     host_bytes: int = _UNKNOWN
     disk_bytes: int = _UNKNOWN
     is_host: bool = False
+
+
+def margin_bytes(peak_bytes: int) -> int:
+    """Return what a run takes of a card besides its tensors: workspaces of kernels, and fragments.
+
+    Args:
+        peak_bytes: of its tensors.
+    """
+    return _WORKSPACES + int(_FRAGMENTS * peak_bytes)
 
 
 def find_device(config: Config, device: torch.device) -> Device:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from fullft.attention.choice import attend_by_document, attend_packed
@@ -24,6 +24,8 @@ from fullft.config.config import Config
 from fullft.data.micro_batch import MicroBatch
 from fullft.hardware import pick_device
 from fullft.memory.collectives import Sent, sent_in_step
+from fullft.memory.machine import margin_bytes
+from fullft.memory.planned_autocast import autocast_as_cuda
 from fullft.memory.planned_ranks import planned_ranks
 from fullft.memory.planned_storage import PlannedStorage
 from fullft.memory.profile import COMPONENTS, Profile
@@ -113,8 +115,9 @@ def plan_step(config: Config, model_config: PreTrainedConfig, batch: Batch) -> d
         batch: the largest micro-batches.
 
     Returns:
-        The figures of `memory.json`, in bytes, and `num_parameters`; for several ranks those of the first one, which
-        has the most rows, and `sent`: by kind, what it sends to others in a step.
+        The figures of `memory.json`, in bytes, `num_parameters`, and `margin_bytes`, which an accelerator needs
+        besides; for several ranks those of the first one, which has the most rows, and `sent`: by kind, what it sends
+        to others in a step.
     """
     layers = num_layers(model_config)
     first, period = layer_pattern(model_config)
@@ -186,17 +189,16 @@ def trace(config: Config, model_config: PreTrainedConfig, batch: Batch, layers: 
         first: how many layers are of kinds of their own.
         ends: how many layers behind them, and at the end, have slots of their own as these do.
     """
-    device = torch.device("cpu")
-    with planned_ranks(config) as mesh, tracing(), no_init_weights():
+    device, for_type = torch.device("cpu"), planned_device_type(config)
+    with planned_ranks(config) as mesh, tracing(for_type), no_init_weights():
         model = AutoModelForCausalLM.from_config(
             shortened(model_config, layers), dtype=dtype_of(config.numerics.weights)
         )
         model.requires_grad_(True).train()  # as `load_model` leaves it
         model.tie_weights()  # left out together with the initial values
-        if pick_device().type == "cpu":
-            attend_by_document(model)
-        elif config.joins_rows:
-            attend_packed(model, pick_device().type)
+        _attend_as_on(for_type, model, config.joins_rows)
+        if for_type == "cuda" and config.numerics.autocast:
+            autocast_as_cuda(model)
         storage = PlannedStorage(device)
         if config.placement.streams_layers:
             move_layers_home(model, config.placement.parameters, storage, with_values=False)
@@ -223,6 +225,23 @@ def trace(config: Config, model_config: PreTrainedConfig, batch: Batch, layers: 
             pretend_earlier=config.accumulates and is_alike,
         )
         return _by_slot(profile, count_parameters(model), layers, first + ends, ends)
+
+
+def planned_device_type(config: Config) -> str:
+    """Return the type of device that a plan is for: a card that `--plan` is told the memory of, or this machine's.
+
+    Args:
+        config: `plan` and `device_memory` are read.
+    """
+    return "cuda" if config.plan and config.device_memory is not None else pick_device().type
+
+
+def _attend_as_on(device_type: str, model: PreTrainedModel, packing: bool) -> None:
+    """Make a model attend as a run on a device of this type chooses; on CUDA unpacked rows keep torch's own kernel."""
+    if device_type == "cpu":
+        attend_by_document(model)
+    elif packing:
+        attend_packed(model, device_type)
 
 
 def shortened(model_config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
@@ -307,6 +326,7 @@ def _figures(config: Config, whole: _Trace) -> dict[str, Any]:
         "num_parameters": whole.num_parameters,
         "peak_bytes": sums[peak],
         "peak_phase": peak[1],
+        "margin_bytes": 0 if planned_device_type(config) == "cpu" else margin_bytes(sums[peak]),
         "components": {name: max(live[name] for live in whole.maxima.values()) for name in COMPONENTS},
         "at_peak": whole.totals[peak],
         "phases": phases,

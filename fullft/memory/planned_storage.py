@@ -7,8 +7,10 @@ from typing import Any
 import torch
 
 from fullft.storage.disk import PAGE, DiskFile
+from fullft.storage.locked import locked_block, locked_bytes
 from fullft.storage.tiers import Storage
 from fullft.storage.workers import Moved, Workers, moved
+from fullft.tracing import device_type
 
 
 class PlannedStorage(Storage):
@@ -23,7 +25,14 @@ class PlannedStorage(Storage):
 
     def buffer(self, num_bytes: int) -> torch.Tensor:
         """Allocate as for real; a fake tensor has no address to be aligned."""
+        if device_type(self.device) != "cpu":
+            return locked_block(num_bytes)
         return torch.empty(num_bytes + PAGE, dtype=torch.uint8)[:num_bytes]
+
+    def _host_memory(self, num_bytes: int) -> torch.Tensor:
+        if device_type(self.device) == "cuda":
+            return torch.zeros(locked_bytes(num_bytes), dtype=torch.uint8, pin_memory=True)[:num_bytes]
+        return super()._host_memory(num_bytes)
 
     def workers(self) -> Workers:
         """Return workers that move nothing."""

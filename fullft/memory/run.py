@@ -196,7 +196,8 @@ def _needs(figures: dict[str, Any]) -> str:
         for name, where in (("host_bytes", "of host memory"), ("disk_bytes", "of disk"))
         if figures[name]
     ]
-    return f"{unit.amount(figures['peak_bytes'])} at its peak" + "".join(elsewhere)
+    margin = f" and a margin of {unit.amount(figures['margin_bytes'])}" if figures["margin_bytes"] else ""
+    return f"{unit.amount(figures['peak_bytes'])} at its peak{margin}" + "".join(elsewhere)
 
 
 def _of_each(config: Config) -> str:

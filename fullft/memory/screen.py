@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from fullft.config.config import Config, to_words
 from fullft.config.numerics import Format
 from fullft.errors import FullftError, ModelError
@@ -21,8 +23,8 @@ from fullft.memory.dealings import dealings_of_plan
 from fullft.memory.estimates import GPUS, MFU, ROWS, estimate_adapters, estimate_work
 from fullft.memory.facts import Facts
 from fullft.memory.levers import ALL, Lever, find_levers
-from fullft.memory.machine import Device, cards, find_device
-from fullft.memory.plan import Batch
+from fullft.memory.machine import Device, cards, find_device, margin_bytes
+from fullft.memory.plan import Batch, planned_device_type
 from fullft.memory.profile import COMPONENTS
 from fullft.memory.several_ranks import describe_stages, plan_stages, sent_of, stages_object
 from fullft.memory.speeds import Speeds, measure_speeds
@@ -53,10 +55,10 @@ def show_plan(config: Config) -> None:
     try:
         dealings = dealings_of_plan(config, plans.model_config)
         config = dealings.config
-        facts, compilation = plans.facts(batch.length), ""
-        if config.device_memory is None:  # else the compiler of that machine is unknown
-            config, compilation = choose_compilation(config, estimate_work(config, facts, batch).training_flops, here)
-            compilation += " (with the rows assumed below)" if compilation and config.max_steps <= 0 else ""
+        facts = plans.facts(batch.length)
+        work = estimate_work(config, facts, batch).training_flops
+        config, compilation = choose_compilation(config, work, torch.device(planned_device_type(config)))
+        compilation += " (with the rows assumed below)" if compilation and config.max_steps <= 0 else ""
         speeds = functools.cache(functools.partial(measure_speeds, config, plans.model_config, batch, here))
         config, chosen = choose(config, plans, batch, device, speeds, dealings.ways)
         if config.json:
@@ -88,7 +90,7 @@ def plan_object(config: Config, planned: Mapping[str, Any], facts: Facts, device
     """Return what `--plan --json` prints: the figures of `memory.json`, and what they belong to.
 
     Args:
-        config: only `compile` may be left open, where the memory is another machine's.
+        config: nothing is left to the plan.
         planned: from `plan_step`.
         facts: of the model.
         device: the one at hand; the usual cards follow it.
@@ -166,7 +168,7 @@ def _assumptions(config: Config, planned: Mapping[str, Any], batch: Batch, chose
     paragraphs = (
         f"Full fine-tuning of {config.model or 'the built-in demo'}: all {planned['num_parameters']:,} parameters",
         f"Assumed: micro-batches of {dealt} tokens, {accumulated}; "
-        f"{config.precision}{masters}, {config.optim}. Kernels' workspaces come on top. {unit.legend()}.",
+        f"{config.precision}{masters}, {config.optim}. {unit.legend()}.",
         *chosen,
     )
     return "\n".join(textwrap.fill(each, _WIDTH, subsequent_indent="  ") for each in paragraphs if each)
@@ -199,6 +201,8 @@ def _components(config: Config, plans: Plans, batch: Batch, unit: Unit) -> str:
         f"{'all, in ' + _words(planned['peak_phase']):31}{amounts(peak)}"
         f"  {unit.number(sum(lora.values())):>7} {unit.name}{unit.number(sum(qlora.values())):>8} {unit.name}"
     )
+    if planned["margin_bytes"]:
+        lines.append(f"{'margin: workspaces, fragments':31}{amounts(planned['margin_bytes'])}")
     for name, where in (("host_bytes", "kept on the host besides"), ("disk_bytes", "kept on disk besides")):
         if planned[name]:
             lines.append(f"{where:31}{amounts(planned[name])}")
@@ -216,22 +220,28 @@ def _words(name: str) -> str:
 
 def _verdicts(config: Config, planned: Mapping[str, Any], device: Device, levers: list[Lever], unit: Unit) -> str:
     peak = planned["peak_bytes"]
-    lines = [f"Fits {unit.amount(peak)}{' per rank' * (config.gpus > 1)}?"]
+    margin = margin_bytes(peak)
+    each_rank = " per rank" * (config.gpus > 1)
+    lines = [f"Fits {unit.amount(peak)}{each_rank}, on a card with a margin of {unit.amount(margin)}?"]
     others = [card for card in cards() if card.memory_bytes != device.memory_bytes]  # it would stand there twice
     for each in (device, *others):
-        spare = each.memory_bytes - peak
+        spare = each.memory_bytes - peak - (0 if each.is_host else margin)
         if spare >= 0 and not fits(planned, each):
             verdict = "no   the host or the disk has too little"
         elif spare >= 0:
             verdict = f"yes  {unit.number(spare):>7} {unit.name} to spare"
         else:
-            help_ = next((lever.flags for lever in levers if lever.peak_bytes <= each.memory_bytes), None)
+            help_ = next((lever.flags for lever in levers if _has_room(lever.peak_bytes, each)), None)
             if help_ is not None:
                 is_long = help_.startswith("--offload")
                 help_ = "with all the levers" if help_ == ALL else "with more offloaded" if is_long else f"with {help_}"
             verdict = f"no   {unit.number(-spare):>7} {unit.name} short    {help_ or ''}".rstrip()
         lines.append(f"  {each.name[:20]:20}{unit.number(each.memory_bytes):>8} {unit.name}  {verdict}")
     return "\n".join(lines)
+
+
+def _has_room(peak: int, device: Device) -> bool:
+    return peak + (0 if device.is_host else margin_bytes(peak)) <= device.memory_bytes
 
 
 def _levers(levers: list[Lever], unit: Unit) -> str:

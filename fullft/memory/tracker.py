@@ -164,15 +164,17 @@ class MemoryTracker(TorchDispatchMode):
         recomputing = self._moment.phase == "backward" and torch.is_grad_enabled()
         if self._moment.phase == "backward" and not recomputing and self._born:
             self._settle_activations()  # recomputation is over, and backward uses what it left
-        component, may_be_kept = self._component_made(operator, args)
+        component, may_be_kept = self._component_made(operator, args, kwargs or {})
         for tensor in tensors_in(result):
             block = self._see(tensor, component)
             if block and may_be_kept and (recomputing or self._moment.phase == "forward"):
                 self._born.append(weakref.ref(block))
         return result
 
-    def _component_made(self, operator: Any, args: tuple[Any, ...]) -> tuple[str, bool]:
+    def _component_made(self, operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, bool]:
         """Return what an operator makes, and whether that may become an activation."""
+        if kwargs.get("pin_memory"):
+            return HOST, False
         source = self._block_of(args[0]) if operator is torch.ops.aten._to_copy.default else None
         if source in self._whole_gradients:
             return "gradients", False  # in the dtype that they are added up in

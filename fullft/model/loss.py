@@ -24,7 +24,7 @@ from fullft.cpu.sums import add_
 from fullft.data.micro_batch import IGNORED, MicroBatch
 from fullft.model.head import Head, Product, find_linear
 from fullft.model.parts import decoder_of
-from fullft.tracing import standing_for_all
+from fullft.tracing import device_type, standing_for_all
 from fullft.transforms.compilation import Function, fuse
 from fullft.transforms.sharding import sharding_of
 
@@ -181,7 +181,7 @@ def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, *, becomes_gradi
         becomes_gradient: overwrite the logits with the sum's gradient.
     """
     vocabulary = logits.shape[1]
-    tile = max(1, _CPU_TILE // vocabulary) if logits.device.type == "cpu" else _TILE_TOKENS
+    tile = max(1, _CPU_TILE // vocabulary) if device_type(logits.device) == "cpu" else _TILE_TOKENS
     dtype = torch.promote_types(logits.dtype, torch.float32)
     wide, logarithms = torch.empty(2, min(tile, len(targets)), vocabulary, dtype=dtype, device=logits.device)
     total = torch.zeros((), dtype=dtype, device=logits.device)

@@ -25,6 +25,7 @@ from fullft.optim.masters import narrow, widen
 from fullft.storage.stream import ChunkStream, Field
 from fullft.storage.tiers import CHUNK, Array, Storage, first_element, home_of, local_of
 from fullft.storage.workers import wait_for_all
+from fullft.tracing import device_type
 from fullft.transforms.compilation import fuse
 
 # Elements that a CPU updates at a time: few enough for its cache. An eager split step runs at 84 million parameters/s
@@ -183,7 +184,7 @@ class AdamW(torch.optim.Optimizer):
         if not jobs:
             return
         device = self.storage.device
-        size = CPU_TILE if device.type == "cpu" else CHUNK
+        size = CPU_TILE if device_type(device) == "cpu" else CHUNK
         scratch = torch.empty(2, min(size, max(job.count for job in jobs)), device=device)
         # Filled, not copied: a copy from the host would wait for the device.
         steps = {step: torch.full((), float(step), device=device) for step in {job.step for job in jobs}}

@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fullft.errors import OptionsError
-from fullft.tracing import is_tracing, standing_for_all
+from fullft.tracing import device_type, is_tracing, standing_for_all
 
 BLOCK = 256  # elements that share one scale; chunks must begin at multiples of it
 # Elements updated at a time, which bounds the temporaries: 0.5 MiB compiled, 7.3 MiB eager. Smaller ones are slower.
@@ -62,7 +62,9 @@ def adamw_8bit_(
     Raises:
         OptionsError: on CUDA without bitsandbytes.
     """
-    if weights.device.type == "cuda":
+    if device_type(weights.device) == "cuda":
+        if is_tracing():
+            return  # one kernel, which takes no memory; the machine that plans may have no bitsandbytes
         book1, book2 = code_books(weights.device)
         _bitsandbytes().optimizer_update_8bit_blockwise(
             *("adam", gradient, weights, moment1, moment2, beta1, beta2, 0.0, 0.0, eps, step, lr, book1, book2),

@@ -19,9 +19,9 @@ from fullft.cpu.sums import TILE, add_, sum_in_order, sum_of_squares
 from fullft.ranks import add_in_rank_order
 from fullft.storage.disk import DiskArray, paged
 from fullft.storage.stream import ChunkStream, Field
-from fullft.storage.tiers import CHUNK, Array, Storage, local_of, sharded_like
+from fullft.storage.tiers import CHUNK, Array, Storage, is_on_host, local_of, sharded_like
 from fullft.storage.workers import Moved, mark_computed, wait_for
-from fullft.tracing import standing_for_all
+from fullft.tracing import device_type, standing_for_all
 
 _SLOTS = 4  # chunks on their way off the device
 
@@ -106,7 +106,7 @@ class Gradients:
             self._sums[key] = self._new_sum(gradient.numel(), self._dtypes[key])
         self._begun.add(key)
         sums, flat = self._sums[key], gradient.detach().reshape(-1)
-        if isinstance(sums, torch.Tensor) and sums.device == flat.device:
+        if isinstance(sums, torch.Tensor) and not (is_on_host(sums) and device_type(flat.device) != "cpu"):
             sums.copy_(flat) if is_first else add_(sums, flat)
         else:
             self._sender.send(flat, sums, is_first)
@@ -129,6 +129,7 @@ class Gradients:
             )
             if self._gathers(parameter):
                 self._gather(parameter)
+        self._sender.pretend_arrival()  # long before the next forward is at its peak
 
     @torch.no_grad()
     def _release(self, parameter: nn.Parameter) -> None:
@@ -184,11 +185,15 @@ def _arriving_in(parameter: nn.Parameter) -> torch.dtype:
 
 @dataclass
 class _Slot:
-    """Host memory for one chunk on its way: as it arrives, and the sum that it is added to."""
+    """Host memory for one chunk on its way: as it arrives, and the sum on disk that it is added to.
+
+    On an accelerator `source` keeps the chunk, and with it the whole gradient, until it has been copied: at the latest
+    until the slot is used again, which is what a plan counts.
+    """
 
     arriving: torch.Tensor
     sums: torch.Tensor
-    source: torch.Tensor | None = None  # the chunk on the device, until it has arrived
+    source: torch.Tensor | None = None
     target: tuple[int, int] = (0, 0)
     done: Moved = field(default_factory=Future)
 
@@ -215,12 +220,12 @@ class _Sender:
             is_first: whether it replaces what is there.
         """
         starts = range(0, gradient.numel(), CHUNK)
-        for start in standing_for_all(starts, _SLOTS - len(self._slots)):  # a plan only needs all slots filled
+        for start in standing_for_all(starts, _SLOTS):  # a plan only needs all slots filled
             chunk = gradient[start : start + CHUNK]
-            slot = self._next_slot()
+            slot = self._next_slot(is_on_disk=isinstance(sums, DiskArray))
             arrived = slot.arriving[: chunk.nbytes].view(chunk.dtype)
             copied = self._workers.copy("out", [(arrived, chunk)], mark_computed(chunk.device))
-            slot.source = None if copied is None else chunk
+            slot.source = None if device_type(chunk.device) == "cpu" else chunk
             slot.target = (id(sums), start)
             for other in self._slots:
                 if other.target == slot.target:  # of the micro-batch before: the order of additions must stay
@@ -228,14 +233,20 @@ class _Sender:
             slot.done = self._workers.start(_add_to_sum, slot, arrived, copied, sums, start, is_first, waits=True)
             self._slots.append(slot)
 
+    def pretend_arrival(self) -> None:
+        """Free what is kept of gradients on their way, as their arrival does; for plans, in which nothing moves."""
+        for slot in self._slots:
+            slot.source = None
+
     def finish(self) -> None:
         """Wait until all chunks have arrived, and free the memory of those on their way."""
         while self._slots:
             self._slots.popleft().done.result()
 
-    def _next_slot(self) -> _Slot:
+    def _next_slot(self, *, is_on_disk: bool) -> _Slot:
         if len(self._slots) < _SLOTS:
-            return _Slot(self._storage.buffer(self._num_bytes), self._storage.buffer(self._num_bytes))
+            sums = self._num_bytes if is_on_disk else 0  # those on the host are added to where they are
+            return _Slot(self._storage.buffer(self._num_bytes), self._storage.buffer(sums))
         slot = self._slots.popleft()
         slot.done.result()
         return slot
@@ -244,7 +255,7 @@ class _Sender:
 def _add_to_sum(
     slot: _Slot, arrived: torch.Tensor, copied: torch.Event | None, sums: Array, start: int, is_first: bool
 ) -> None:
-    """Add a chunk to its sum on the host once it has arrived there."""
+    """Add a chunk to its sum on the host or on disk once it has arrived."""
     wait_for(copied)
     slot.source = None
     count = arrived.numel()

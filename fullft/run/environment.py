@@ -1,16 +1,20 @@
-"""Whether the Hugging Face hub can be reached: asked once, briefly, before its libraries are imported.
+"""What libraries read from the environment while they are imported: is the hub reachable, how CUDA's memory is kept.
 
 Left alone, the hub's client retries for about 23 seconds per missing file. transformers and datasets read
-`HF_HUB_OFFLINE` when they are imported.
+`HF_HUB_OFFLINE` when they are imported, and torch reads the settings of its allocator.
 """
 
 import os
+import sys
 import threading
+from importlib.metadata import version
 
 from fullft.config.config import Config
 from fullft.model.bundled import bundled_config
 
 PROBE_SECONDS = 4.0
+# The settings of torch's allocator. Versions 2.9 to 2.11 pass over the first name, though they have it.
+_ALLOCATOR, _ALLOCATOR_BEFORE_2_12 = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
 
 
 def prepare_hub(config: Config) -> None:
@@ -66,3 +70,18 @@ def _ask(answered: threading.Event, asked: threading.Event) -> None:
         pass
     finally:
         asked.set()
+
+
+def use_expandable_segments() -> None:
+    """Make torch keep a card's memory in segments that grow, so that less of it is lost in fragments.
+
+    Nothing is set where CUDA cannot map memory so (elsewhere than on Linux), or where the user has decided.
+
+    Source: pytorch.org/docs/stable/notes/cuda.html, "Optimizing memory usage with PYTORCH_ALLOC_CONF"; that the new
+    name has no effect in 2.9 to 2.11: github.com/pytorch/pytorch/issues/183387.
+    """
+    names = (_ALLOCATOR, _ALLOCATOR_BEFORE_2_12)
+    if sys.platform != "linux" or any(name in os.environ for name in names):
+        return
+    major, minor = map(int, version("torch").split(".")[:2])
+    os.environ[names[(major, minor) < (2, 12)]] = "expandable_segments:True"

@@ -14,6 +14,7 @@ from typing import IO
 import torch
 
 from fullft.errors import DiskError
+from fullft.storage.locked import locked_block
 
 PAGE = 4096  # bytes; direct I/O wants addresses, offsets and lengths that are multiples of it
 
@@ -30,8 +31,8 @@ def aligned_bytes(num_bytes: int, device: torch.device) -> torch.Tensor:
         num_bytes: its size.
         device: that data moves to and from.
     """
-    if device.type != "cpu":  # locked memory starts at a page by itself
-        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+    if device.type != "cpu":
+        return locked_block(num_bytes)
     memory = torch.empty(num_bytes + PAGE, dtype=torch.uint8)
     start = -memory.data_ptr() % PAGE
     return memory[start : start + num_bytes]

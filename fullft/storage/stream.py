@@ -18,6 +18,7 @@ import torch
 from fullft.storage.disk import DiskArray, paged
 from fullft.storage.tiers import Array, Storage, is_on_host
 from fullft.storage.workers import Moved, mark_computed, moved, wait_for, wait_for_all
+from fullft.tracing import device_type
 
 # One chunk is computed on, one comes, one goes.
 _SLOTS = 3
@@ -57,7 +58,7 @@ class Field:
 
 @dataclass
 class _Slot:
-    """Memory on the device for one job's fields, with its twin on the host; on a CPU they are the same."""
+    """Memory on the device for one job's fields, and on the host for those from disk; on a CPU they are the same."""
 
     device: torch.Tensor
     host: torch.Tensor
@@ -97,7 +98,7 @@ class ChunkStream:
         jobs = list(jobs)
         size = max((sum(each.num_bytes for each in job.values() if each.is_away) for job in jobs), default=0)
         uses_disk = any(each.is_on_disk for job in jobs for each in job.values())
-        free = deque(self._make_slot(size) for _ in range(_SLOTS if size else 0))
+        free = deque(self._make_slot(size, uses_disk) for _ in range(_SLOTS if size else 0))
         remaining = iter(jobs)
         ahead: deque[_Visit] = deque()
 
@@ -128,9 +129,10 @@ class ChunkStream:
             for future in under_way:
                 self._workers.compute_after(future.result())
 
-    def _make_slot(self, size: int) -> _Slot:
-        host = self._storage.buffer(size)
-        on_device = host if self._device.type == "cpu" else torch.empty_like(host, device=self._device)
+    def _make_slot(self, size: int, uses_disk: bool) -> _Slot:
+        is_shared = device_type(self._device) == "cpu"
+        host = self._storage.buffer(size if is_shared or uses_disk else 0)
+        on_device = host if is_shared else torch.empty(size, dtype=torch.uint8, device=self._device)
         return _Slot(on_device, host, moved(mark_computed(self._device)))
 
     def _fetch(self, job: Mapping[str, Field], free: "deque[_Slot]", uses_disk: bool) -> _Visit:

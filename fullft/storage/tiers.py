@@ -14,12 +14,12 @@ from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 from fullft.errors import OptionsError
 from fullft.storage.disk import DiskArray, DiskFile, aligned_bytes, paged
+from fullft.storage.locked import locked_zeros
 from fullft.storage.workers import Workers, wait_for_all
 
 # Elements fetched, updated and stored at a time. A multiple of 64, where torch's fused AdamW may be cut and round
 # alike; of the blocks of 8-bit moments; and of the elements of any dtype in a page.
 CHUNK = 1 << 22
-_SLAB = 1 << 30  # bytes of locked host memory allocated at a time
 
 Array = torch.Tensor | DiskArray
 
@@ -142,7 +142,6 @@ class Storage:
         self.rows: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._folder = folder
         self._file: DiskFile | None = None
-        self._slab: torch.Tensor | None = None
 
     @property
     def disk_bytes(self) -> int:
@@ -168,7 +167,7 @@ class Storage:
         if tier in ("device", "paged"):
             return torch.zeros(numel, dtype=dtype, device=self.device)
         num_bytes = numel * dtype.itemsize
-        tensor = self._host_memory(num_bytes)[:num_bytes].view(dtype)
+        tensor = self._host_memory(num_bytes).view(dtype)
         _HOST_STORAGES[tensor.untyped_storage()] = self.device
         return tensor
 
@@ -185,14 +184,10 @@ class Storage:
         return DiskFile(self._folder)
 
     def _host_memory(self, num_bytes: int) -> torch.Tensor:
-        """Return zeroed bytes; for accelerators, parts of large locked slabs: each is rounded up to a power of two."""
-        if self.device.type == "cpu":
-            return torch.zeros(num_bytes, dtype=torch.uint8)
-        size = paged(num_bytes)
-        if self._slab is None or self._slab.numel() < size:
-            self._slab = torch.zeros(max(_SLAB, size), dtype=torch.uint8, pin_memory=True)
-        memory, self._slab = self._slab[:size], self._slab[size:]
-        return memory
+        """Return zeroed bytes of the host's memory, locked for accelerators."""
+        if self.device.type == "cuda":
+            return locked_zeros(num_bytes)
+        return torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=self.device.type != "cpu")
 
 
 def _paged_memory(numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

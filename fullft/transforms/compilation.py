@@ -68,11 +68,15 @@ def choose_compilation(config: Config, flops: float, device: torch.device) -> tu
 
 
 def _lack(device: torch.device) -> str:
-    """Name what is missing to compile for a device. What the compiler itself needs shows when it runs."""
+    """Name what is missing to compile for a device. What the compiler itself needs shows when it runs.
+
+    On a card that is only planned for nothing is: torch for CUDA brings its compiler.
+    """
     compilers = (os.environ.get("CXX") or "g++", "clang++", "cl")
     if device.type == "cpu":
         return "" if any(map(shutil.which, compilers)) else "a C++ compiler such as g++"
-    return "" if importlib.util.find_spec("triton") else "triton"
+    is_elsewhere = device.type == "cuda" and not torch.cuda.is_available()
+    return "" if is_elsewhere or importlib.util.find_spec("triton") else "triton"
 
 
 def apply_compilation(model: PreTrainedModel, config: Config) -> None:

@@ -21,6 +21,7 @@ from fullft.model.parts import decoder_layers
 from fullft.storage.disk import DiskArray, paged
 from fullft.storage.tiers import Array, Storage, home_of, lives_elsewhere
 from fullft.storage.workers import Moved, mark_computed, wait_for, wait_for_all
+from fullft.tracing import device_type
 from fullft.transforms.activation_checkpointing import recompute
 
 _STREAMS: "weakref.WeakKeyDictionary[nn.Module, LayerStream]" = weakref.WeakKeyDictionary()
@@ -71,7 +72,7 @@ class LayerStream:
         self._device, self._workers = storage.device, storage.workers()
         device = storage.device
         size = max(sum(_num_bytes(parameter) for parameter in layer) for layer in self._layers)
-        on_cpu = device.type == "cpu"
+        on_cpu = device_type(device) == "cpu"
         # Only what comes from disk needs memory on the host on its way to an accelerator.
         is_on_disk = any(isinstance(home_of(parameter), DiskArray) for parameter in self._layers[0])
         self._hosts = [storage.buffer(size if on_cpu or is_on_disk else 0) for _ in range(2)]

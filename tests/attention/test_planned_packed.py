@@ -1,6 +1,7 @@
 """The plan for a card knows what packed attention takes there: queries, keys, values, results and logsumexps."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import flash_attention
 import pytest
@@ -13,15 +14,17 @@ from fullft.attention import kernels, packed
 from fullft.attention.choice import attend_packed
 from fullft.memory import plan
 from fullft.memory.plan import Batch, plan_step
+from fullft.memory.planned_autocast import autocast_as_cuda
 from fullft.model.precision import dtype_of
 from fullft.transforms.activation_checkpointing import apply_activation_checkpointing
 
+CARD: dict[str, Any] = {"plan": True, "device_memory": 2**34}  # plans are made for one
+
 
 @pytest.fixture(autouse=True)
-def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Plans are made for a card; its kernel computes here."""
+def kernel() -> Iterator[None]:
+    """A card's kernel computes here."""
     library = flash_attention.register()
-    monkeypatch.setattr(plan, "pick_device", lambda: torch.device("cuda"))
     yield
     library._destroy()
 
@@ -38,9 +41,11 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
 def test_plan_equals_what_is_tracked(family: str, mode: str, batch: Batch, precision: str) -> None:
     """The negative control is the model's own attention."""
-    config = make_config(precision=precision, activation_checkpointing=mode, packing=True)
+    config = make_config(precision=precision, activation_checkpointing=mode, packing=True, **CARD)
 
     def tracked(model: PreTrainedModel) -> dict[str, object]:
+        if config.numerics.autocast:
+            autocast_as_cuda(model)
         apply_activation_checkpointing(model, config)
         return worst_step(model, config, batch).to_dict()
 
@@ -57,7 +62,7 @@ def activations(length: int, precision: str) -> float:
     """What forward keeps for backward, in bytes, of one packed row and a small Llama."""
     sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_key_value_heads": 2}
     shape = LlamaConfig(num_attention_heads=4, num_hidden_layers=6, **sizes)
-    config = make_config(precision=precision, activation_checkpointing="none", packing=True)
+    config = make_config(precision=precision, activation_checkpointing="none", packing=True, **CARD)
     return float(plan_step(config, shape, Batch(1, length))["components"]["activations"])
 
 

@@ -25,11 +25,9 @@ from fullft.config.parse import parse_config
 from fullft.data.batches import Batches
 from fullft.memory.profile import Profile
 from fullft.run.log import Log
-from fullft.storage import tiers
 
 WIDTH = 64  # so that matrices have moments in 8 bits
 WORKERS = "offload"  # begins the names of threads that may wait for the device
-SMALL_SLAB = 1 << 20  # bytes of pinned memory taken at a time
 
 OPTIONS: dict[str, Any] = {
     "dataset": DEMO_FOLDER / "instructions.jsonl",
@@ -58,7 +56,7 @@ class Memory:
         requested: the peak of what tensors asked for, with managed memory.
         allocated: the peak of the blocks that they got.
         host: what was planned for the host, and what the tracker has found there.
-        pinned: blocks that were pinned.
+        pinned: torch's pinned blocks, and what was registered besides.
     """
 
     planned: int
@@ -154,12 +152,11 @@ class _Watched:
     _figures: dict[str, int] = field(default_factory=dict)
 
     def __enter__(self) -> "_Watched":
-        self._before = {name: figure(name) for name in ("requested", "allocated", "pinned_held")}
+        self._before = {name: figure(name) for name in ("requested", "allocated", "pinned_held", "registered")}
         self._patch = pytest.MonkeyPatch()
         self._patch.setattr(train, "measure_run", self._measuring(train.measure_run))
         self._patch.setattr(Batches, "global_batch", self._beginning(Batches.global_batch))
         self._patch.setattr(Log, "step", self._ending(Log.step))
-        self._patch.setattr(tiers, "_SLAB", SMALL_SLAB, raising=False)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -202,5 +199,5 @@ class _Watched:
             self._figures["requested"],
             self._figures["allocated"],
             (planned["host_bytes"], tracked["host_bytes"]),
-            self._figures["pinned_held"],
+            self._figures["pinned_held"] + self._figures["registered"],
         )

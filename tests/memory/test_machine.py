@@ -10,7 +10,7 @@ from models import make_config
 from fullft.config.config import Config
 from fullft.config.ranks import Place
 from fullft.memory import machine
-from fullft.memory.machine import Device, find_device, least_of
+from fullft.memory.machine import Device, find_device, least_of, margin_bytes
 
 CPU = torch.device("cpu")
 
@@ -34,3 +34,9 @@ def test_ranks_share_memory_and_disk(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_least_device_has_no_more_than_any() -> None:
     one, other = Device("one", 10, host_bytes=5, disk_bytes=7), Device("other", 20, host_bytes=4, disk_bytes=9)
     assert least_of([one, other]) == least_of([other, one]) == Device("one", 10, host_bytes=4, disk_bytes=7)
+
+
+def test_margin_has_a_fixed_part_and_a_share() -> None:
+    """64 MiB of workspaces, and 2% of the peak."""
+    assert margin_bytes(0) == 64 * 2**20
+    assert margin_bytes(50 * 2**30) - margin_bytes(0) == 2**30

@@ -1,6 +1,8 @@
 """What `--plan` prints: verdicts turn at the byte, the JSON follows its contract, the screen fits the screen."""
 
+import itertools
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,13 +34,14 @@ def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_verdicts_turn_at_the_byte() -> None:
+    """Of a card, with the margin; a CPU has what it needs besides already."""
     planned = plan_step(make_config(), deep("llama"), BATCH)
-    peak = planned["peak_bytes"]
-    for size, fits in ((peak, True), (peak - 1, False)):
-        first, *others = screen.plan_object(make_config(), planned, find_facts(deep("llama"), 8), Device("mine", size))[
-            "verdicts"
-        ]
-        assert first == {"device": "mine", "memory_bytes": size, "fits": fits}
+    peak, facts = planned["peak_bytes"], find_facts(deep("llama"), 8)
+    needs = {False: peak + 2**26 + peak // 50, True: peak + planned["host_bytes"]}
+    for (is_host, need), spare in itertools.product(needs.items(), (0, -1)):
+        device = Device("mine", need + spare, is_host=is_host)
+        first, *others = screen.plan_object(make_config(), planned, facts, device)["verdicts"]
+        assert first == {"device": "mine", "memory_bytes": need + spare, "fits": spare == 0}
         assert [each["memory_bytes"] for each in others] == [each.memory_bytes for each in cards()]
     assert cards()[2].memory_bytes == 24 * 2**30 - CONTEXT_BYTES
 
@@ -117,7 +120,10 @@ def test_plan_shows_whether_layers_are_compiled(
     monkeypatch.setitem(WORTH_IT, "cpu", 0.99 * work.training_flops)
     assert json.loads(shown("--json"))["options"]["compile"] == "true"
     assert "Compiled within the first step: the decoder layers" in shown()
-    assert "Compile" not in shown("--device_memory", "24GiB")
+    assert "Compile" not in shown("--device_memory", "24GiB")  # which would gain by longer runs
+    monkeypatch.setitem(WORTH_IT, "cuda", 0.99 * work.training_flops)
+    monkeypatch.setitem(WORTH_IT, "cpu", math.inf)
+    assert "Compiled within the first step" in shown("--device_memory", "24GiB") and "Compile" not in shown()
     monkeypatch.setattr("fullft.transforms.compilation._lack", lambda device: "a compiler")
     with pytest.raises(OptionsError, match="needs a compiler"):
         shown("--compile", "true")

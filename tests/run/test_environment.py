@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from models import make_config
 
 import fullft.run.environment
-from fullft.run.environment import go_offline_if_unreachable, prepare_hub
+from fullft.run.environment import go_offline_if_unreachable, prepare_hub, use_expandable_segments
 
 
 class _Refusing(http.server.BaseHTTPRequestHandler):
@@ -90,3 +91,32 @@ def test_held_out_rows_from_the_hub_count_as_a_need_for_it(monkeypatch: pytest.M
     assert asked and "HF_HUB_OFFLINE" not in os.environ
     prepare_hub(make_config(model=str(tmp_path), dataset=str(tmp_path / "rows.jsonl")))
     assert len(asked) == 1 and os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("platform", "version", "before", "after"),
+    [
+        ("linux", "2.13.0+cu130", {}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ("linux", "2.11.0", {}, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}),
+        ("linux", "2.13.0", {"PYTORCH_ALLOC_CONF": "backend:native"}, {"PYTORCH_ALLOC_CONF": "backend:native"}),
+        ("linux", "2.13.0", {"PYTORCH_CUDA_ALLOC_CONF": ""}, {"PYTORCH_CUDA_ALLOC_CONF": ""}),
+        ("win32", "2.13.0", {}, {}),
+    ],
+)
+def test_segments_grow_unless_the_user_decided(
+    platform: str, version: str, before: dict[str, str], after: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = dict(before)
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr("sys.platform", platform)
+    monkeypatch.setattr(fullft.run.environment, "version", lambda _: version)
+    use_expandable_segments()
+    assert environment == after
+
+
+def test_torch_reads_the_name_that_is_set() -> None:
+    """The library has the name in it: it could not be read otherwise."""
+    library = Path(torch.__file__).parent / "lib" / "libc10.so"
+    if not library.exists():
+        pytest.skip("torch has its libraries elsewhere")
+    assert library.read_bytes().count(b"\0PYTORCH_ALLOC_CONF\0") == 1

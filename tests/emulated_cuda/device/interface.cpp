@@ -76,6 +76,8 @@ int64_t emulated_figure(const char* name) {
       {"pinned_peak", memory.pinned_peak},
       {"pinned_held", memory.pinned_held},
       {"pinned_held_peak", memory.pinned_held_peak},
+      {"registered", memory.registered},
+      {"registered_peak", memory.registered_peak},
       {"kernels", all.kernels},
       {"copies", all.copies},
       {"waits", all.waits},

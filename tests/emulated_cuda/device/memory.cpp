@@ -202,6 +202,7 @@ void reset_memory_peaks() {
   figures.reserved_peak = figures.reserved;
   figures.pinned_peak = figures.pinned;
   figures.pinned_held_peak = figures.pinned_held;
+  figures.registered_peak = figures.registered;
 }
 
 c10::DeviceAllocator* device_allocator() {
@@ -224,9 +225,10 @@ bool is_pinned(const void* address) {
 
 void pin(void* address, size_t size) {
   Lock lock(mutex());
+  auto& figures = memory_figures();
   pinned_blocks()[(uint64_t)address] = size;
-  memory_figures().pinned_held += size;
-  count_pinned(size);
+  figures.registered += size;
+  figures.registered_peak = std::max(figures.registered_peak, figures.registered);
 }
 
 void unpin(void* address) {
@@ -234,8 +236,7 @@ void unpin(void* address) {
   auto found = pinned_blocks().find((uint64_t)address);
   if (found == pinned_blocks().end()) return;
   forget(address, found->second);
-  memory_figures().pinned -= found->second;
-  memory_figures().pinned_held -= found->second;
+  memory_figures().registered -= found->second;
   pinned_blocks().erase(found);
 }
 

@@ -12,6 +12,7 @@ struct MemoryFigures {
   size_t limit = (size_t)24 << 30;
   size_t pinned = 0, pinned_peak = 0;            // blocks in use
   size_t pinned_held = 0, pinned_held_peak = 0;  // with those that are kept for reuse
+  size_t registered = 0, registered_peak = 0;    // pinned where it was, which torch's allocator does not count
 };
 
 MemoryFigures& memory_figures();

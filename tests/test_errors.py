@@ -39,7 +39,7 @@ from fullft.errors import (
             8,
             ["2.00 GiB", "3.25 GiB of it", "PYTORCH_ALLOC_CONF=expandable_segments:True", "cheapest remedies"],
         ),
-        (RuntimeError("CUDA error: out of memory"), 8, ["--per_device_train_batch_size"]),
+        (RuntimeError("CUDA error: out of memory"), 8, ["--micro_batch_tokens"]),
         (OSError(12, "Cannot allocate memory"), 8, ["out of memory"]),
         (OSError(28, "No space left on device", "f"), 6, ["No space left", "--output_dir"]),
         (PermissionError(13, "Permission denied", "f"), 6, ["Permission denied"]),

@@ -160,6 +160,18 @@ PRIVATE = {
         "whether another attention may be registered",
         lambda: transformers.LlamaForCausalLM._supports_attention_backend,
     ),
+    "_supports_sdpa": Private(
+        "transformers",
+        CHOICE,
+        "whether its attention takes no memory by the square of a row's tokens",
+        lambda: transformers.LlamaForCausalLM._supports_sdpa,
+    ),
+    "_is_stateful": Private(
+        "transformers",
+        CHOICE,
+        "whether tokens leave a state behind that no position resets",
+        lambda: transformers.JambaForCausalLM._is_stateful,
+    ),
     "_model_mapping": Private(
         "transformers",
         "fullft/model/source.py",

@@ -4,7 +4,9 @@ On a CPU `documents` attends, packed or not. On CUDA `packed` attends to packed 
 others.
 """
 
-from transformers import PreTrainedModel
+import inspect
+
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from fullft.attention import documents, packed
 from fullft.model.probing import DOCUMENT, TWO_DOCUMENTS, agrees_layer_by_layer, probing, tolerance_of, trace
@@ -90,3 +92,34 @@ def attention_of(model: PreTrainedModel) -> str | None:
     """Return the name of a model's attention, as `from_pretrained` takes it."""
     name: str | None = model.config._attn_implementation
     return name
+
+
+# ---------------------------------------------------------------------------------------------- rows of several documents
+
+# Layers whose tokens see no other documents, if positions restart.
+_ISOLATING_LAYERS = {"full_attention", "sliding_attention"}
+# With dropout attention keeps its probabilities, as many as the square of a row's tokens, as families call it.
+_DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
+
+
+def why_not_joined(model_config: PreTrainedConfig) -> str:
+    """Say why documents of this model should not share a row; an empty string if they may.
+
+    What is said here of a family is checked on the loaded model, in `model/checks.py`.
+
+    Args:
+        model_config: of a causal language model.
+    """
+    text = model_config.get_text_config(decoder=True)
+    family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
+    if family is None:
+        return "its code comes with the model, and may not tell documents apart"
+    takes_positions = "position_ids" in inspect.signature(family.forward).parameters
+    others = set(getattr(text, "layer_types", None) or ()) - _ISOLATING_LAYERS
+    if family._is_stateful or not takes_positions or others or not family._supports_attention_backend:
+        return f"{family.__name__} does not tell documents apart by their positions"
+    if not family._supports_sdpa:
+        return f"the attention of {family.__name__} takes memory by the square of a row's tokens"
+    if any(getattr(text, name, 0) for name in _DROPOUTS):
+        return "attention with dropout takes memory by the square of a row's tokens"
+    return ""

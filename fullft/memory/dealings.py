@@ -1,21 +1,16 @@
 """How the steps of a run may be dealt into micro-batches: by tokens, if the model's documents can share a row."""
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+from transformers import PreTrainedConfig
 
+from fullft.attention.choice import why_not_joined
 from fullft.config.config import Config
 from fullft.data.batches import Batches
 from fullft.data.dealing import Dealing, find_dealings
 from fullft.errors import OptionsError
-
-# Layers whose tokens see no other documents, if positions restart.
-_ISOLATING_LAYERS = {"full_attention", "sliding_attention"}
-# With dropout attention keeps its probabilities, as many as the square of a row's tokens, as families call it.
-_DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
 
 
 @dataclass(frozen=True)
@@ -80,27 +75,7 @@ def _open(config: Config, model_config: PreTrainedConfig) -> Dealings | None:
     """Return what is left where rows are not joined; None where they are."""
     if config.micro_batch_tokens is not None:
         return Dealings(config)
-    if reason := _why_not_joined(model_config):
+    if reason := why_not_joined(model_config):
         note = f"Each row is a micro-batch of its own, since {reason}; --per_device_train_batch_size pads several"
         return Dealings(replace(config, micro_batch_tokens=0), note=note)
     return None
-
-
-def _why_not_joined(model_config: PreTrainedConfig) -> str:
-    """Say why documents of this model should not share a row; an empty string if they may.
-
-    What is said here of a family is checked on the loaded model, in `model/checks.py`.
-    """
-    text = model_config.get_text_config(decoder=True)
-    family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
-    if family is None:
-        return "its code comes with the model, and may not tell documents apart"
-    takes_positions = "position_ids" in inspect.signature(family.forward).parameters
-    others = set(getattr(text, "layer_types", None) or ()) - _ISOLATING_LAYERS
-    if family._is_stateful or not takes_positions or others or not family._supports_attention_backend:
-        return f"{family.__name__} does not tell documents apart by their positions"
-    if not family._supports_sdpa:
-        return f"the attention of {family.__name__} takes memory by the square of a row's tokens"
-    if any(getattr(text, name, 0) for name in _DROPOUTS):
-        return "attention with dropout takes memory by the square of a row's tokens"
-    return ""

@@ -163,7 +163,8 @@ def _assumptions(config: Config, planned: Mapping[str, Any], batch: Batch, chose
     dealt = f"{batch.sequences} x {batch.length}"
     if config.micro_batch_tokens:
         dealt = f"at most {config.micro_batch_tokens:,}"
-        accumulated = f"at most {accumulated}; rows of {batch.length}"
+        most = "one" if config.gradient_accumulation_steps == 1 else f"at most {config.gradient_accumulation_steps}"
+        accumulated = f"{most} {accumulated.partition(' ')[2]}; rows of {batch.length}"
     masters = f" with master weights {config.master_weights}" if config.numerics.weights is Format.BF16 else ""
     paragraphs = (
         f"Full fine-tuning of {config.model or 'the built-in demo'}: all {planned['num_parameters']:,} parameters",

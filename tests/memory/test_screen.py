@@ -66,9 +66,9 @@ def test_json_follows_the_contract(in_empty_folder: Path, capsys: pytest.Capture
     config = parse_config(["--model", "tiny", "--plan", "--json", "--device_memory", "24GiB", "--max_length", "32"])
     screen.show_plan(config)
     shown = json.loads(capsys.readouterr().out)
-    planned = plan_step(
-        replace(config, activation_checkpointing="none", offload="none"), find_config(config), Batch(1, 32, 32)
-    )
+    chosen = replace(config, activation_checkpointing="none", offload="none")
+    chosen = replace(chosen, micro_batch_tokens=16 * 32, gradient_accumulation_steps=1)
+    planned = plan_step(chosen, find_config(config), Batch(1, 32, 32).under(chosen))
     assert {name: shown[name] for name in planned} == planned
     assert set(shown) == {*planned, "model", "options", "verdicts"}
     assert set(shown["at_peak"]) == set(shown["components"]) == set(COMPONENTS)
@@ -81,6 +81,7 @@ def test_json_follows_the_contract(in_empty_folder: Path, capsys: pytest.Capture
 def test_json_has_what_gpus_and_price_ask_for(in_empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     deep("llama").save_pretrained("tiny")
     words = ["--model", "tiny", "--plan", "--json", "--max_length", "32", "--gpus", "3", "--gpu_hour_price", "2"]
+    words += ["--per_device_train_batch_size", "1"]  # of one micro-batch no sums are kept
     screen.show_plan(parse_config(words))
     shown = json.loads(capsys.readouterr().out)
     zero, sent = shown["zero_bytes_per_gpu"], shown["traffic_per_step"]

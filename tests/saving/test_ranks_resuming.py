@@ -286,7 +286,7 @@ def test_states_on_disk_are_restored(tmp_path: Path, tokenizer: PreTrainedTokeni
 
 
 def test_another_number_of_ranks_needs_no_leave(tmp_path: Path) -> None:
-    config = make_config(output_dir=tmp_path)
+    config = make_config(output_dir=tmp_path, per_device_train_batch_size=1)
     saved = {**vars(config), "gpus": 2, "gradient_accumulation_steps": 8, "shard": "full"}
     assert _changed_options(config, saved) == []
     for alone in ({"gpus": 1}, {"gpus": None}):

@@ -89,7 +89,7 @@ def _registered(size: int) -> torch.Tensor | None:
     if int(torch.cuda.cudart().cudaHostRegister(address, size, 0)) != 0:
         # The error is left for the next kernel, which would raise it.
         with suppress(RuntimeError):
-            torch.zeros((), device="cuda")
+            torch.zeros(1, device="cuda")
         return None
     _held["bytes"] += size
     _held["peak"] = max(_held.values())

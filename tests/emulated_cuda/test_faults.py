@@ -1,7 +1,7 @@
 """Faults in the order of copies and computing, put in one at a time: the race detector finds each of them."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from emulated_cuda import library
 from emulated_cuda.runs import save_models, train_here
+from fullft.errors import NonFiniteError
 from fullft.optim import gradients
 from fullft.storage.stream import ChunkStream
 from fullft.storage.workers import Workers
@@ -50,8 +51,8 @@ def new_slots_are_free_at_once(patch: pytest.MonkeyPatch) -> None:
     """A new slot's memory may still be used by the computation that had it before."""
     make_slot = ChunkStream._make_slot
 
-    def make(self: Any, size: int) -> Any:
-        slot = make_slot(self, size)
+    def make(self: Any, *arguments: Any, **named: Any) -> Any:
+        slot = make_slot(self, *arguments, **named)
         slot.free = None
         return slot
 
@@ -62,8 +63,8 @@ def gradients_leave_before_they_are_computed(patch: pytest.MonkeyPatch) -> None:
     """A gradient is copied to the host while backward may still write it."""
     add = gradients._add_to_sum
 
-    def add_at_once(workers: Any, slot: Any, arrived: Any, source: Any, computed: Any, *others: Any) -> None:
-        add(workers, slot, arrived, source, None, *others)
+    def add_at_once(workers: Any, slot: Any, arrived: Any, computed: Any, *others: Any) -> None:
+        add(workers, slot, arrived, None, *others)
 
     patch.setattr(gradients, "_add_to_sum", add_at_once)
 
@@ -102,5 +103,7 @@ def test_fault_is_found(
     options = {"model": tmp_path / "llama", "offload": everything, "output_dir": tmp_path / "run"}
     with monkeypatch.context() as patch:
         fault(patch)
-        assert train_here(options).races
+        with suppress(NonFiniteError):  # threads may spoil the numbers as well
+            train_here(options)
+        assert library.races
     library.reset()

@@ -55,8 +55,15 @@ _PLANNED: dict[tuple[object, ...], dict[str, Any]] = {}
 
 def _plan_step_once(config: Config, model_config: PreTrainedConfig, batch: Batch) -> dict[str, Any]:
     """Predict as `plan_step` does, but trace equal steps once; tracing is most of a small run's time."""
-    words = (config.numerics, config.recomputation, config.placement, config.packing, config.accumulates)
-    key = (planned_device_type(config), *words, config.max_grad_norm, model_config.to_json_string(use_diff=False), batch)
+    formats = (planned_device_type(config), config.numerics, config.recomputation, config.placement)
+    key = (
+        *formats,
+        config.packing,
+        config.accumulates,
+        config.max_grad_norm,
+        model_config.to_json_string(use_diff=False),
+        batch,
+    )
     if key not in _PLANNED:
         _PLANNED[key] = plan_step(config, model_config, batch)
     return copy.deepcopy(_PLANNED[key])

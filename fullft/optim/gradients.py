@@ -233,9 +233,7 @@ class _Sender:
             for other in self._slots:
                 if other.target == slot.target:  # of the micro-batch before: the order of additions must stay
                     other.done.result()
-            slot.done = self._workers.submit(
-                _add_to_sum, self._workers, slot, arrived, computed, sums, start, is_first
-            )
+            slot.done = self._workers.submit(_add_to_sum, self._workers, slot, arrived, computed, sums, start, is_first)
             self._slots.append(slot)
 
     def pretend_arrival(self) -> None:

@@ -1,8 +1,8 @@
 """Locked memory of the host: it stays in place, so that a CUDA device copies it by itself.
 
-torch's own allocator locks blocks of powers of two: 107 GiB for the 94 GiB that Mistral-7B keeps on the host. What lives
-as long as a run is therefore locked here in its exact size. Buffers that come and go are torch's, which keeps blocks for
-reuse: locking memory takes longer than copying it.
+torch's own allocator locks blocks of powers of two: 107 GiB for the 94 GiB that Mistral-7B keeps on the host. What
+lives as long as a run is therefore locked here in its exact size. Buffers that come and go are torch's, which keeps
+blocks for reuse: locking memory takes longer than copying it.
 """
 
 import functools
@@ -70,7 +70,7 @@ def can_register() -> bool:
     """Return whether CUDA locks memory that exists, as it does nearly everywhere; tried once, with a page."""
     if not torch.cuda.is_available():
         return True
-    memory = _whole_pages(_PAGE)
+    _whole, memory = _whole_pages(_PAGE)
     return _register(memory) and int(torch.cuda.cudart().cudaHostUnregister(memory.ctypes.data)) == 0
 
 
@@ -79,22 +79,22 @@ def _in_pages(num_bytes: int) -> int:
 
 
 def _registered(size: int) -> torch.Tensor | None:
-    memory = _whole_pages(size)
+    whole, memory = _whole_pages(size)
     tensor = torch.from_numpy(memory).zero_()  # by all threads: CUDA would ask the system for the pages one by one
     if not _register(memory):
         return None
     _held["bytes"] += size
     _held["peak"] = max(_held.values())
     # torch holds these pages as long as the tensor's storage lives, whatever else shares it.
-    weakref.finalize(memory, _unregister, memory.base, memory.ctypes.data, size).atexit = False
+    weakref.finalize(memory, _unregister, whole, memory.ctypes.data, size).atexit = False
     return tensor
 
 
-def _whole_pages(size: int) -> "np.ndarray[Any, Any]":
-    """Allocate uninitialised memory from the start of a page; it is part of a larger array, its base."""
-    memory = np.empty(size + _PAGE, dtype=np.uint8)
-    start = -memory.ctypes.data % _PAGE
-    return memory[start : start + size]
+def _whole_pages(size: int) -> "tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]":
+    """Allocate uninitialised memory; return it, and the part of it that starts at a page."""
+    whole = np.empty(size + _PAGE, dtype=np.uint8)
+    start = -whole.ctypes.data % _PAGE
+    return whole, whole[start : start + size]
 
 
 def _register(memory: "np.ndarray[Any, Any]") -> bool:
@@ -106,7 +106,7 @@ def _register(memory: "np.ndarray[Any, Any]") -> bool:
     return False
 
 
-def _unregister(memory: "np.ndarray[Any, Any]", address: int, size: int) -> None:
+def _unregister(whole: "np.ndarray[Any, Any]", address: int, size: int) -> None:
     """Unlock memory, which is freed when this returns. torch knows nothing of copies that are under way from it."""
     torch.cuda.synchronize()
     torch.cuda.cudart().cudaHostUnregister(address)

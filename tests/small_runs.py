@@ -55,10 +55,11 @@ _PLANNED: dict[tuple[object, ...], dict[str, Any]] = {}
 
 def _plan_step_once(config: Config, model_config: PreTrainedConfig, batch: Batch) -> dict[str, Any]:
     """Predict as `plan_step` does, but trace equal steps once; tracing is most of a small run's time."""
-    words = (config.numerics, config.recomputation, config.placement, config.packing, config.accumulates)
+    formats = (planned_device_type(config), config.numerics, config.recomputation, config.placement)
     key = (
-        planned_device_type(config),
-        *words,
+        *formats,
+        config.packing,
+        config.accumulates,
         config.max_grad_norm,
         model_config.to_json_string(use_diff=False),
         batch,

@@ -115,9 +115,9 @@ def plan_step(config: Config, model_config: PreTrainedConfig, batch: Batch) -> d
         batch: the largest micro-batches.
 
     Returns:
-        The figures of `memory.json`, in bytes, `num_parameters`, and `margin_bytes`, which an accelerator needs
-        besides; for several ranks those of the first one, which has the most rows, and `sent`: by kind, what it sends
-        to others in a step.
+        The figures of `memory.json`, in bytes, `num_parameters`, and `margin_bytes`: what an accelerator needs besides.
+        For several ranks those of the first one, which has the most rows, and `sent`: by kind, what it sends to others
+        in a step.
     """
     layers = num_layers(model_config)
     first, period = layer_pattern(model_config)

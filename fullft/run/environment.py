@@ -77,8 +77,8 @@ def use_expandable_segments() -> None:
 
     Nothing is set where CUDA cannot map memory so (elsewhere than on Linux), or where the user has decided.
 
-    Source: pytorch.org/docs/stable/notes/cuda.html, "Optimizing memory usage with PYTORCH_ALLOC_CONF"; that the new
-    name has no effect in 2.9 to 2.11: github.com/pytorch/pytorch/issues/183387.
+    Source: pytorch.org/docs/stable/notes/cuda.html, "Optimizing memory usage with PYTORCH_ALLOC_CONF". That the new
+    name had no effect: github.com/pytorch/pytorch/issues/183387.
     """
     names = (_ALLOCATOR, _ALLOCATOR_BEFORE_2_12)
     if sys.platform != "linux" or any(name in os.environ for name in names):

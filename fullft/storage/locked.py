@@ -68,7 +68,10 @@ def peak_registered_bytes() -> int:
 @functools.cache
 def can_register() -> bool:
     """Return whether CUDA locks memory that exists, as it does nearly everywhere; tried once, with a page."""
-    return not torch.cuda.is_available() or _registered(_PAGE) is not None
+    if not torch.cuda.is_available():
+        return True
+    _whole, memory = _whole_pages(_PAGE)
+    return _register(memory) and int(torch.cuda.cudart().cudaHostUnregister(memory.ctypes.data)) == 0
 
 
 def _in_pages(num_bytes: int) -> int:
@@ -76,31 +79,35 @@ def _in_pages(num_bytes: int) -> int:
 
 
 def _registered(size: int) -> torch.Tensor | None:
-    """Allocate zeroed memory and lock it; return None if CUDA refuses to.
-
-    Args:
-        size: whole pages.
-    """
-    memory = np.empty(size + _PAGE, dtype=np.uint8)
-    start = -memory.ctypes.data % _PAGE
-    lease = memory[start : start + size]
-    tensor = torch.from_numpy(lease).zero_()  # by all threads: CUDA would ask the system for the pages one by one
-    address = tensor.data_ptr()
-    if int(torch.cuda.cudart().cudaHostRegister(address, size, 0)) != 0:
-        # The error is left for the next kernel, which would raise it.
-        with suppress(RuntimeError):
-            torch.zeros((), device="cuda")
+    whole, memory = _whole_pages(size)
+    tensor = torch.from_numpy(memory).zero_()  # by all threads: CUDA would ask the system for the pages one by one
+    if not _register(memory):
         return None
     _held["bytes"] += size
     _held["peak"] = max(_held.values())
-    # torch holds the lease as long as the tensor's storage lives, whatever else shares it.
-    weakref.finalize(lease, _unregister, memory, address, size, torch.cuda.current_device()).atexit = False
+    # torch holds these pages as long as the tensor's storage lives, whatever else shares it.
+    weakref.finalize(memory, _unregister, whole, memory.ctypes.data, size, torch.cuda.current_device()).atexit = False
     return tensor
 
 
-def _unregister(memory: "np.ndarray[Any, Any]", address: int, size: int, device: int) -> None:
+def _whole_pages(size: int) -> "tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]":
+    """Allocate uninitialised memory; return it, and the part of it that starts at a page."""
+    whole = np.empty(size + _PAGE, dtype=np.uint8)
+    start = -whole.ctypes.data % _PAGE
+    return whole, whole[start : start + size]
+
+
+def _register(memory: "np.ndarray[Any, Any]") -> bool:
+    """Lock whole pages, and return whether CUDA does."""
+    if int(torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)) == 0:
+        return True
+    with suppress(RuntimeError):  # the error is left for the next kernel, which would raise it
+        torch.zeros(1, device="cuda")
+    return False
+
+
+def _unregister(whole: "np.ndarray[Any, Any]", address: int, size: int, device: int) -> None:
     """Unlock memory, which is freed when this returns. torch knows nothing of copies that are under way from it."""
-    with torch.cuda.device(device):  # a thread that drops the memory last would wait for the first one
-        torch.cuda.synchronize()
-        torch.cuda.cudart().cudaHostUnregister(address)
+    torch.cuda.synchronize(device)  # whichever thread drops it last: each begins with the first device
+    torch.cuda.cudart().cudaHostUnregister(address)
     _held["bytes"] -= size

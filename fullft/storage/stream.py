@@ -98,7 +98,7 @@ class ChunkStream:
         jobs = list(jobs)
         size = max((sum(each.num_bytes for each in job.values() if each.is_away) for job in jobs), default=0)
         uses_disk = any(each.is_on_disk for job in jobs for each in job.values())
-        free = deque(self._make_slot(size, uses_disk) for _ in range(_SLOTS if size else 0))
+        free = deque(self._make_slot(size, uses_disk=uses_disk) for _ in range(_SLOTS if size else 0))
         remaining = iter(jobs)
         ahead: deque[_Visit] = deque()
 
@@ -129,7 +129,7 @@ class ChunkStream:
             for future in under_way:
                 self._workers.compute_after(future.result())
 
-    def _make_slot(self, size: int, uses_disk: bool) -> _Slot:
+    def _make_slot(self, size: int, *, uses_disk: bool) -> _Slot:
         is_shared = device_type(self._device) == "cpu"
         host = self._storage.buffer(size if is_shared or uses_disk else 0)
         on_device = host if is_shared else torch.empty(size, dtype=torch.uint8, device=self._device)

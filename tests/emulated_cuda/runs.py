@@ -14,6 +14,7 @@ import pytest
 import torch
 from models import tiny_model
 from small_runs import miniature, words_of
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedTokenizerBase
 
 import train
@@ -144,6 +145,16 @@ def train_here(options: dict[str, Any]) -> Outcome:
     return Outcome(losses, norms, digest, list(library.races), watched.waits, watched.memory(folder))
 
 
+def _with_plain_attention(plan: Callable[..., Any]) -> Callable[..., Any]:
+    """Plan the attention that the emulated device has, rather than a card's fused one."""
+
+    def planned(*arguments: Any) -> Any:
+        with sdpa_kernel(SDPBackend.MATH):
+            return plan(*arguments)
+
+    return planned
+
+
 @dataclass
 class _Watched:
     """Watches a run: waits within its steps, and memory while its worst step is measured."""
@@ -154,6 +165,7 @@ class _Watched:
     def __enter__(self) -> "_Watched":
         self._before = {name: figure(name) for name in ("requested", "allocated", "pinned_held", "registered")}
         self._patch = pytest.MonkeyPatch()
+        self._patch.setattr(train, "plan_run", _with_plain_attention(train.plan_run))
         self._patch.setattr(train, "measure_run", self._measuring(train.measure_run))
         self._patch.setattr(Batches, "global_batch", self._beginning(Batches.global_batch))
         self._patch.setattr(Log, "step", self._ending(Log.step))

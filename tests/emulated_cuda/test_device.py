@@ -167,9 +167,9 @@ def test_pinned_blocks_are_powers_of_two_and_kept() -> None:
 @emulated
 def test_registered_memory_is_pinned_as_it_is() -> None:
     tensor = torch.empty(5 * MIB, dtype=torch.uint8)
-    before = library.figure("pinned")
+    before = library.figure("registered")
     torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
-    assert tensor[MIB:].is_pinned() and library.figure("pinned") - before == tensor.nbytes
+    assert tensor[MIB:].is_pinned() and library.figure("registered") - before == tensor.nbytes
     torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
     assert not tensor.is_pinned()
 

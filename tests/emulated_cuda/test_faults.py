@@ -45,8 +45,8 @@ def new_slots_are_free_at_once(patch: pytest.MonkeyPatch) -> None:
     """A new slot's memory may still be used by the computation that had it before."""
     make_slot = ChunkStream._make_slot
 
-    def make(self: Any, size: int) -> Any:
-        slot = make_slot(self, size)
+    def make(self: Any, *arguments: Any, **named: Any) -> Any:
+        slot = make_slot(self, *arguments, **named)
         slot.stored = moved(None)
         return slot
 

@@ -27,14 +27,13 @@ LOSS_AS_ON_CPU = {"fp32": 1e-5, "mixed": 1e-3, "split": 1e-3, "plain": 1e-3, "st
 NORM_AS_ON_CPU = {"fp32": 1e-4, "mixed": 1e-2, "split": 1e-2, "plain": 1e-2, "stochastic": 1e-2}
 EIGHT_BITS_AMPLIFY = 50  # a moment next to a boundary gets another code: bitsandbytes' kernel is not ours
 
-# The plan against what was tracked. Attention without fused kernels saves more than was planned; buffers of gradients
-# and states on their way to the host are planned as if they were the device's.
-PLANNED_WITHIN = 0.2
-PLANNED_BUFFERS = 5 << 19
+# The plan is what was tracked, to the byte. But it keeps gradients that leave the device in backward as long as their
+# last chunks may be on their way, and in a run most of them arrive sooner.
+PLANNED_ON_THEIR_WAY = 1 << 18
 # Tensors ask for it, and blocks of 512 bytes are handed out; the models are tiny.
 ALLOCATED_WITHIN = 0.02
-# Pinned besides the planned arrays: buffers on their way, and what is left of the last slab.
-PINNED_BESIDES = 7 << 20
+# Pinned besides, for a disk alone: torch keeps buffers of one size while those of another are in use.
+PINNED_BESIDES = 3 << 20
 
 EIGHT_BIT_CHUNK = 1 << 18  # whose scales are whole pages
 
@@ -89,18 +88,18 @@ def test_run_is_ordered_exact_and_planned(
     assert run.norms == pytest.approx(on_cpu.norms, rel=wider * NORM_AS_ON_CPU[case["precision"]])
     assert run.losses[-1] < run.losses[0]
     assert run.memory is not None and on_cpu.memory is None
-    check_memory(run.memory)
+    check_memory(run.memory, options["offload"])
     check_waits(run.waits, options["gradient_accumulation_steps"])
 
 
-def check_memory(memory: Memory) -> None:
+def check_memory(memory: Memory, offload: str) -> None:
     assert memory.tracked == memory.requested
-    assert (1 - PLANNED_WITHIN) * memory.tracked <= memory.planned
-    assert memory.planned <= (1 + PLANNED_WITHIN) * memory.tracked + PLANNED_BUFFERS
+    on_their_way = PLANNED_ON_THEIR_WAY if "gradients=host" in offload or "gradients=disk" in offload else 0
+    assert memory.tracked <= memory.planned <= memory.tracked + on_their_way
     assert memory.allocated <= memory.requested * (1 + ALLOCATED_WITHIN)
     planned, tracked = memory.host
-    assert planned <= tracked <= planned + PINNED_BESIDES
-    assert memory.pinned <= planned + PINNED_BESIDES
+    assert planned == tracked
+    assert planned <= memory.pinned <= planned + (PINNED_BESIDES if "disk" in offload else 0)
 
 
 def check_waits(steps: list[list[Wait]], micro_batches: int) -> None:

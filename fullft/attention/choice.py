@@ -94,7 +94,7 @@ def attention_of(model: PreTrainedModel) -> str | None:
     return name
 
 
-# ---------------------------------------------------------------------------------------------- rows of several documents
+# ---------------------------------------------------------------------------------------------- rows that are joined
 
 # Layers whose tokens see no other documents, if positions restart.
 _ISOLATING_LAYERS = {"full_attention", "sliding_attention"}

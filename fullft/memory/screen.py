@@ -272,7 +272,8 @@ def _time(config: Config, plans: Plans, batch: Batch) -> str:
     note = ", with recomputation" if work.flops > work.training_flops else ""
     note += ", offloading aside" if config.placement.offloaded else ""
     note += ", communication aside" if config.gpus > 1 else ""
-    return f"{line}\n  GPU-hours at {MFU:.0%} of peak{note}: {shown}"
+    hours_line = textwrap.fill(f"GPU-hours at {MFU:.0%} of peak{note}: {shown}", _WIDTH - 2, subsequent_indent="  ")
+    return f"{line}\n{textwrap.indent(hours_line, '  ')}"
 
 
 def _more(config: Config, plans: Plans, batch: Batch) -> Iterator[str]:

@@ -14,7 +14,7 @@ from fullft.data.dealing import Dealing
 from fullft.errors import OptionsError
 from fullft.memory.choose import Plans, choose
 from fullft.memory.dealings import dealings_of_plan, dealings_of_run
-from fullft.memory.machine import Device
+from fullft.memory.machine import Device, margin_bytes
 from fullft.memory.plan import Batch, plan_step
 from fullft.memory.speeds import ASSUMED
 from fullft.memory.worst_step import take_worst_step
@@ -73,7 +73,7 @@ def test_choice_takes_the_fewest_micro_batches_that_fit() -> None:
     assert (chosen.micro_batch_tokens, chosen.gradient_accumulation_steps) == (1024, 1)
     assert "micro-batches of at most 1,024 tokens" in line
     whole = plans.peak_bytes(chosen, batch)
-    tight = Device("a tight device", whole - 1)
+    tight = Device("a tight device", whole + margin_bytes(whole) - 1)
     chosen, line = choose(config, plans, batch, tight, lambda: ASSUMED, dealings.ways)
     assert chosen.micro_batch_tokens in (1024, 512, 256, 128, 64)
     assert plans.peak_bytes(chosen, batch) < whole

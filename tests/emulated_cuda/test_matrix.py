@@ -27,7 +27,10 @@ LOSS_AS_ON_CPU = {"fp32": 1e-5, "mixed": 1e-3, "split": 1e-3, "plain": 1e-3, "st
 NORM_AS_ON_CPU = {"fp32": 1e-4, "mixed": 1e-2, "split": 1e-2, "plain": 1e-2, "stochastic": 1e-2}
 EIGHT_BITS_AMPLIFY = 50  # a moment next to a boundary gets another code: bitsandbytes' kernel is not ours
 
-# The plan is what was tracked, to the byte. But it keeps gradients that leave the device in backward as long as their
+# The plan is what was tracked, to the byte, without what it does not know of batches: rows that are locked on their way
+# to the device, and where documents begin there.
+BATCHES = 1 << 14
+# It keeps gradients that leave the device in backward as long as their
 # last chunks may be on their way, and in a run most of them arrive sooner.
 PLANNED_ON_THEIR_WAY = 1 << 18
 # Tensors ask for it, and blocks of 512 bytes are handed out; the models are tiny.
@@ -95,11 +98,11 @@ def test_run_is_ordered_exact_and_planned(
 def check_memory(memory: Memory, offload: str) -> None:
     assert memory.tracked == memory.requested
     on_their_way = PLANNED_ON_THEIR_WAY if "gradients=host" in offload or "gradients=disk" in offload else 0
-    assert memory.tracked <= memory.planned <= memory.tracked + on_their_way
+    assert memory.tracked - BATCHES <= memory.planned <= memory.tracked + on_their_way
     assert memory.allocated <= memory.requested * (1 + ALLOCATED_WITHIN)
     planned, tracked = memory.host
-    assert planned == tracked
-    assert planned <= memory.pinned <= planned + (PINNED_BESIDES if "disk" in offload else 0)
+    assert planned <= tracked <= planned + BATCHES
+    assert planned <= memory.pinned <= planned + BATCHES + (PINNED_BESIDES if "disk" in offload else 0)
 
 
 def check_waits(steps: list[list[Wait]], micro_batches: int) -> None:

@@ -30,8 +30,8 @@ EIGHT_BITS_AMPLIFY = 50  # a moment next to a boundary gets another code: bitsan
 # The plan is what was tracked, to the byte, without what it does not know of batches: rows that are locked on their way
 # to the device, and where documents begin there.
 BATCHES = 1 << 14
-# It keeps gradients that leave the device in backward as long as their
-# last chunks may be on their way, and in a run most of them arrive sooner.
+# It keeps gradients that leave the device in backward as long as their last chunks may be on their way, and in a run
+# most of them arrive sooner.
 PLANNED_ON_THEIR_WAY = 1 << 18
 # Tensors ask for it, and blocks of 512 bytes are handed out; the models are tiny.
 ALLOCATED_WITHIN = 0.02

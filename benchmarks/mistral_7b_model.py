@@ -118,6 +118,7 @@ def options(size: str, weights: str, folder: Path, steps: int) -> Config:
     flags = ["--model", str(folder), "--output_dir", f"{folder}-out", "--max_steps", str(steps)]
     flags += ["--precision", "bf16-true", "--master_weights", "split", "--optim", "adamw_8bit"]
     flags += ["--activation_checkpointing", "full", "--offload", PLACES[weights]]
+    flags += ["--per_device_train_batch_size", "1"]
     flags += ["--gradient_accumulation_steps", str(ACCUMULATION), "--max_length", str(SIZES[size].tokens)]
     flags += ["--learning_rate", str(LEARNING_RATE), "--lr_scheduler_type", "constant", "--max_grad_norm", "1.0"]
     return parse_config(flags)

@@ -38,6 +38,7 @@ ROWS_PER_STEP = 8
 TOLERANCE = 1e-5  # relative difference of a loss
 OPTIONS = (
     f"--precision fp32 --max_length 256 --val_size 0 --global_batch_size {ROWS_PER_STEP} --learning_rate 2e-5 "
+    "--per_device_train_batch_size 1 "
     "--lr_scheduler_type constant --logging_steps 1 --eval_strategy no --save_strategy no --compile false "
     "--activation_checkpointing none --offload none --overwrite_output_dir"
 ).split()

@@ -63,7 +63,7 @@ NUM_ROWS = 20_000  # to tokenise: enough to keep the tokenizer busy for seconds
 TEXTS_PER_CALL = 1000  # of the tokenizer alone
 PIECE = 1 << 24  # bytes read or written at a time
 # The defaults of train.py, except for four rows a step, which are enough to time one, and a log line at each step.
-RUN = "--max_steps 5 --gradient_accumulation_steps 4 --logging_steps 1"
+RUN = "--max_steps 5 --per_device_train_batch_size 1 --gradient_accumulation_steps 4 --logging_steps 1"
 
 
 class Row(NamedTuple):

@@ -30,10 +30,11 @@ class PlannedStorage(Storage):
             return locked_block(num_bytes)
         return torch.empty(num_bytes + PAGE, dtype=torch.uint8)[:num_bytes]
 
-    def _host_memory(self, num_bytes: int) -> torch.Tensor:
+    def host_memory(self, num_bytes: int) -> torch.Tensor:
+        """Allocate as much as would be locked."""
         if device_type(self.device) == "cuda":
             return torch.zeros(locked_bytes(num_bytes), dtype=torch.uint8, pin_memory=True)[:num_bytes]
-        return super()._host_memory(num_bytes)
+        return super().host_memory(num_bytes)
 
     def workers(self) -> Workers:
         """Return workers that move nothing."""

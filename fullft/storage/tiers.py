@@ -161,7 +161,7 @@ class Storage:
         if tier in ("device", "paged"):
             return torch.zeros(numel, dtype=dtype, device=self.device)
         num_bytes = numel * dtype.itemsize
-        tensor = self._host_memory(num_bytes).view(dtype)
+        tensor = self.host_memory(num_bytes).view(dtype)
         _HOST_STORAGES[tensor.untyped_storage()] = True
         return tensor
 
@@ -177,8 +177,8 @@ class Storage:
         """Make the file for arrays on disk."""
         return DiskFile(self._folder)
 
-    def _host_memory(self, num_bytes: int) -> torch.Tensor:
-        """Return zeroed bytes of the host's memory, locked for accelerators."""
+    def host_memory(self, num_bytes: int) -> torch.Tensor:
+        """Allocate zeroed host memory, locked for accelerators: [num_bytes] uint8."""
         if self.device.type == "cuda":
             return locked_zeros(num_bytes)
         return torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=self.device.type != "cpu")

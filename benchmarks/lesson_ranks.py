@@ -45,8 +45,8 @@ def config_of(size: str) -> PreTrainedConfig:
     return LlamaConfig(vocab_size=128256, num_key_value_heads=8, max_position_embeddings=8192, **_SHAPES[size])
 
 
-def peak_bytes(model: PreTrainedConfig, gpus: int, stage: str, offload: str) -> int:
-    """Plan the peak of each GPU: bf16 weights with split masters, fp32 moments, full checkpointing."""
+def needed_bytes(model: PreTrainedConfig, gpus: int, stage: str, offload: str) -> int:
+    """Plan the peak of each GPU and its margin: bf16 weights with split masters, fp32 moments, full checkpointing."""
     ranks = {"gpus": gpus, "shard": stage} if gpus > 1 else {}
     config = options(
         master_weights="split",
@@ -54,9 +54,11 @@ def peak_bytes(model: PreTrainedConfig, gpus: int, stage: str, offload: str) -> 
         offload=offload,
         gradient_accumulation_steps=2,
         plan=True,
+        device_memory="80GiB",
         **ranks,
     )
-    return int(plan_step(config, model, Batch(1, TOKENS))["peak_bytes"])
+    planned = plan_step(config, model, Batch(1, TOKENS))
+    return int(planned["peak_bytes"] + planned["margin_bytes"])
 
 
 @functools.cache
@@ -68,7 +70,7 @@ def gpus_needed(size: str, system: str) -> int | None:
     counts = [2**power for power in range(MOST.bit_length())]
 
     def fits(gpus: int) -> bool:
-        return parameters * at_least(gpus) < CARD and peak_bytes(model, gpus, stage, offload) <= CARD
+        return parameters * at_least(gpus) < CARD and needed_bytes(model, gpus, stage, offload) <= CARD
 
     low, high = 0, len(counts)  # the answer is between them
     while low < high:
@@ -95,7 +97,7 @@ def largest_on_four(offload: str) -> int:
     low, high = 1, 400
     while high - low > 1:
         middle = (low + high) // 2
-        fits = peak_bytes(shortened(deep, middle), FOUR, "full", offload) <= CARD
+        fits = needed_bytes(shortened(deep, middle), FOUR, "full", offload) <= CARD
         low, high = (middle, high) if fits else (low, middle)
     return find_facts(shortened(deep, low), TOKENS).parameters
 

@@ -167,7 +167,8 @@ def one_card() -> str:
         ("the layers' weights too", "optimizer=host,gradients=host,parameters=host"),
     )
     for name, offload in rungs:
-        planned = plan(MISTRAL, master_weights="split", activation_checkpointing="full", offload=offload)
+        card = {"plan": True, "device_memory": "24GiB"}
+        planned = plan(MISTRAL, master_weights="split", activation_checkpointing="full", offload=offload, **card)
         device, host = (planned[key] for key in ("peak_bytes", "host_bytes"))
         lines.append(f"| {gb(device)} ({device / GIB:.1f} GiB) | {gb(host) if host else 'nothing'} | {name} |")
     return "\n".join(lines)

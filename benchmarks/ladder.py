@@ -6,7 +6,8 @@
 It prints one table, for SmolLM2-135M's shape with random weights. Each way is a rung:
 
 - Bytes per parameter on the device, the host and the disk are planned on fake tensors and tracked on real ones.
-- The time of a step is relative to a rung that keeps everything on the device.
+- The time of a step is relative to a rung that keeps everything on the device. What `--fit` estimates is next to it, as a
+  share of that rung's own time.
 - Whether a rung is exact is checked on every bit of its weights, after two steps.
 
 Steps are those of `train.py`, with full activation checkpointing. The rungs take turns, round after round, so that
@@ -41,7 +42,10 @@ from fullft.config.checks import find_problems
 from fullft.config.config import Config, resolve
 from fullft.config.options import Options
 from fullft.data.micro_batch import GlobalBatch, MicroBatch
+from fullft.memory.choose import step_seconds
+from fullft.memory.facts import find_facts
 from fullft.memory.plan import Batch, plan_step
+from fullft.memory.speeds import measure_speeds
 from fullft.memory.worst_step import take_worst_step
 from fullft.model.bundled import bundled_config
 from fullft.model.homes import move_layers_home
@@ -78,6 +82,7 @@ class Rung:
         planned: figures of the worst step on fake tensors, in bytes.
         tracked: the same figures on real tensors.
         seconds: the time of a step, round by round.
+        estimated: the same as `--fit` estimates it, with the machine's speeds measured just before.
         digest: the hash of all weights after two steps.
     """
 
@@ -88,6 +93,7 @@ class Rung:
     planned: dict[str, Any] = field(default_factory=dict)
     tracked: dict[str, Any] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
+    estimated: list[float] = field(default_factory=list)
     digest: str = ""
 
     @property
@@ -221,6 +227,8 @@ def visit(rung: Rung, weights: dict[str, torch.Tensor], length: int, is_first: b
         is_first: whether this is the first round.
     """
     config = rung.config
+    batch, facts = Batch(1, length), find_facts(model_config(), length)
+    rung.estimated.append(step_seconds(config, facts, batch, measure_speeds(config, model_config(), batch, CPU)))
     model, optimizer = build(config, weights)
     loss_sum = LossSum(model)
     if is_first:
@@ -250,21 +258,23 @@ def digest(model: PreTrainedModel, optimizer: AdamW) -> str:
 
 # ---------------------------------------------------------------------------------------------- the table
 
-HEAD = ("rung", "device", "host", "disk", "device, planned", "peak", "planned", "time", "exact")
+HEAD = ("rung", "device", "host", "disk", "device, planned", "peak", "planned", "time", "estimated", "exact")
 
 
 def table(done: list[Rung], num_parameters: int) -> Iterator[tuple[str, ...]]:
     """Yield the table's rows."""
     by_name = {rung.name: rung for rung in done}
     yield HEAD
-    yield ("---", *["---:"] * 7, "---")
+    yield ("---", *["---:"] * 8, "---")
     for rung in done:
         tracked, planned = figures(rung.tracked), figures(rung.planned)
         cells = [f"{tracked[name] / num_parameters:.2f}" for name in ("device", "host", "disk")]
         cells += [f"{planned['device'] / num_parameters:.2f}", f"{tracked['peak'] / num_parameters:.2f}"]
         cells += [f"{planned['peak'] / num_parameters:.2f}"]
         ratio = statistics.median(rung.seconds) / statistics.median(by_name[time_base(rung)].seconds)
-        yield (rung.name.replace(", ", ",").replace(",", ", "), *cells, f"{ratio:.2f}", exactness(rung, by_name))
+        estimates = [ours / real for ours, real in zip(rung.estimated, rung.seconds, strict=True)]
+        cells += [f"{ratio:.2f}", f"{statistics.median(estimates):.2f}"]
+        yield (rung.name.replace(", ", ",").replace(",", ", "), *cells, exactness(rung, by_name))
 
 
 def figures(profile: dict[str, Any]) -> dict[str, int]:
@@ -308,7 +318,10 @@ def main() -> None:
         for rung in done:
             visit(rung, weights, arguments.tokens, is_first=number == 0)
             gc.collect()
-            print(f"round {number + 1}: {rung.seconds[-1]:6.2f} s  {rung.name}", flush=True)
+            print(
+                f"round {number + 1}: {rung.seconds[-1]:6.2f} s, estimated {rung.estimated[-1]:6.2f} s  {rung.name}",
+                flush=True,
+            )
     print(
         f"\n{MODEL}'s shape, {num_parameters:,} parameters, random weights; 1 x {arguments.tokens} tokens, full "
         f"activation\ncheckpointing, {torch.get_num_threads()} threads.\n"
@@ -316,6 +329,7 @@ def main() -> None:
         "gradients and states, each at its own maximum. The peak holds everything else too.\n"
         "The time of a step is relative to `split` (accumulation 2, clipping). For `once` it is relative to\n"
         f"`split once` (neither of the two). It is the median of {arguments.rounds}.\n"
+        "`estimated` is the plan's estimate of a step, divided by what it took; the median as well.\n"
         "The embedding, 21% of the parameters, keeps fp32 moments in `8-bit` too.\n"
     )
     for cells in table(done, num_parameters):

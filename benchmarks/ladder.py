@@ -6,8 +6,8 @@
 It prints one table, for SmolLM2-135M's shape with random weights. Each way is a rung:
 
 - Bytes per parameter on the device, the host and the disk are planned on fake tensors and tracked on real ones.
-- The time of a step is relative to a rung that keeps everything on the device. What `--fit` estimates is next to it, as a
-  share of that rung's own time.
+- The time of a step is relative to a rung that keeps everything on the device.
+- What `--fit` estimates for a step is a share of the time that it took.
 - Whether a rung is exact is checked on every bit of its weights, after two steps.
 
 Steps are those of `train.py`, with full activation checkpointing. The rungs take turns, round after round, so that

@@ -15,6 +15,7 @@ MIB = 1 << 20
 
 
 def test_locked_memory_is_pinned_in_its_exact_size() -> None:
+    gc.collect()  # what earlier tests have locked
     torch.empty(1, pin_memory=True)  # torch calls nothing pinned before it has begun to use the device
     before, torchs = library.figure("registered"), torch.cuda.host_memory_stats()["allocated_bytes.current"]
     memory = locked.locked_zeros(5 * MIB)

@@ -18,6 +18,7 @@ from typing import Any
 
 import datasets
 import torch
+import yaml
 from accelerate.optimizer import AcceleratedOptimizer
 from stopwatch import Stopwatch, after
 from transformers import (
@@ -201,8 +202,8 @@ def _profile(run: Callable[[], None]) -> str:
 def _result_of(task: Task, name: str) -> Result:
     """Read `train.py`'s log. Padding is not logged, so the batches are made once more to count it."""
     folder = task.output_dir(name)
-    written = parse_config(["--config", str(folder / "config.yaml")])
-    batches = task.batches(name).dealt(written.micro_batch_tokens or 0)
+    written = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    batches = task.batches(name).dealt(written.get("micro_batch_tokens") or 0)
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     records = [record for record in records if "loss" in record]
     shutil.rmtree(folder)  # the trained weights are not needed

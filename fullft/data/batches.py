@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from fullft.config.config import Config
 from fullft.config.steps import Steps
-from fullft.data.dealing import Dealing, deal, find_dealings
+from fullft.data.dealing import Dealing, deal, find_dealings, most_micro_batches
 from fullft.data.micro_batch import IGNORED, Documents, GlobalBatch, MicroBatch
 from fullft.data.packing import pack
 
@@ -44,7 +44,10 @@ class Batches:
         self.batch_size = config.per_device_train_batch_size
         self.sequences_per_step = config.global_batch_size
         self.steps_per_epoch = math.ceil(len(self.documents) / self.sequences_per_step)
-        self.longest = max(map(self._length, range(len(self.documents))))
+        self._sequence_lengths = [
+            sum(self.lengths[row] for row in documents) for documents in self.documents
+        ]  # of sequences
+        self.longest = max(self._sequence_lengths)
         self._order: tuple[int, list[int]] = (-1, [])  # the current epoch, and its order
 
     def dealt(self, most_tokens: int) -> "Batches":
@@ -90,7 +93,7 @@ class Batches:
     def _groups(self, sequences: list[int]) -> list[list[int]]:
         """Deal a step's sequences into micro-batches."""
         if self.most_tokens:
-            groups = deal([self._length(number) for number in sequences], self.most_tokens, self.place.count)
+            groups = deal([self._sequence_lengths[number] for number in sequences], self.most_tokens, self.place.count)
             return [[sequences[place] for place in group] for group in groups]
         return [sequences[first : first + self.batch_size] for first in range(0, len(sequences), self.batch_size)]
 
@@ -100,13 +103,25 @@ class Batches:
         Args:
             config: the length of the run is read.
         """
+        largest_step = self._largest_step(Steps(config, self.steps_per_epoch).total)
+        return find_dealings(self._lengths_of_steps(config), self.place.count, self.longest, largest_step)
+
+    def most_micro_batches(self, config: Config) -> int:
+        """Return how many micro-batches a rank has in a step that is dealt by tokens, at most.
+
+        Args:
+            config: the length of the run is read.
+        """
+        return most_micro_batches(self._lengths_of_steps(config), self.most_tokens, self.place.count)
+
+    def _lengths_of_steps(self, config: Config) -> Iterator[list[int]]:
+        """Yield the tokens of each step's sequences."""
         total = Steps(config, self.steps_per_epoch).total
-        steps = ([self._length(number) for number in self._sequences(step)] for step in range(1, total + 1))
-        return find_dealings(steps, self.place.count, self.longest, self._largest_step(total))
+        return ([self._sequence_lengths[number] for number in self._sequences(step)] for step in range(1, total + 1))
 
     def _largest_step(self, total: int) -> int:
         """Return the tokens of the largest of so many steps."""
-        lengths = np.array([self._length(number) for number in range(len(self.documents))])
+        lengths = np.array(self._sequence_lengths)
         starts = np.arange(0, len(lengths), self.sequences_per_step)
         largest = 0
         for first in range(1, total + 1, self.steps_per_epoch):
@@ -115,15 +130,6 @@ class Batches:
             largest = max(largest, int(sums[: total + 1 - first].max()))
         return largest
 
-    def most_micro_batches(self, config: Config) -> int:
-        """Return how many micro-batches a rank has in a step, at most.
-
-        Args:
-            config: the length of the run is read.
-        """
-        total = Steps(config, self.steps_per_epoch).total
-        return max(-(-len(self._groups(self._sequences(step))) // self.place.count) for step in range(1, total + 1))
-
     # ------------------------------------------------------------------------------------------ all rows
 
     def by_length(self) -> Iterator[MicroBatch]:
@@ -131,21 +137,23 @@ class Batches:
 
         More short ones come together, but no more tokens, padding included, than `largest` has.
         """
-        sequences = sorted(range(len(self.documents)), key=self._length)
-        room, groups = self.most_tokens or self.batch_size * self.longest, [sequences[:1]]
-        for number in sequences[1:]:
-            if self._size([*groups[-1], number]) > room:
+        room = self.most_tokens or self.batch_size * self.longest
+        groups: list[list[int]] = [[]]
+        joined = 0
+        for number in sorted(range(len(self.documents)), key=self._sequence_lengths.__getitem__):
+            length = self._sequence_lengths[number]
+            # Behind each other, or each padded to this one, which is the longest so far.
+            needed = joined + length if self.most_tokens else (len(groups[-1]) + 1) * length
+            if groups[-1] and needed > room:
                 groups.append([])
+                joined = 0
             groups[-1].append(number)
+            joined += length
         return (micro_batch for _, micro_batch in self._dealt(groups))
-
-    def _size(self, group: list[int]) -> int:
-        """Return the tokens of a micro-batch whose longest sequence comes last, padding included."""
-        return sum(map(self._length, group)) if self.most_tokens else len(group) * self._length(group[-1])
 
     def largest(self) -> MicroBatch:
         """Make a micro-batch of the longest sequences: none of the run takes more memory."""
-        longest = sorted(range(len(self.documents)), key=lambda number: -self._length(number))
+        longest = sorted(range(len(self.documents)), key=lambda number: -self._sequence_lengths[number])
         if self.most_tokens:
             micro_batch = self._filled(longest)
         else:
@@ -164,9 +172,6 @@ class Batches:
             if room == 0:
                 return self._padded([joined])
         raise AssertionError("there is a row")
-
-    def _length(self, sequence: int) -> int:
-        return sum(self.lengths[i] for i in self.documents[sequence])
 
     def _rows(self, sequences: Iterable[int]) -> list[int]:
         return [row for number in sequences for row in self.documents[number]]
@@ -187,7 +192,7 @@ class Batches:
         order = list(range(len(groups)))
         if count > 1:  # in each turn all ranks wait for the longest
             size = sum if self.most_tokens else max
-            order.sort(key=lambda number: -size(map(self._length, groups[number])))
+            order.sort(key=lambda number: -size(self._sequence_lengths[place] for place in groups[number]))
         end = -(-len(groups) // count) * count
         for turn in range(rank, end, count):
             # Without a group left, of a shape that is there anyway: another one could need another graph.

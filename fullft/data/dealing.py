@@ -7,7 +7,7 @@ padding. The fewer micro-batches, the fewer times all weights are read and all g
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-_FEWEST = (1, 2, 4, 8, 16)  # micro-batches per step that a plan may choose among
+_COUNTS = (1, 2, 4, 8, 16)  # of a rank's micro-batches per step, among which a plan may choose
 _STEPS_LOOKED_AT = 2000  # to find how many tokens a micro-batch needs
 
 
@@ -72,15 +72,25 @@ def find_dealings(steps: Iterable[Sequence[int]], ranks: int, longest: int, larg
     """
     looked_at = [step for step, _ in zip(steps, range(_STEPS_LOOKED_AT), strict=False)]
     found: dict[int, Dealing] = {}
-    for count in _FEWEST:
+    for count in _COUNTS:
         if count == 1 and ranks == 1:
             tokens = largest_step
         else:
             tokens = max(_tokens_for(step, count * ranks) for step in looked_at)
         tokens = max(longest, tokens)
-        most = max(-(-len(deal(step, tokens, ranks)) // ranks) for step in looked_at)
-        found.setdefault(tokens, Dealing(tokens, most))
+        found.setdefault(tokens, Dealing(tokens, most_micro_batches(looked_at, tokens, ranks)))
     return list(found.values())
+
+
+def most_micro_batches(steps: Iterable[Sequence[int]], most_tokens: int, ranks: int) -> int:
+    """Return how many micro-batches a rank has in a step, at most.
+
+    Args:
+        steps: the lengths of each step's sequences.
+        most_tokens: of a micro-batch.
+        ranks: that share a step out.
+    """
+    return max(-(-len(deal(step, most_tokens, ranks)) // ranks) for step in steps)
 
 
 def _tokens_for(lengths: Sequence[int], count: int) -> int:

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 from fullft.attention.choice import why_not_joined
 from fullft.config.config import Config
 from fullft.data.batches import Batches
-from fullft.data.dealing import Dealing, find_dealings
+from fullft.data.dealing import Dealing, find_dealings, most_micro_batches
 from fullft.errors import OptionsError
 
 
@@ -52,7 +52,7 @@ def dealings_of_run(
             )
         dealt = train.dealt(config.micro_batch_tokens)
         return Dealings(replace(config, gradient_accumulation_steps=dealt.most_micro_batches(config)))
-    return _open(config, model_config) or Dealings(config, tuple(train.find_dealings(config)))
+    return _settled(config, model_config) or Dealings(config, tuple(train.find_dealings(config)))
 
 
 def dealings_of_plan(config: Config, model_config: PreTrainedConfig) -> Dealings:
@@ -64,14 +64,13 @@ def dealings_of_plan(config: Config, model_config: PreTrainedConfig) -> Dealings
     """
     step = [config.max_length] * config.global_batch_size
     if config.micro_batch_tokens:
-        each = max(1, config.micro_batch_tokens // config.max_length)
-        count = -(-len(step) // (each * config.gpus))
+        count = most_micro_batches([step], config.micro_batch_tokens, config.gpus)
         return Dealings(replace(config, gradient_accumulation_steps=count))
     ways = find_dealings([step], config.gpus, config.max_length, sum(step))
-    return _open(config, model_config) or Dealings(config, tuple(ways))
+    return _settled(config, model_config) or Dealings(config, tuple(ways))
 
 
-def _open(config: Config, model_config: PreTrainedConfig) -> Dealings | None:
+def _settled(config: Config, model_config: PreTrainedConfig) -> Dealings | None:
     """Return what is left where rows are not joined; None where they are."""
     if config.micro_batch_tokens is not None:
         return Dealings(config)

@@ -157,14 +157,12 @@ def describe_plan(
 
 
 def _assumptions(config: Config, planned: Mapping[str, Any], batch: Batch, chosen: Iterable[str], unit: Unit) -> str:
-    several = config.gpus > 1
-    accumulated = f"{config.gradient_accumulation_steps} per step" + (f" on each of {config.gpus} ranks" * several)
-    accumulated += "; packed" * config.packing
-    dealt = f"{batch.sequences} x {batch.length}"
+    dealt, count, rows = f"{batch.sequences} x {batch.length}", str(config.gradient_accumulation_steps), ""
     if config.micro_batch_tokens:
-        dealt = f"at most {config.micro_batch_tokens:,}"
-        most = "one" if config.gradient_accumulation_steps == 1 else f"at most {config.gradient_accumulation_steps}"
-        accumulated = f"{most} {accumulated.partition(' ')[2]}; rows of {batch.length}"
+        dealt, rows = f"at most {config.micro_batch_tokens:,}", f"; rows of {batch.length}"
+        count = "one" if count == "1" else f"at most {count}"
+    on_each = f" on each of {config.gpus} ranks" if config.gpus > 1 else ""
+    accumulated = f"{count} per step{on_each}{'; packed' * config.packing}{rows}"
     masters = f" with master weights {config.master_weights}" if config.numerics.weights is Format.BF16 else ""
     paragraphs = (
         f"Full fine-tuning of {config.model or 'the built-in demo'}: all {planned['num_parameters']:,} parameters",

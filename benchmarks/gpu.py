@@ -93,6 +93,9 @@ def run_part(arguments: argparse.Namespace) -> None:
     """
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    from fullft.run.environment import use_expandable_segments
+
+    use_expandable_segments()  # as `train.py` does, before torch is imported
     if arguments.emulated:
         from emulated_cuda.load import load
 

@@ -12,6 +12,7 @@ docs/internals/cpu.md has the measurements.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from fullft.attention.interface import attention_by, whole_sequences_need_none
 from fullft.attention.order import Gathered, Layout, Span, most_padded, padded
-from fullft.tracing import is_tracing, standing_for_all
+from fullft.attention.positions import lengths_of
+from fullft.tracing import standing_for_all
 
 NAME = "documents"
 _BLOCK_QUERIES = 192  # of a document: their probabilities stay in the cache, and later keys are left out
@@ -50,14 +52,13 @@ _layout_of = lru_cache(maxsize=1)(Layout)  # all layers of a micro-batch share o
 
 
 def _layout(position_ids: torch.Tensor | None, query: torch.Tensor) -> Layout:
-    """Lay out the documents that begin where positions are 0; while tracing, one per row, the largest that can be."""
+    """Lay out the documents that begin where positions are 0."""
     batch, length = query.shape[0], query.shape[2]
-    documents = [(length,)] * batch
-    if position_ids is not None and not is_tracing():
-        for row, positions in enumerate(position_ids.expand(batch, -1)):
-            starts = [0, *(torch.nonzero(positions[1:] == 0)[:, 0] + 1).tolist(), length]
-            documents[row] = tuple(end - start for start, end in zip(starts, starts[1:], strict=False))
-    return _layout_of(tuple(documents), _BLOCK_QUERIES, _GROUP_TOKENS)
+    documents: list[list[int]] = [[] for _ in range(batch)]
+    lengths = lengths_of(position_ids, batch, length)
+    for tokens, end in zip(lengths, accumulate(lengths), strict=True):
+        documents[(end - 1) // length].append(tokens)
+    return _layout_of(tuple(map(tuple, documents)), _BLOCK_QUERIES, _GROUP_TOKENS)
 
 
 # ---------------------------------------------------------------------------------------------- the arithmetic

@@ -5,7 +5,7 @@ hand them on. What the micro-batch says of its documents is found again by the m
 every layer, in a recomputation and in a compiled graph. Positions of other origin, such as those of a probe, are read.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -47,20 +47,42 @@ def _number_documents(positions: torch.Tensor) -> torch.Tensor:
 
 
 def documents_of(positions: torch.Tensor | None, batch: int, length: int, device: torch.device) -> Documents:
-    """Return the documents that begin where positions are 0; while tracing, one per row, the largest that can be.
+    """Return the documents that begin where positions are 0, row after row.
+
+    Args:
+        positions: as in `lengths_of`.
+        batch: rows.
+        length: tokens of each.
+        device: of the bounds.
+    """
+    known = _said_of(positions, batch, length)
+    return Documents.of(lengths_of(positions, batch, length), device) if known is None else known
+
+
+def lengths_of(positions: torch.Tensor | None, batch: int, length: int) -> Sequence[int]:
+    """Return the tokens of the documents that begin where positions are 0, row after row.
+
+    While tracing there is one document per row, the largest that can be.
 
     Args:
         positions: [1 or batch, sequence]; None for one document per row.
         batch: rows.
         length: tokens of each.
-        device: of the bounds.
     """
     if positions is None or is_tracing():
-        return Documents.of([length] * batch, device)
-    known: Documents | None = _known.get(positions.untyped_storage())
-    if known is not None and positions.shape == (batch, length) and known.num_tokens == batch * length:
-        return known
+        return [length] * batch
+    if (known := _said_of(positions, batch, length)) is not None:
+        return known.lengths
     starts = positions.expand(batch, -1) == 0
     starts[:, 0] = True
     bounds = [*torch.nonzero(starts.flatten())[:, 0].tolist(), batch * length]  # waits for the device
-    return Documents.of([end - start for start, end in zip(bounds, bounds[1:], strict=False)], device)
+    return [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+
+
+def _said_of(positions: torch.Tensor | None, batch: int, length: int) -> Documents | None:
+    """Return what a micro-batch says of its positions, if these are its own."""
+    if positions is None or is_tracing():
+        return None
+    known: Documents | None = _known.get(positions.untyped_storage())
+    is_its_own = known is not None and positions.shape == (batch, length) and known.num_tokens == batch * length
+    return known if is_its_own else None

@@ -4,16 +4,11 @@ Each trains in a process of its own, on the same rows, with the same model, Adam
 are timed from outside, for ours as for its peers: `train.py` runs as it is.
 """
 
-# ruff: noqa: E402
 import importlib.util
 import json
-import re
 import shutil
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -21,6 +16,7 @@ import torch
 import yaml
 from accelerate.optimizer import AcceleratedOptimizer
 from stopwatch import Stopwatch, after
+from task import MAX_LENGTH, OURS, ROWS_PER_STEP, Task
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -31,21 +27,15 @@ from transformers import (
     TrainingArguments,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the package need not be installed, as for train.py
-
 import train
 from fullft.config.parse import parse_config
 from fullft.data.batches import Batches
-from fullft.data.load import load_data
 from fullft.data.micro_batch import IGNORED
 from fullft.hardware import peak_bytes
 from fullft.model.loss import LossSum
 from fullft.optim.adamw import AdamW
 from fullft.run.log import Log
 
-ROWS_PER_STEP = 16
-MAX_LENGTH = 1024  # of a row, and of a packed sequence
 LISTING_LENGTH = 512  # tokens that the listing pads every row to
 # Name -> rows that are padded together, and whether the model is compiled (`torch_compile`).
 TRAINERS = {
@@ -57,114 +47,16 @@ TRAINERS = {
     "Trainer, grouped by length, 16 rows at a time, compiled": (16, True),
 }
 ROWS_ALIKE = max(size for size, _ in TRAINERS.values())  # rows of similar length that the benchmark draws together
-TRLS = {"TRL SFTTrainer, packing": False, "TRL SFTTrainer, packing, compiled": True}
+# Name -> whether rows are packed (else a step's rows lie behind each other), and whether the model is compiled.
+TRLS = {
+    "TRL SFTTrainer, packing": (True, False),
+    "TRL SFTTrainer, packing, compiled": (True, True),
+    "TRL SFTTrainer, padding-free": (False, False),
+    "TRL SFTTrainer, padding-free, compiled": (False, True),
+}
 
 Row = dict[str, Any]
 Result = dict[str, Any]
-
-# ---------------------------------------------------------------------------------------------- the task
-
-_MIXED, _SPLIT, _FP32 = "--precision bf16-mixed", "--precision bf16-true --master_weights split", "--precision fp32"
-_AT_ONCE = "--per_device_train_batch_size {sequences} --gradient_accumulation_steps 1"  # all of a step's tokens
-DEFAULT = "ours, the default command"  # decides by itself how it runs; others are told
-# Each line is a row of the table, with its options for `train.py` besides `COMMON`. Trainer gets the first one's rows.
-OURS = {
-    DEFAULT: "",
-    f"{DEFAULT}, compiled": "--compile true",  # as it is chosen for runs of more than some minutes
-    f"{DEFAULT}, bf16-mixed": _MIXED,
-    f"{DEFAULT}, bf16-mixed, compiled": f"{_MIXED} --compile true",
-    "ours, bf16-mixed": _MIXED,
-    "ours, bf16-mixed, packing": f"{_MIXED} --packing",
-    "ours, bf16-mixed, packing, compiled": f"{_MIXED} --packing --compile true",
-    "ours, bf16-mixed, packing, compiled, steps of one micro-batch": f"{_MIXED} --packing --compile true {_AT_ONCE}",
-    "ours, bf16-true": _SPLIT,
-    "ours, bf16-true, packing": f"{_SPLIT} --packing",
-    "ours, bf16-true, packing, compiled": f"{_SPLIT} --packing --compile true",
-    "ours, bf16-true, packing, compiled, steps of one micro-batch": f"{_SPLIT} --packing --compile true {_AT_ONCE}",
-    "ours, bf16-true, packing, selective checkpointing": f"{_SPLIT} --packing --activation_checkpointing selective",
-    "ours, bf16-true, packing, full checkpointing": f"{_SPLIT} --packing --activation_checkpointing full",
-    "ours, bf16-true, packing, compiled, full checkpointing": (
-        f"{_SPLIT} --packing --compile true --activation_checkpointing full"
-    ),
-    "ours, fp32, packing, compiled": f"{_FP32} --packing --compile true",
-    "ours, fp32, packing, compiled, steps of one micro-batch": f"{_FP32} --packing --compile true {_AT_ONCE}",
-}
-# Nothing but training is done.
-COMMON = (
-    "--val_size 0 --num_train_epochs 1 --learning_rate 2e-5 --max_grad_norm 1 --eval_strategy no --save_strategy no "
-    f"--logging_steps 1 --max_length {MAX_LENGTH} --overwrite_output_dir"
-)
-# No option depends on the memory that happens to be free.
-TOLD = "--per_device_train_batch_size 1 --activation_checkpointing none --offload none --compile false"
-
-
-@dataclass(frozen=True)
-class Task:
-    """The model and the rows that all systems train on.
-
-    Attributes:
-        source: the model's folder.
-        folder: for the rows and the results.
-        rows: their number in the file that all systems read.
-        tokens: in those rows, as we tokenise them.
-        targets: the tokens among them that are learned.
-        mean_context: tokens of the document that the average token is in. Attention's cost follows it.
-    """
-
-    source: Path
-    folder: Path
-    rows: int
-    tokens: int
-    targets: int
-    mean_context: float
-
-    @property
-    def file(self) -> Path:
-        """The file of rows."""
-        return self.folder / "rows.jsonl"
-
-    @property
-    def mean_length(self) -> int:
-        """Tokens of the average row."""
-        return round(self.tokens / self.rows)
-
-    @property
-    def packed_sequences(self) -> int:
-        """Packed sequences that hold about as many tokens as a step's rows."""
-        return max(1, round(ROWS_PER_STEP * self.tokens / self.rows / MAX_LENGTH))
-
-    def output_dir(self, name: str) -> Path:
-        """Return the folder that a run of ours writes to."""
-        return self.folder / slug(name)
-
-    def flags(self, name: str) -> list[str]:
-        """Return a run's command line for `train.py`."""
-        flags = ["--model", str(self.source), "--dataset", str(self.file), "--output_dir", str(self.output_dir(name))]
-        flags += COMMON.split()
-        if DEFAULT not in name:
-            accumulation = self.packed_sequences if is_packed(name) else ROWS_PER_STEP
-            flags += [*TOLD.split(), "--gradient_accumulation_steps", str(accumulation)]
-        return [*flags, *OURS[name].format(sequences=self.packed_sequences).split()]
-
-    def batches(self, name: str) -> Batches:
-        """Return the batches that `train.py` trains on."""
-        return load_data(parse_config(self.flags(name)), AutoTokenizer.from_pretrained(self.source)).train
-
-
-def has_trl() -> bool:
-    """Return whether TRL is installed. It is optional."""
-    return importlib.util.find_spec("trl") is not None
-
-
-def is_packed(name: str) -> bool:
-    """Return whether one of ours packs its rows."""
-    return "--packing" in OURS[name]
-
-
-def slug(name: str) -> str:
-    """Turn a system's name into a file's."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
 
 # ---------------------------------------------------------------------------------------------- ours
 
@@ -325,8 +217,8 @@ def dynamic_padding(task: Task, batch_size: int, compiled: bool) -> Trainer:
     )
 
 
-def trl_packing(task: Task, compiled: bool) -> Trainer:
-    """Build TRL's trainer with its own packing (best-fit decreasing, no padding), on our tokens and targets.
+def trl(task: Task, packing: bool, compiled: bool) -> Trainer:
+    """Build TRL's trainer on our tokens and targets, without padding.
 
     On a CPU it passes restarting positions and no mask. transformers makes a block-diagonal mask for SDPA from them, so
     packed documents do not see each other. Its loss never holds all logits, but recomputes them in backward. Without
@@ -335,12 +227,15 @@ def trl_packing(task: Task, compiled: bool) -> Trainer:
 
     Args:
         task: the model and the rows.
+        packing: pack rows its way (best-fit decreasing). Else all rows of a step are one micro-batch.
         compiled: compile the model. An untimed pass over all rows comes first, since its lengths vary too.
     """
     from trl import SFTConfig, SFTTrainer  # type: ignore  # it is optional, and may be missing
 
-    shared = _arguments(task, 1, task.packed_sequences) | {"num_train_epochs": 2 if compiled else 1}
-    own: Row = {"packing": True, "max_length": MAX_LENGTH, "gradient_checkpointing": False}  # this is on by default
+    sizes = (1, task.packed_sequences) if packing else (ROWS_PER_STEP, 1)
+    shared = _arguments(task, *sizes) | {"num_train_epochs": 2 if compiled else 1}
+    own: Row = {"packing": True, "max_length": MAX_LENGTH} if packing else {"padding_free": True, "max_length": None}
+    own["gradient_checkpointing"] = False  # it is on by default
     return SFTTrainer(
         _load(task),
         SFTConfig(**shared, **own, torch_compile=compiled),
@@ -349,13 +244,18 @@ def trl_packing(task: Task, compiled: bool) -> Trainer:
     )
 
 
+def has_trl() -> bool:
+    """Return whether TRL is installed. It is optional."""
+    return importlib.util.find_spec("trl") is not None
+
+
 PEERS: dict[str, Callable[[Task], Trainer]] = {
     "listing": listing,
     **{
         name: partial(dynamic_padding, batch_size=size, compiled=compiled)
         for name, (size, compiled) in TRAINERS.items()
     },
-    **{name: partial(trl_packing, compiled=compiled) for name, compiled in TRLS.items()},
+    **{name: partial(trl, packing=packing, compiled=compiled) for name, (packing, compiled) in TRLS.items()},
 }
 
 

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 from gpu_findings import GIB, Findings
-from gpu_peers import prepare
+from gpu_rows import prepare
 from gpu_steps import ROOT
 
 OPTIONS = (

@@ -32,23 +32,10 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}  # all systems
 
 import datasets
 import torch
-from contenders import (
-    COMMON,
-    MAX_LENGTH,
-    OURS,
-    PEERS,
-    ROOT,
-    ROWS_ALIKE,
-    ROWS_PER_STEP,
-    TRLS,
-    Result,
-    Task,
-    has_trl,
-    train_ours,
-    train_peer,
-)
+from contenders import PEERS, ROWS_ALIKE, TRLS, Result, has_trl, train_ours, train_peer
 from matrix_products import measure_limit
 from smollm2_model import WORK, add_dataset_option, build_smollm2
+from task import COMMON, MAX_LENGTH, OURS, ROOT, ROWS_PER_STEP, Task
 from throughput_report import LIMIT, processor, report, result_file, speed
 from transformers import AutoTokenizer
 from transformers.utils import logging

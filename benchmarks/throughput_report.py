@@ -11,21 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import (
-    MAX_LENGTH,
-    OURS,
-    PEERS,
-    ROWS_PER_STEP,
-    TRAINERS,
-    TRLS,
-    Result,
-    Task,
-    has_trl,
-    is_packed,
-    slug,
-)
+from contenders import PEERS, TRAINERS, TRLS, Result, has_trl
 from matrix_products import FP32, PACKED, kinds_of_limit
 from stopwatch import PARTS
+from task import MAX_LENGTH, OURS, ROWS_PER_STEP, Task, is_packed, slug
 
 ISA = "ONEDNN_MAX_CPU_ISA"  # oneDNN's own setting; the bf16 products of all systems are oneDNN's
 WARM_UP = 1  # steps that do not count

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -95,7 +96,8 @@ def _result_of(task: Task, name: str) -> Result:
     """Read `train.py`'s log. Padding is not logged, so the batches are made once more to count it."""
     folder = task.output_dir(name)
     written = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    batches = task.batches(name).dealt(written.get("micro_batch_tokens") or 0)
+    dealt = {"micro_batch_tokens": written.get("micro_batch_tokens") or 0, "isolates_documents": True}
+    batches = task.batches(name).dealt(replace(parse_config(task.flags(name)), **dealt))
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     records = [record for record in records if "loss" in record]
     shutil.rmtree(folder)  # the trained weights are not needed

@@ -12,14 +12,14 @@ from pathlib import Path
 from queue import SimpleQueue
 
 import torch
-from mistral_7b_model import ACCUMULATION, LEARNING_RATE, SIZES, WORK, outline
+from mistral_7b_model import LEARNING_RATE, SIZES, WORK, outline, tokens_per_step
 from torch import nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from fullft.model.parts import decoder_layers
 from fullft.optim.adamw import AdamW
-from fullft.storage.tiers import CHUNK, Storage
+from fullft.storage.tiers import Storage
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,6 @@ class Rates:
         write: to the disk.
         step: of the optimizer with everything in memory, parameters per second.
         norm: of gradients in memory, parameters per second.
-        gather: of adding a bf16 gradient to an fp32 sum in memory, through a buffer, parameters per second.
     """
 
     products: dict[tuple[int, int], tuple[float, float]]
@@ -72,7 +71,6 @@ class Rates:
     write: float
     step: float
     norm: float
-    gather: float
 
     def best(self, other: "Rates") -> "Rates":
         """Return the better of two measurements, figure by figure."""
@@ -80,7 +78,7 @@ class Rates:
             shape: (min(forward, other.products[shape][0]), min(backward, other.products[shape][1]))
             for shape, (forward, backward) in self.products.items()
         }
-        names = ("read", "write", "step", "norm", "gather")
+        names = ("read", "write", "step", "norm")
         return Rates(products, *(max(getattr(self, name), getattr(other, name)) for name in names))
 
 
@@ -103,7 +101,7 @@ def measure_rates(size: str) -> Rates:
     model = outline(size)
     shapes = sorted({matrix.shape for matrix in matrices(model)})
     largest = max((matrix.shape for matrix in matrices(model)[:-1]), key=lambda shape: shape[0] * shape[1])
-    products = {shape: measure_products(shape, SIZES[size].tokens) for shape in shapes}
+    products = {shape: measure_products(shape, tokens_per_step(size)) for shape in shapes}
     return Rates(products, *measure_disk(WORK, SIZES[size].probe), *measure_arithmetic(largest))
 
 
@@ -160,8 +158,8 @@ def measure_disk(folder: Path, num_bytes: int) -> tuple[float, float]:
     return rates["preadv"], rates["pwritev"]
 
 
-def measure_arithmetic(shape: tuple[int, int]) -> tuple[float, float, float]:
-    """Time the optimizer's step, the norm, and the sum of gradients, on one weight in memory.
+def measure_arithmetic(shape: tuple[int, int]) -> tuple[float, float]:
+    """Time the optimizer's step, and the norm, on one weight in memory.
 
     Returns:
         Parameters per second.
@@ -174,21 +172,13 @@ def measure_arithmetic(shape: tuple[int, int]) -> tuple[float, float, float]:
         eps=1e-8,
         moments=lambda _: torch.uint8,
         masters="split",
-        gradient_dtype=torch.float32,
+        gradient_dtype=torch.bfloat16,
         storage=Storage(torch.device("cpu"), WORK),
     )
     parameter.grad = torch.randn(shape).bfloat16()
     (parameter * parameter).sum().backward()
     step, norm = seconds_of(optimizer.step), seconds_of(lambda: optimizer.clip_gradients(max_norm=0))
-    gradient = torch.randn(shape).bfloat16().view(-1)
-    buffer, sums = torch.empty(CHUNK, dtype=torch.bfloat16), torch.zeros(parameter.numel())
-
-    def gather() -> None:
-        for chunk, total in zip(gradient.split(CHUNK), sums.split(CHUNK), strict=True):
-            total.add_(buffer[: chunk.numel()].copy_(chunk))
-
-    count = parameter.numel()
-    return count / step, count / norm, count / seconds_of(gather)
+    return parameter.numel() / step, parameter.numel() / norm
 
 
 def count_seconds(model: PreTrainedModel, rates: Rates) -> dict[str, dict[str, float]]:
@@ -205,8 +195,7 @@ def count_seconds(model: PreTrainedModel, rates: Rates) -> dict[str, dict[str, f
     products = [(matrix.forwards, *rates.products[matrix.shape]) for matrix in matrices(model)]
     return {
         "forward and backward": {
-            "matrix products": ACCUMULATION * sum(times * forward + backward for times, forward, backward in products),
-            "adding up": ACCUMULATION * count / rates.gather,
+            "matrix products": sum(times * forward + backward for times, forward, backward in products)
         },
         "clipping": {"squares": count / rates.norm},
         "optimizer step": {"update": count / rates.step},

@@ -5,7 +5,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from fullft.storage.tiers import CHUNK
 
 WORK = Path(__file__).resolve().parent / "work"
 MODEL = "mistralai/Mistral-7B-v0.1"
-ACCUMULATION = 2
+SEQUENCES = 2  # of a step. They are one micro-batch, as `--fit auto` deals a step that fits
 LEARNING_RATE = 1e-4
 SPARE = 3 * GB  # of disk, left to others
 PLACES = {
@@ -38,7 +38,7 @@ class Size:
 
     Attributes:
         changes: to the bundled config.
-        tokens: of a micro-batch.
+        tokens: of a sequence.
         probe: bytes of the file that the disk's speed is measured on.
     """
 
@@ -113,15 +113,20 @@ def write_checkpoint(folder: Path, size: str) -> None:
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def tokens_per_step(size: str) -> int:
+    """Return the tokens of a step, which are those of its micro-batch."""
+    return SEQUENCES * SIZES[size].tokens
+
+
 def options(size: str, weights: str, folder: Path, steps: int) -> Config:
     """Return the options, as `train.py` would read them from a command line."""
     flags = ["--model", str(folder), "--output_dir", f"{folder}-out", "--max_steps", str(steps)]
     flags += ["--precision", "bf16-true", "--master_weights", "split", "--optim", "adamw_8bit"]
     flags += ["--activation_checkpointing", "full", "--offload", PLACES[weights]]
-    flags += ["--per_device_train_batch_size", "1"]
-    flags += ["--gradient_accumulation_steps", str(ACCUMULATION), "--max_length", str(SIZES[size].tokens)]
+    flags += ["--global_batch_size", str(SEQUENCES), "--micro_batch_tokens", str(tokens_per_step(size))]
+    flags += ["--max_length", str(SIZES[size].tokens)]
     flags += ["--learning_rate", str(LEARNING_RATE), "--lr_scheduler_type", "constant", "--max_grad_norm", "1.0"]
-    return parse_config(flags)
+    return replace(parse_config(flags), gradient_accumulation_steps=1)
 
 
 def require_disk(size: str, weights: str, folder: Path) -> None:
@@ -139,7 +144,7 @@ def require_disk(size: str, weights: str, folder: Path) -> None:
     for parameter in model.parameters():
         for name, (numel, dtype) in state_layout(parameter, moments(parameter), "split").items():
             states["remainders" if name == "remainder" else "moments"] += numel * dtype.itemsize
-    needs = {"source": 2 * count, **states, "fp32 gradients": 4 * count}
+    needs = {"source": 2 * count, **states, "gradients": 2 * count}
     total = sum(needs.values())
     if weights == "streamed":
         needs["weights' homes"] = homes = 2 * sum(each.numel() for each in decoder_layers(model).parameters())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from mistral_7b_limit import Rates, count_seconds, flops, matrices
-from mistral_7b_model import ACCUMULATION, SIZES, outline
+from mistral_7b_model import outline, tokens_per_step
 from mistral_7b_phases import GB, Phase
 from mistral_7b_training import results_file
 
@@ -49,7 +49,7 @@ def report_time(size: str, folder: Path, rates: Rates) -> None:
         folder: of the checkpoint. The results lie next to it.
         rates: of this machine.
     """
-    model, tokens = outline(size), ACCUMULATION * SIZES[size].tokens
+    model, tokens = outline(size), tokens_per_step(size)
     work, table = count_seconds(model, rates), {}
     taken = json.loads(results_file(folder).read_text())
     # Disks of virtual machines vary in speed. Where clipping, which only reads, was faster, it sets the limit.

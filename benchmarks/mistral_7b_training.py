@@ -4,10 +4,11 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from mistral_7b_model import ACCUMULATION, SIZES, initial_pieces, options
+from mistral_7b_model import SEQUENCES, SIZES, initial_pieces, options
 from mistral_7b_phases import Phase, measured, report_memory
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -15,7 +16,7 @@ from transformers.utils import logging
 from fullft.attention.choice import choose_attention
 from fullft.config.placement import Placement
 from fullft.cpu.reuse import reuse_memory
-from fullft.data.micro_batch import GlobalBatch, MicroBatch
+from fullft.data.micro_batch import IGNORED, Documents, GlobalBatch, MicroBatch
 from fullft.model.checks import check_model
 from fullft.model.load import load_model
 from fullft.model.loss import LossSum
@@ -52,8 +53,8 @@ def train(size: str, weights: str, folder: Path, steps: int) -> None:
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"{count:,} parameters loaded in {loading.seconds:.0f} s", flush=True)
     batch = global_batch(model.config.vocab_size, SIZES[size].tokens)
-    choose_attention(model, config.packing)
-    check_model(model, model.config.vocab_size - 1, SIZES[size].tokens, config.packing)
+    choose_attention(model, config.joins_rows)
+    check_model(model, model.config.vocab_size - 1, SIZES[size].tokens, config.joins_rows)
     reuse_memory(model)
     loss_sum = LossSum(model)
     optimizer = build_optimizer(model, config, storage)
@@ -79,9 +80,17 @@ def train(size: str, weights: str, folder: Path, steps: int) -> None:
 
 
 def global_batch(vocabulary: int, tokens: int) -> GlobalBatch:
-    """Make the micro-batches of every step: random tokens, all of them targets."""
-    ids = torch.randint(0, vocabulary, (ACCUMULATION, 1, tokens), generator=torch.Generator().manual_seed(0))
-    return GlobalBatch.of([MicroBatch.of(each) for each in ids])
+    """Make the micro-batch of every step: rows of random tokens behind each other, all of them targets."""
+    ids = torch.randint(0, vocabulary, (1, SEQUENCES * tokens), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[:, ::tokens] = IGNORED  # nothing predicts a row's first token
+    micro_batch = MicroBatch.of(ids, labels)
+    positions = torch.arange(tokens).repeat(1, SEQUENCES)
+    joined = {
+        "inputs": micro_batch.inputs | {"position_ids": positions},
+        "documents": Documents.of([tokens] * SEQUENCES),
+    }
+    return GlobalBatch.of([replace(micro_batch, **joined)])
 
 
 def results_file(folder: Path) -> Path:
@@ -138,7 +147,8 @@ def check_moved(model: PreTrainedModel, optimizer: AdamW, batch: GlobalBatch) ->
         SystemExit: too few elements of a parameter have moved.
     """
     # The last token of a row predicts nothing, and no other token sees it.
-    seen = torch.cat([micro_batch.inputs["input_ids"][:, :-1].flatten() for micro_batch in batch]).unique()
+    rows = torch.cat([micro_batch.inputs["input_ids"].view(SEQUENCES, -1) for micro_batch in batch])
+    seen = rows[:, :-1].unique()
     embeddings = model.get_input_embeddings().weight
     shares: dict[str, float] = {}
     farthest = 0.0
@@ -183,16 +193,16 @@ def count_bytes(model: PreTrainedModel, optimizer: AdamW, placement: Placement) 
         Bytes read and written, under the phases' names.
     """
     count = sum(parameter.numel() for parameter in model.parameters())
-    gradients = 4 * count
+    gradients = 2 * count  # bf16: nothing is summed
     arrays = [array for parameter in model.parameters() for array in optimizer.states_of(parameter).values()]
     states = sum(array.numel() * array.element_size() for array in arrays)
     layers = [sum(2 * each.numel() for each in layer.parameters()) for layer in decoder_layers(model)]
     streamed = sum(layers) if placement.parameters == "disk" else 0
     # Forward and backward each pass through all layers. Memory holds two of them, which need not be read again where
     # the direction turns. Only the step's first pass finds it empty.
-    passes = (2 * ACCUMULATION * (len(layers) - 2) + 2) * streamed // len(layers)
+    passes = (2 * len(layers) - 2) * streamed // len(layers)
     return {
-        "forward and backward": (passes + (ACCUMULATION - 1) * gradients, ACCUMULATION * gradients),
+        "forward and backward": (passes, gradients),
         "clipping": (gradients, 0),
         "optimizer step": (gradients + states + streamed, states + streamed),
     }

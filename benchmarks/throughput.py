@@ -172,7 +172,9 @@ def main() -> None:
     add_dataset_option(parser)
     parser.add_argument("--repeats", type=int, default=3, help="runs of each system, in turn (3)")
     parser.add_argument("--steps", type=int, default=3, help=f"optimizer steps of {ROWS_PER_STEP} rows (3)")
-    parser.add_argument("--only", default="", help=f'systems with this in their names, or "{LIMIT}" (default: all)')
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help=f'systems with one of these in their names, or "{LIMIT}"'
+    )
     parser.add_argument("--fresh", action="store_true", help="repeat finished runs")
     parser.add_argument("--profile", action="store_true", help="show the operators of one of our steps")
     parser.add_argument("--plot", type=Path, help="PNG to draw")
@@ -184,7 +186,8 @@ def main() -> None:
         return run_child(arguments.child, arguments.task, Path(arguments.out), arguments.profile)
 
     task = prepare(str(arguments.dataset), arguments.steps)
-    names = [name for name in (*PEERS, *OURS, LIMIT) if arguments.only in name and (name not in TRLS or has_trl())]
+    names = [name for name in (*PEERS, *OURS, LIMIT) if name not in TRLS or has_trl()]
+    names = [name for name in names if any(part in name for part in arguments.only)]
     if arguments.profile:
         if arguments.steps < 3:
             parser.error("--profile records the third step: pass --steps 3 or more")

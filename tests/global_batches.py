@@ -1,5 +1,7 @@
 """Global batches of uneven rows, and their gradients: as train.py takes them, and in plain torch."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from datasets import Dataset
@@ -29,10 +31,10 @@ UNEVEN = make_rows([3, 31, 8, 17, 5, 29, 11, 4, 23, 9, 14, 2, 26, 7, 19, 12])
 
 
 def our_gradients(
-    model: PreTrainedModel, rows: Dataset, *, autocast: bool = False, **options: object
+    model: PreTrainedModel, rows: Dataset, *, autocast: bool = False, flat: bool = False, **options: object
 ) -> tuple[float, Gradients]:
     """Return the loss and the gradients of one global batch, as train.py's loop takes them."""
-    config = make_config(max_length=64, **options)
+    config = replace(make_config(max_length=64, **options), isolates_documents=flat)
     batch, loss_sum = Batches(rows, config, pad_token_id=0).global_batch(1), LossSum(model)
     model.zero_grad()
     loss = 0.0

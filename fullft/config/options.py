@@ -242,7 +242,7 @@ class Options:
     )
     compile: str = option(
         "auto",
-        "compile the decoder layers; auto: if sequences are packed and the run is long enough to gain",
+        "compile the decoder layers; auto: if the run is long enough to gain",
         choices=("auto", "true", "false"),
         called=("torch_compile",),
         spellings={"1": "true", "0": "false"},

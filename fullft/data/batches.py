@@ -25,8 +25,8 @@ class Batches:
 
     Args:
         rows: tokenised, as `load_data` makes them.
-        config: `max_length`, `packing`, `seed` and the batch sizes are read. With `micro_batch_tokens` a micro-batch is
-            one row, in which sequences lie behind each other; else it has a row per sequence, padded to the longest.
+        config: `max_length`, `packing`, `seed` and the batch sizes are read. If it `is_flat`, a micro-batch is one row,
+            in which sequences lie behind each other; else it has a row per sequence, padded to the longest.
         pad_token_id: fills the end of a micro-batch's shorter rows.
 
     Attributes:
@@ -38,7 +38,7 @@ class Batches:
         self.lengths: list[int] = rows["num_tokens"][:]
         self.num_targets: list[int] = rows["num_target_tokens"][:]
         self.documents = pack(self.lengths, config.max_length) if config.packing else [[i] for i in range(len(rows))]
-        self.packing, self.most_tokens = config.packing, config.micro_batch_tokens or 0
+        self.packing, self.most_tokens, self.is_flat = config.packing, config.micro_batch_tokens or 0, config.is_flat
         self.pad_token_id = pad_token_id
         self.seed, self.place = config.seed, config.place
         self.batch_size = config.per_device_train_batch_size
@@ -50,14 +50,14 @@ class Batches:
         self.longest = max(self._sequence_lengths)
         self._order: tuple[int, list[int]] = (-1, [])  # the current epoch, and its order
 
-    def dealt(self, most_tokens: int) -> "Batches":
-        """Return the same steps, dealt into micro-batches of at most so many tokens; 0 deals by number.
+    def dealt(self, config: Config) -> "Batches":
+        """Return the same steps, dealt into micro-batches as the plan has decided.
 
         Args:
-            most_tokens: as many as the longest sequence has, at least.
+            config: `micro_batch_tokens`, at least as many as the longest sequence has, and `is_flat` are read.
         """
         others = copy.copy(self)
-        others.most_tokens = most_tokens
+        others.most_tokens, others.is_flat = config.micro_batch_tokens or 0, config.is_flat
         return others
 
     # ------------------------------------------------------------------------------------------ the steps
@@ -69,8 +69,7 @@ class Batches:
             step: counted from 1. An epoch's last global batch may be smaller.
         """
         sequences = self._sequences(step)
-        # Packed sequences, nearly all full, are padded to one length, which one compiled graph serves.
-        mine = self._dealt(self._groups(sequences), at_least=(self.most_tokens or self.longest) if self.packing else 0)
+        mine = self._dealt(self._groups(sequences))
         rows = self._rows(sequences)
         return GlobalBatch(
             self.seed,
@@ -137,13 +136,13 @@ class Batches:
 
         More short ones come together, but no more tokens, padding included, than `largest` has.
         """
-        room = self.most_tokens or self.batch_size * self.longest
+        room = self.most_joined if self.is_flat else self.batch_size * self.longest
         groups: list[list[int]] = [[]]
         joined = 0
         for number in sorted(range(len(self.documents)), key=self._sequence_lengths.__getitem__):
             length = self._sequence_lengths[number]
             # Behind each other, or each padded to this one, which is the longest so far.
-            needed = joined + length if self.most_tokens else (len(groups[-1]) + 1) * length
+            needed = joined + length if self.is_flat else (len(groups[-1]) + 1) * length
             if groups[-1] and needed > room:
                 groups.append([])
                 joined = 0
@@ -154,17 +153,14 @@ class Batches:
     def largest(self) -> MicroBatch:
         """Make a micro-batch of the longest sequences: none of the run takes more memory."""
         longest = sorted(range(len(self.documents)), key=lambda number: -self._sequence_lengths[number])
-        if self.most_tokens:
-            micro_batch = self._filled(longest)
-        else:
-            micro_batch = self._collate(longest[: self.batch_size])
+        micro_batch = self._filled(longest) if self.is_flat else self._collate(longest[: self.batch_size])
         # Another one may have more targets, but at most all tokens.
         ids = micro_batch.inputs["input_ids"]
         return replace(micro_batch, labels=ids.clone(), num_target_tokens=ids[:, 1:].numel())
 
     def _filled(self, sequences: list[int]) -> MicroBatch:
         """Join sequences, again and again, to the most tokens that a micro-batch may have; the last one is cut."""
-        room = min(self.most_tokens, sum(self.lengths))
+        room = min(self.most_joined, sum(self.lengths))
         joined: list[Row] = []
         for row in cycle(self._rows(sequences)):
             joined.append(_cut(self.rows[row], room))
@@ -172,6 +168,11 @@ class Batches:
             if room == 0:
                 return self._padded([joined])
         raise AssertionError("there is a row")
+
+    @property
+    def most_joined(self) -> int:
+        """Tokens of the largest micro-batch that is one row."""
+        return self.most_tokens or sum(sorted(self._sequence_lengths)[-self.batch_size :])
 
     def _rows(self, sequences: Iterable[int]) -> list[int]:
         return [row for number in sequences for row in self.documents[number]]
@@ -183,7 +184,7 @@ class Batches:
 
     # ------------------------------------------------------------------------------------------ micro-batches
 
-    def _dealt(self, groups: list[list[int]], at_least: int = 0) -> Iterator[tuple[int, MicroBatch]]:
+    def _dealt(self, groups: list[list[int]]) -> Iterator[tuple[int, MicroBatch]]:
         """Yield this rank's micro-batches, with their places among all, where ranks take turns at groups of sequences.
 
         All ranks have as many: one that has none left gets a micro-batch without targets.
@@ -191,25 +192,24 @@ class Batches:
         rank, count = self.place.rank, self.place.count
         order = list(range(len(groups)))
         if count > 1:  # in each turn all ranks wait for the longest
-            size = sum if self.most_tokens else max
+            size = sum if self.is_flat else max
             order.sort(key=lambda number: -size(self._sequence_lengths[place] for place in groups[number]))
         end = -(-len(groups) // count) * count
         for turn in range(rank, end, count):
-            # Without a group left, of a shape that is there anyway: another one could need another graph.
             number = order[turn] if turn < len(groups) else turn
-            micro_batch = self._collate(groups[order[min(turn, len(groups) - 1)]], at_least)
+            micro_batch = self._collate(groups[order[min(turn, len(groups) - 1)]])
             if turn >= len(groups):
                 micro_batch = micro_batch.without_targets()
             yield number, replace(micro_batch, is_last=turn + count >= end)
 
-    def _collate(self, group: Sequence[int], at_least: int = 0) -> MicroBatch:
+    def _collate(self, group: Sequence[int]) -> MicroBatch:
         """Join sequences into one row, or each one's documents into a row of its own."""
         rows = [_split(self.rows[self.documents[number]]) for number in group]
-        return self._padded([list(chain(*rows))] if self.most_tokens else rows, at_least)
+        return self._padded([list(chain(*rows))] if self.is_flat else rows)
 
-    def _padded(self, rows: list[list[Row]], at_least: int = 0) -> MicroBatch:
-        """Join each row's documents, and pad to the longest row, or to so many tokens."""
-        shape = (len(rows), max(at_least, *(sum(each["num_tokens"] for each in row) for row in rows)))
+    def _padded(self, rows: list[list[Row]]) -> MicroBatch:
+        """Join each row's documents, and pad to the longest row."""
+        shape = (len(rows), max(sum(each["num_tokens"] for each in row) for row in rows))
         input_ids = torch.full(shape, self.pad_token_id)
         labels = torch.full(shape, IGNORED)
         # Padding gets positions of its own from 0: to the model it is one more document, which no token sees.
@@ -223,7 +223,7 @@ class Batches:
             position_ids[number, :end] = torch.cat([torch.arange(length) for length in own])
             position_ids[number, end:] = torch.arange(shape[1] - end)
             lengths += [*own, *([shape[1] - end] if end < shape[1] else [])]
-        inputs, joins = {"input_ids": input_ids}, self.packing or self.most_tokens > 0
+        inputs, joins = {"input_ids": input_ids}, self.packing or self.is_flat
         if joins:
             inputs["position_ids"] = position_ids
         return MicroBatch(

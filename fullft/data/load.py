@@ -43,11 +43,10 @@ class Data:
         """Return the same rows, dealt into micro-batches as the plan has decided.
 
         Args:
-            config: `micro_batch_tokens` is read.
+            config: as the plan has decided.
         """
-        most_tokens = config.micro_batch_tokens or 0
-        evaluation = self.evaluation and self.evaluation.dealt(most_tokens)
-        return replace(self, train=self.train.dealt(most_tokens), evaluation=evaluation)
+        evaluation = self.evaluation and self.evaluation.dealt(config)
+        return replace(self, train=self.train.dealt(config), evaluation=evaluation)
 
     def largest(self, accumulation: int) -> tuple[list[MicroBatch], MicroBatch | None]:
         """Make the micro-batches that take most memory: for training, at most two, and for evaluation.

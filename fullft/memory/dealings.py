@@ -50,8 +50,7 @@ def dealings_of_run(
                 f"micro_batch_tokens {config.micro_batch_tokens:,} is less than the longest sequence has, "
                 f"{train.longest:,} tokens: raise it, or lower --max_length"
             )
-        dealt = train.dealt(config.micro_batch_tokens)
-        return Dealings(replace(config, gradient_accumulation_steps=dealt.most_micro_batches(config)))
+        return Dealings(replace(config, gradient_accumulation_steps=train.dealt(config).most_micro_batches(config)))
     return _settled(config, model_config) or Dealings(config, tuple(train.find_dealings(config)))
 
 
@@ -71,10 +70,13 @@ def dealings_of_plan(config: Config, model_config: PreTrainedConfig) -> Dealings
 
 
 def _settled(config: Config, model_config: PreTrainedConfig) -> Dealings | None:
-    """Return what is left where rows are not joined; None where they are."""
-    if config.micro_batch_tokens is not None:
-        return Dealings(config)
-    if reason := why_not_joined(model_config):
+    """Return what is left where a step is not dealt by tokens; None where it is."""
+    reason = why_not_joined(model_config)
+    if config.micro_batch_tokens is None and not reason:
+        return None
+    if config.micro_batch_tokens is None:
         note = f"Each row is a micro-batch of its own, since {reason}; --per_device_train_batch_size pads several"
         return Dealings(replace(config, micro_batch_tokens=0), note=note)
-    return None
+    is_padded = reason and config.per_device_train_batch_size > 1 and not config.packing
+    note = f"The rows of a micro-batch are padded to the longest of them, since {reason}" if is_padded else ""
+    return Dealings(replace(config, isolates_documents=not reason), note=note)

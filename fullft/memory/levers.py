@@ -86,7 +86,7 @@ def _candidates(config: Config, plans: Plans, batch: Batch, tier: str) -> Iterat
         yield _Candidate(
             "--per_device_train_batch_size 1",
             {"per_device_train_batch_size": 1, "gradient_accumulation_steps": steps},
-            {"sequences": 1},
+            {"sequences": 1, "evaluation_sequences": 1},
             "some",
             f"accumulate {steps}",
         )

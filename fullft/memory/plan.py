@@ -55,34 +55,44 @@ class Batch:
         length: tokens of each.
         evaluation_length: tokens of each held-out one; 0 without evaluation.
         evaluation_sequences: held-out rows; 0 for as many as in training.
-        held_out_tokens: of all held-out rows.
+        tokens: of the rows without padding; 0 if all are that long.
+        evaluation_tokens: of the held-out rows without padding; 0 if all are that long.
+        held_out_tokens: of all held-out rows of the run.
     """
 
     sequences: int
     length: int
     evaluation_length: int = 0
     evaluation_sequences: int = 0
+    tokens: int = 0
+    evaluation_tokens: int = 0
     held_out_tokens: int = sys.maxsize
 
     @staticmethod
     def of(micro_batches: list[MicroBatch], evaluation: MicroBatch | None) -> "Batch":
-        """Return the shape of a run's largest micro-batches."""
+        """Return the shape of a run's largest micro-batches, each sequence of which is a row."""
         sequences, length = micro_batches[0].labels.shape
+        batch = Batch(sequences, length, tokens=micro_batches[0].num_tokens)
         if evaluation is None:
-            return Batch(sequences, length)
-        return Batch(sequences, length, evaluation.labels.shape[1], evaluation.labels.shape[0])
+            return batch
+        held_out_sequences, held_out_length = evaluation.labels.shape
+        held_out = {"evaluation_length": held_out_length, "evaluation_sequences": held_out_sequences}
+        return replace(batch, **held_out, evaluation_tokens=evaluation.num_tokens)
 
     def under(self, config: Config) -> "Batch":
-        """Return the micro-batches that these rows make where a step is dealt by tokens; else what this is.
+        """Return the micro-batches that these rows make where sequences share a row; else what this is.
 
         Args:
-            config: `micro_batch_tokens` is read.
+            config: `micro_batch_tokens` and `is_flat` are read.
         """
-        if not config.micro_batch_tokens:
+        if not config.is_flat:
             return self
-        evaluated = min(config.micro_batch_tokens, self.held_out_tokens) if self.evaluation_length else 0
-        dealt = replace(self, sequences=1, length=config.micro_batch_tokens)
-        return replace(dealt, evaluation_length=evaluated, evaluation_sequences=1)
+        tokens = config.micro_batch_tokens or self.tokens or self.sequences * self.length
+        evaluated = 0
+        if self.evaluation_length:
+            held_out = self.evaluation_tokens or (self.evaluation_sequences or self.sequences) * self.evaluation_length
+            evaluated = min(config.micro_batch_tokens or held_out, self.held_out_tokens)
+        return replace(self, sequences=1, length=tokens, evaluation_length=evaluated, evaluation_sequences=1)
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def plan_run(
     """
     if config.has_8bit_moments:
         require_kernel(device)  # before weights are loaded
-    batch, plans = _largest_batch(data), Plans(model_config)
+    batch, plans = _largest_batch(config, data), Plans(model_config)
     saved = {} if checkpoint is None else checkpoint.state["options"]
     # What fits on the rank with the least of everything fits on all.
     there = least_of(by_each_rank(lambda: find_device(config, device)))
@@ -161,7 +161,7 @@ def _decide(
         dealings.note,
         compilation,
     )
-    changes = {name: getattr(config, name) for name in asked.undecided}
+    changes = {name: getattr(config, name) for name in ("isolates_documents", *asked.undecided)}
     if (dealing := dealing_of(config)) is not None:
         changes |= dealt_by(dealing)
     return _Decision(changes, figures, "\n".join(filter(None, lines)))
@@ -177,10 +177,11 @@ def _rounding_as_before(config: Config, saved: Mapping[str, Any]) -> Config:
     return replace(config, **{name: saved[name] for name in kept & config.undecided & saved.keys()})
 
 
-def _largest_batch(data: Data) -> Batch:
-    """Return the shape of the largest micro-batches as long as each sequence is one."""
+def _largest_batch(config: Config, data: Data) -> Batch:
+    """Return the shape of the largest micro-batches that are not joined."""
     held_out = 0 if data.evaluation is None else sum(data.evaluation.lengths)
-    return replace(Batch.of(*data.largest(accumulation=2)), held_out_tokens=held_out)
+    by_number = data.dealt(replace(config, micro_batch_tokens=0, isolates_documents=False))
+    return replace(Batch.of(*by_number.largest(accumulation=2)), held_out_tokens=held_out)
 
 
 def _num_tokens(config: Config, data: Data) -> float:

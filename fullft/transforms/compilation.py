@@ -38,12 +38,10 @@ _FAILURES = (TorchDynamoException, InductorError, FailOnRecompileLimitHit)
 
 
 def choose_compilation(config: Config, flops: float, device: torch.device) -> tuple[Config, str]:
-    """Decide whether to compile where that was left at auto: long runs of packed sequences, all of one length, gain.
-
-    Sequences of many lengths would need a graph for any length, which gains next to nothing.
+    """Decide whether to compile where that was left at auto: long runs gain.
 
     Args:
-        config: `compile` and `packing` are read.
+        config: `compile` is read.
         flops: operations of the whole run, forward and backward.
         device: that computes.
 
@@ -58,13 +56,16 @@ def choose_compilation(config: Config, flops: float, device: torch.device) -> tu
         raise OptionsError(f"compile true needs {lack}: install it, or leave out --compile")
     if "compile" not in config.undecided:
         return config, ""
-    gains = config.packing and flops >= WORTH_IT.get(device.type, math.inf)
+    gains = flops >= WORTH_IT.get(device.type, math.inf)
     chosen = replace(config, compile="true" if gains and not lack else "false")
     if not gains:
         return chosen, ""
+    # Measured on two cores without AMX and with it; on GPUs not yet. See docs/benchmarks/speed.md.
+    gain = " (3 to 27% of a step on a CPU)" if device.type == "cpu" else ""
     if lack:
-        return chosen, f"Not compiled: {lack} was not found (with one this run would be about 10% shorter)"
-    return chosen, "Compiled within the first step: the decoder layers, since the run is long enough to gain by it"
+        return chosen, f"Not compiled: {lack} was not found, and this run is long enough to gain by it{gain}"
+    wait = "which takes 10 to 60 s longer" if device.type == "cpu" else "which takes longer"
+    return chosen, f"Compiled: the decoder layers, within the first step, {wait}; this run gains by it{gain}"
 
 
 def _lack(device: torch.device) -> str:
@@ -87,16 +88,14 @@ def apply_compilation(model: PreTrainedModel, config: Config) -> None:
 
     Args:
         model: changed in place.
-        config: packed sequences get a graph of their length, others one for all lengths. `dynamic` is always given:
-            automatic dynamic shapes compile a second, different graph after the first other length, and which graph
-            computes a step must not depend on where the run was resumed.
+        config: `compiles` is read.
 
     Raises:
         ModelError: the model's decoder layers cannot be found.
     """
     if not config.compiles:
         return
-    attempt = _Attempt(dynamic=not config.packing)
+    attempt = _Attempt()
     for layer in decoder_layers(model):
         layer.forward = attempt.compiled(layer.forward)
 
@@ -143,14 +142,15 @@ def fused(function: Function, eager: Function) -> Function:
 class _Attempt:
     """Compiles all layers, or none if the first one fails."""
 
-    def __init__(self, *, dynamic: bool) -> None:
-        self._dynamic = dynamic
+    def __init__(self) -> None:
         self._has_failed = self._has_succeeded = False
 
     def compiled(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         # One graph or none: a break within `torch.utils.checkpoint` leaves a half that is recomputed otherwise. With
-        # `fallback_random` dropout draws what it draws without a compiler.
-        graph = torch.compile(forward, fullgraph=True, dynamic=self._dynamic, options={"fallback_random": True})
+        # `fallback_random` dropout draws what it draws without a compiler. One graph serves all lengths, and is as fast
+        # as one for a single length. Automatic dynamic shapes would compile a second one after the first other length,
+        # and which graph computes a step must not depend on where the run was resumed.
+        graph = torch.compile(forward, fullgraph=True, dynamic=True, options={"fallback_random": True})
         is_left_out = False
 
         @functools.wraps(forward)

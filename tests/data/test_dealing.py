@@ -1,5 +1,7 @@
 """However a step is dealt into micro-batches, by tokens or by number, its gradients are the same."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from global_batches import UNEVEN, largest_difference, our_gradients, reference_
 from models import SHAPE, make_config, tiny_model
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
 
+from fullft.config.config import Config
 from fullft.data.batches import Batches
 from fullft.data.dealing import Dealing, deal, deal_evenly, find_dealings
 from fullft.data.micro_batch import IGNORED
@@ -39,7 +42,9 @@ def test_gradients_are_those_of_rows_alone(family: str, most_tokens: int) -> Non
 def test_flat_rectangular_and_one_by_one_agree(family: str, packing: bool) -> None:
     model = model_of(family)
     _, alone = our_gradients(model, UNEVEN, packing=packing, per_device_train_batch_size=1)
-    for options in ({"micro_batch_tokens": 96}, {"micro_batch_tokens": WHOLE}, {"per_device_train_batch_size": 4}):
+    by_tokens = [{"micro_batch_tokens": 96}, {"micro_batch_tokens": WHOLE}]
+    by_number = [{"per_device_train_batch_size": 4, "flat": flat} for flat in (False, True)]
+    for options in (*by_tokens, *by_number):
         _, gradients = our_gradients(model, UNEVEN, packing=packing, **options)
         assert largest_difference(gradients, alone) < 1e-10
 
@@ -61,6 +66,10 @@ def test_rows_that_see_each_other_give_other_gradients(monkeypatch: pytest.Monke
 
 
 # ---------------------------------------------------------------------------------------------- micro-batches
+
+
+def by_tokens(most_tokens: int) -> Config:
+    return make_config(max_length=64, micro_batch_tokens=most_tokens)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -93,7 +102,7 @@ def test_micro_batches_have_no_padding_and_no_more_tokens_than_said() -> None:
 
 @pytest.mark.parametrize("most_tokens", [LONGEST, 64, WHOLE, 10 * WHOLE])
 def test_no_micro_batch_is_larger_than_the_largest(most_tokens: int) -> None:
-    batches = Batches(UNEVEN, make_config(max_length=64), pad_token_id=0).dealt(most_tokens)
+    batches = Batches(UNEVEN, make_config(max_length=64), pad_token_id=0).dealt(by_tokens(most_tokens))
     largest = batches.largest()
     assert largest.labels.shape == (1, min(most_tokens, WHOLE))
     assert largest.documents is not None and largest.documents.num_tokens == largest.labels.shape[1]
@@ -101,6 +110,23 @@ def test_no_micro_batch_is_larger_than_the_largest(most_tokens: int) -> None:
         assert micro_batch.labels.shape[1] <= largest.labels.shape[1]
         assert micro_batch.num_target_tokens <= largest.num_target_tokens
     assert sum(micro_batch.num_tokens for micro_batch in batches.by_length()) == WHOLE
+
+
+def test_given_sizes_are_kept_and_have_no_padding_where_documents_are_told_apart() -> None:
+    config = replace(make_config(max_length=64, per_device_train_batch_size=4), isolates_documents=True)
+    padded, flat = (
+        Batches(UNEVEN, each, pad_token_id=0) for each in (replace(config, isolates_documents=False), config)
+    )
+    for rectangle, row in zip(padded.global_batch(1), flat.global_batch(1), strict=True):
+        assert len(rectangle.labels) == 4 and len(row.labels) == 1
+        assert rectangle.num_tokens == row.num_tokens == row.labels.numel() < rectangle.labels.numel()
+        assert rectangle.num_target_tokens == row.num_target_tokens
+    largest, longest = flat.largest(), sorted(LENGTHS)[-4:]
+    assert largest.labels.shape == (1, sum(longest)) and padded.largest().labels.shape == (4, LONGEST)
+    assert all(micro_batch.labels.shape[1] <= sum(longest) for micro_batch in flat.by_length())
+    assert sum(micro_batch.num_tokens for micro_batch in flat.by_length()) == WHOLE
+    alone = Batches(UNEVEN, replace(config, per_device_train_batch_size=1), pad_token_id=0).global_batch(1)
+    assert all("position_ids" not in micro_batch.inputs for micro_batch in alone)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -126,6 +152,6 @@ def test_a_run_finds_its_largest_step_of_all_epochs() -> None:
         for step in range(1, 4 * batches.steps_per_epoch + 1)
     ]
     assert ways[0] == Dealing(max(steps), 1)
-    dealt = batches.dealt(ways[0].tokens)
+    dealt = batches.dealt(by_tokens(ways[0].tokens))
     assert all(len(dealt.global_batch(step)) == 1 for step in range(1, len(steps) + 1))
-    assert batches.dealt(ways[0].tokens - 1).most_micro_batches(config) == 2
+    assert batches.dealt(by_tokens(ways[0].tokens - 1)).most_micro_batches(config) == 2

@@ -46,6 +46,31 @@ def test_plan_equals_the_tracked_step(most_tokens: int) -> None:
     assert planned["peak_bytes"] == profile.to_dict()["peak_bytes"]
 
 
+@pytest.mark.parametrize("sequences", [1, 3, 4, 16])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])  # whose rows of a micro-batch share one, and are padded
+def test_plan_equals_the_tracked_step_of_given_sizes(family: str, sequences: int) -> None:
+    config = make_config(max_length=64, per_device_train_batch_size=sequences, global_batch_size=48, val_size=0.2)
+    rows = Batches(UNEVEN, config, pad_token_id=0)
+    held_out = Batches(UNEVEN.select(range(5)), config, pad_token_id=0)
+    dealings = dealings_of_run(config, deep(family, 4), rows, {})
+    config = dealings.config
+    assert bool(dealings.note) == (family == "gemma2" and sequences > 1) and dealings.ways == ()
+    batch = Batch.of([rows.largest()], held_out.largest())
+    model = model_of(family, config)
+    largest = rows.dealt(config).largest()
+    assert largest.labels.shape[0] == (sequences if family == "gemma2" else 1)
+    profile = take_worst_step(
+        model,
+        LossSum(model),
+        optimizer_of(model, config),
+        [largest] * 2,
+        held_out.dealt(config).largest(),
+        autocast_of(config.numerics, torch.device("cpu")),
+        config.max_grad_norm,
+    )
+    assert plan_step(config, deep(family, 4), batch.under(config))["peak_bytes"] == profile.to_dict()["peak_bytes"]
+
+
 def ways_of(config: PreTrainedConfig) -> tuple[tuple[Dealing, ...], str]:
     options = make_config(max_length=64)
     dealings = dealings_of_run(options, config, Batches(UNEVEN, options, pad_token_id=0), {})
@@ -85,8 +110,8 @@ def test_resumed_run_deals_as_before_and_given_tokens_are_kept(tmp_path: Path) -
     batches, model_config = Batches(UNEVEN, options, pad_token_id=0), LlamaConfig()
     resumed = dealings_of_run(options, model_config, batches, {"micro_batch_tokens": 70})
     assert resumed.ways == () and resumed.config.micro_batch_tokens == 70
-    assert resumed.config.gradient_accumulation_steps == batches.dealt(70).most_micro_batches(options) > 1
     given = make_config(max_length=64, micro_batch_tokens=70)
+    assert resumed.config.gradient_accumulation_steps == batches.dealt(given).most_micro_batches(options) > 1
     assert dealings_of_run(given, model_config, batches, {}).config == resumed.config
     with pytest.raises(OptionsError, match="less than the longest sequence has, 31 tokens"):
         dealings_of_run(make_config(max_length=64, micro_batch_tokens=30), model_config, batches, {})

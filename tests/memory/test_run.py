@@ -27,7 +27,9 @@ def small_run() -> Mock:
     """Make data of one row of 32 tokens."""
     ids = torch.ones(1, 32, dtype=torch.int64)
     train = Mock(steps_per_epoch=1, sequences_per_step=16, mean_length=32.0, find_dealings=lambda config: [])
-    return Mock(train=train, evaluation=None, largest=lambda accumulation: ([MicroBatch.of(ids)] * accumulation, None))
+    run = Mock(train=train, evaluation=None, largest=lambda accumulation: ([MicroBatch.of(ids)] * accumulation, None))
+    run.dealt = lambda config: run
+    return run
 
 
 def test_run_that_cannot_fit_stops_before_loading() -> None:

@@ -111,7 +111,7 @@ def test_compiled_fp32_layers_differ_by_rounding_alone(family: str, checkpointin
 def test_compiled_bf16_layers_share_one_graph() -> None:
     model = model_of("llama")
     attend_by_document(model)
-    batches = [packed(), packed((48,)), packed((7, 30, 11))]
+    batches = [packed(), packed((48,)), packed((7, 30, 11)), packed((20, 5, 8))]  # the last one is shorter
     expected = [loss_and_gradients(model, batch, BF16) for batch in batches]
     exact = [loss_and_gradients(model, batch) for batch in batches]
     apply_activation_checkpointing(model, COMPILED)
@@ -127,7 +127,7 @@ def test_compiled_bf16_layers_share_one_graph() -> None:
         assert errors[-1][0] < 1.5 * errors[-1][1]
     of_compiled, of_eager = map(sum, zip(*errors, strict=True))
     assert of_compiled < 1.2 * of_eager  # no further from the truth, all batches together
-    assert graphs[0] == graphs[2] == 1  # for all layers, which are alike
+    assert graphs == [1] * 4  # for all layers, which are alike, and for all lengths
 
 
 def test_graphs_keep_what_their_checkpointing_says() -> None:
@@ -211,15 +211,15 @@ def test_compiled_layers_stay_when_a_later_one_fails(
 @pytest.mark.parametrize(
     ("options", "flops", "compiles"),
     [
+        ({}, 1.1, "true"),
         ({"packing": True}, 1.1, "true"),
-        ({"packing": True}, 0.9, "false"),  # too short
-        ({}, 1.1, "false"),  # too many lengths
-        ({"packing": True, "compile": "false"}, 1.1, "false"),
+        ({}, 0.9, "false"),  # too short
+        ({"compile": "false"}, 1.1, "false"),
         ({"compile": "true"}, 0.9, "true"),
-        ({"packing": True, "fit": "off"}, 1.1, "false"),
+        ({"fit": "off"}, 1.1, "false"),
     ],
 )
-def test_auto_compiles_long_runs_of_packed_sequences(options: dict[str, object], flops: float, compiles: str) -> None:
+def test_auto_compiles_long_runs(options: dict[str, object], flops: float, compiles: str) -> None:
     chosen, line = choose_compilation(make_config(**options), flops * WORTH_IT["cpu"], CPU)
     assert chosen.compile == compiles
     assert bool(line) == (compiles == "true" and "compile" not in options)

@@ -65,7 +65,7 @@ def report_time(size: str, folder: Path, rates: Rates) -> None:
         f"\nBest rates of before, after and clipping: matrix products {operations / products / 1e9:.0f} GFLOP/s "
         f"({operations / 1e12:.2f} TFLOP a step);\n"
         f"disk {rates.read / GB:.2f} GB/s read, {rates.write / GB:.2f} written; in memory, million parameters/s: "
-        f"update {rates.step / 1e6:.0f}, norm {rates.norm / 1e6:.0f}, gradient sums {rates.gather / 1e6:.0f}"
+        f"update {rates.step / 1e6:.0f}, norm {rates.norm / 1e6:.0f}"
     )
     print(
         "Seconds of arithmetic: " + ", ".join(f"{what} {s:.1f}" for each in work.values() for what, s in each.items())

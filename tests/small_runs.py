@@ -58,7 +58,7 @@ def _plan_step_once(config: Config, model_config: PreTrainedConfig, batch: Batch
     formats = (planned_device_type(config), config.numerics, config.recomputation, config.placement)
     key = (
         *formats,
-        config.packing,
+        config.joins_rows,
         config.accumulates,
         config.max_grad_norm,
         model_config.to_json_string(use_diff=False),

@@ -33,6 +33,9 @@ LOGGED = {
 }
 
 
+BY_TOKENS = {"per_device_train_batch_size": None, "gradient_accumulation_steps": None, "global_batch_size": 4}
+
+
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty rows of uneven length: 19 to train on, in 5 global batches of 4 (the last one of 3), and 1 held out."""
@@ -57,7 +60,7 @@ def train_demo(output_dir: Path, rows: Path, is_small: bool = True, **options: A
         **options,
     }
     with miniature() if is_small else nullcontext():
-        train.main(parse_config(words_of(options)))
+        train.main(parse_config(words_of({name: value for name, value in options.items() if value is not None})))
     return read_log(output_dir)
 
 
@@ -120,6 +123,7 @@ def test_a_run_moves_and_exports_every_parameter(tmp_path: Path, rows: Path) -> 
         {},
         {"precision": "bf16-mixed", "packing": True, "max_length": 64, "activation_checkpointing": "selective"},
         {"precision": "bf16-true", "activation_checkpointing": "full"},
+        {**BY_TOKENS, "micro_batch_tokens": 128},
         pytest.param(
             {"precision": "bf16-true", "master_weights": "stochastic", "offload": "optimizer=disk,gradients=host"},
             marks=pytest.mark.slow,

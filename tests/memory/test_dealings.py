@@ -1,5 +1,6 @@
 """Steps that are dealt by tokens: what a plan may choose among, and that it knows their memory."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from worst_steps import deep, model_of, optimizer_of
 from fullft.data.batches import Batches
 from fullft.data.dealing import Dealing
 from fullft.errors import OptionsError
-from fullft.memory.choose import Plans, choose
+from fullft.memory.choose import Plans, choices, choose, fits
 from fullft.memory.dealings import dealings_of_plan, dealings_of_run
 from fullft.memory.machine import Device, margin_bytes
 from fullft.memory.plan import Batch, plan_step
@@ -103,6 +104,22 @@ def test_choice_takes_the_fewest_micro_batches_that_fit() -> None:
     assert chosen.micro_batch_tokens in (1024, 512, 256, 128, 64)
     assert plans.peak_bytes(chosen, batch) < whole
     assert chosen != config and "too large" in line
+
+
+def test_nothing_fits_only_where_one_row_alone_does_not() -> None:
+    config, plans, batch = make_config(max_length=64, precision="fp32"), Plans(deep("llama")), Batch(1, 64, 64)
+    dealings = dealings_of_plan(config, plans.model_config)
+    ranked = choices(config, plans, batch, HUGE, ASSUMED, dealings.ways)
+    peaks = {choice: plans.peak_bytes(choice.apply(config), batch) for choice in ranked}
+    least = min(peaks.values())
+    alone = [choice for choice in ranked if choice.dealing is not None and choice.dealing.tokens == 64]
+    assert least == min(peaks[choice] for choice in alone)
+    enough = Device("just enough", least + margin_bytes(least))
+    chosen, _ = choose(config, plans, batch, enough, lambda: ASSUMED, dealings.ways)
+    assert plans.peak_bytes(chosen, batch) == least and fits(plans.of(chosen, batch), enough)
+    too_small = replace(enough, memory_bytes=enough.memory_bytes - 1)
+    chosen, line = choose(config, plans, batch, too_small, lambda: ASSUMED, dealings.ways)
+    assert not fits(plans.of(chosen, batch), too_small) and "even that does not fit" in line
 
 
 def test_resumed_run_deals_as_before_and_given_tokens_are_kept(tmp_path: Path) -> None:

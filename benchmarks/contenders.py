@@ -28,7 +28,7 @@ from transformers import (
     TrainingArguments,
 )
 
-import train
+import train  # found, since `task` is imported before
 from fullft.config.parse import parse_config
 from fullft.data.batches import Batches
 from fullft.data.micro_batch import IGNORED

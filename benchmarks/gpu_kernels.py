@@ -79,7 +79,7 @@ def attend(findings: Findings, length: int) -> None:
             "position_ids": (torch.arange(length) % min(DOCUMENT, length // 2))[None],
         }
     reference, theirs = measure(model, inputs)
-    choose_attention(model, packing=True)
+    choose_attention(model, joins_rows=True)
     name = attention_of(model)
     outputs, ours = measure(model, inputs)
     row = {"tokens": length, "ours": str(name), **{f"ours, {head}": each for head, each in ours.items()}}

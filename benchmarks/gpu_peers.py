@@ -50,10 +50,10 @@ def run(findings: Findings, system: str = "", task: dict[str, Any] | None = None
     prepared = prepare(findings)
     names = [name for name in (TOY_SYSTEMS if findings.is_emulated else SYSTEMS) if name not in TRLS or has_trl()]
     if not has_trl():
-        findings.left_out += list(TRLS)
+        findings.left_out += [name for name in SYSTEMS if name in TRLS]
         findings.note("TRL is not installed.")
     findings.note(
-        f"{prepared.rows} rows of {prepared.mean_length} tokens on average, packed to at most 1,024; medians of "
+        f"{prepared.rows} rows of {prepared.mean_length} tokens on average, of at most 1,024; medians of "
         f"{STEPS - WARM_UP} steps. Padding is no token. Memory is the peak of torch's allocator."
     )
     findings.carry_out({name: partial(measure, findings, prepared, name) for name in names})

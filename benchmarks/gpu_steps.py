@@ -132,7 +132,7 @@ class Training:
         apply_activation_checkpointing(model, config)
         apply_compilation(model, config)
         apply_layer_streaming(model, storage)
-        choose_attention(model, config.packing)
+        choose_attention(model, config.joins_rows)
         return Training(config, model, LossSum(model), build_optimizer(model, config, storage))
 
     def take_step(self, batch: GlobalBatch) -> tuple[float, float]:

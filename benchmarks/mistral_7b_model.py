@@ -5,7 +5,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedModel
 
 from fullft.config.config import Config
 from fullft.config.parse import parse_config
+from fullft.memory.dealings import dealings_of_plan
 from fullft.model.bundled import bundled_config
 from fullft.model.parts import decoder_layers
 from fullft.optim.adamw import state_layout
@@ -119,14 +120,14 @@ def tokens_per_step(size: str) -> int:
 
 
 def options(size: str, weights: str, folder: Path, steps: int) -> Config:
-    """Return the options, as `train.py` would read them from a command line."""
+    """Return the options, as `train.py` would read them from a command line, with the step dealt."""
     flags = ["--model", str(folder), "--output_dir", f"{folder}-out", "--max_steps", str(steps)]
     flags += ["--precision", "bf16-true", "--master_weights", "split", "--optim", "adamw_8bit"]
     flags += ["--activation_checkpointing", "full", "--offload", PLACES[weights]]
     flags += ["--global_batch_size", str(SEQUENCES), "--micro_batch_tokens", str(tokens_per_step(size))]
     flags += ["--max_length", str(SIZES[size].tokens)]
     flags += ["--learning_rate", str(LEARNING_RATE), "--lr_scheduler_type", "constant", "--max_grad_norm", "1.0"]
-    return replace(parse_config(flags), gradient_accumulation_steps=1)
+    return dealings_of_plan(parse_config(flags), model_config(size)).config
 
 
 def require_disk(size: str, weights: str, folder: Path) -> None:

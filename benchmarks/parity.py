@@ -74,8 +74,8 @@ def main() -> None:
         trainers[name] = _run_trainer(config, rows, rate, mean_of_means)
     print(
         f"\n{arguments.model or 'tiny Qwen2, random weights'}; micro-batch {MICRO_BATCH} x accumulation "
-        f"{ACCUMULATION}, {padding:.0%} padding\nfp32, AdamW, weight decay 0.01, 3 steps of warmup, then linear from "
-        f"{rate:g}, clipped at 1.0"
+        f"{ACCUMULATION}, {padding:.0%} padding in Trainer's\nfp32, AdamW, weight decay 0.01, 3 steps of warmup, "
+        f"then linear from {rate:g}, clipped at 1.0"
     )
     sys.exit(_compare(config, ours, *trainers.values()))
 
@@ -132,7 +132,7 @@ def _rows_in_order(config: Config) -> tuple[list[dict[str, list[int]]], float]:
     """Return the rows of all global batches, in the order of `train.py`, with the padding cut off.
 
     Returns:
-        The rows' `input_ids` and `labels`, and the share of padding in our micro-batches.
+        The rows' `input_ids` and `labels`, and the share of padding where a micro-batch is padded to its longest row.
     """
     batches = load_data(config, AutoTokenizer.from_pretrained(str(config.model))).train
     rows: list[dict[str, list[int]]] = []

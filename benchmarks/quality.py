@@ -29,7 +29,7 @@ EVALUATIONS = 4  # at equal intervals
 
 # Rows are trained one by one, so that none is padded. No option depends on the memory that happens to be free.
 OPTIONS = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "4", "--max_length", "256"]
-OPTIONS += ["--activation_checkpointing", "none", "--offload", "none", "--logging_steps", "1"]
+OPTIONS += ["--activation_checkpointing", "none", "--offload", "none", "--compile", "false", "--logging_steps", "1"]
 OPTIONS += ["--save_strategy", "no", "--overwrite_output_dir", "--eval_strategy", "steps"]
 
 # ---------------------------------------------------------------------------------------------- runs

@@ -109,14 +109,14 @@ def _draw(lengths: list[int], count: int, steps: int) -> list[int]:
 
 
 def _pack(lengths: list[int]) -> tuple[int, float]:
-    """Pack rows, and return the number of sequences and the share of them that is not padding."""
+    """Pack rows, and return the number of sequences and the share of them that is filled."""
     sequences = len(pack(lengths, MAX_LENGTH))
     return sequences, sum(lengths) / (sequences * MAX_LENGTH)
 
 
 def _fingerprint(lines: str) -> str:
     """Hash everything that changes the figures, so that results of different programs or machines never mix."""
-    own = (ROOT / "benchmarks" / name for name in ("contenders.py", "matrix_products.py", "stopwatch.py"))
+    own = (ROOT / "benchmarks" / name for name in ("task.py", "contenders.py", "matrix_products.py", "stopwatch.py"))
     files = [ROOT / "train.py", *sorted(ROOT.glob("fullft/**/*.py")), *own]
     libraries = [version(name) for name in ("torch", "transformers", "accelerate", *(["trl"] if has_trl() else []))]
     parts = [lines, processor(), *libraries, *(file.read_text(encoding="utf-8") for file in files)]

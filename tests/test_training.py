@@ -123,7 +123,6 @@ def test_a_run_moves_and_exports_every_parameter(tmp_path: Path, rows: Path) -> 
         {},
         {"precision": "bf16-mixed", "packing": True, "max_length": 64, "activation_checkpointing": "selective"},
         {"precision": "bf16-true", "activation_checkpointing": "full"},
-        {**BY_TOKENS, "micro_batch_tokens": 128},
         pytest.param(
             {"precision": "bf16-true", "master_weights": "stochastic", "offload": "optimizer=disk,gradients=host"},
             marks=pytest.mark.slow,
@@ -137,8 +136,37 @@ def test_a_run_moves_and_exports_every_parameter(tmp_path: Path, rows: Path) -> 
 def test_resuming_is_bitwise_the_uninterrupted_run(
     tmp_path: Path, rows: Path, finished: Path, options: dict[str, Any]
 ) -> None:
-    whole, resumed = tmp_path / "whole" if options else finished, tmp_path / "resumed"
+    whole = tmp_path / "whole" if options else finished
     log = train_demo(whole, rows, **options) if options else read_log(finished)
+    require_same_when_resumed(whole, tmp_path / "resumed", rows, log, options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {**BY_TOKENS, "micro_batch_tokens": 60},
+        {},  # two rows at a time, by number
+        pytest.param({"compile": "true"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_resuming_flat_micro_batches_is_bitwise_the_uninterrupted_run(
+    tmp_path: Path, rows: Path, model_folder: Path, capsys: pytest.CaptureFixture[str], options: dict[str, Any]
+) -> None:
+    whole, options = tmp_path / "whole", {"model": model_folder, "max_length": 64, **options}
+    log = train_demo(whole, rows, **options)
+    expected = "2 micro-batches of at most 60 tokens" if "micro_batch_tokens" in options else "2 x 2 x 1 device"
+    assert expected in capsys.readouterr().out
+    memory = json.loads((whole / "memory.json").read_text())
+    assert "compile" in options or memory["planned"]["peak_bytes"] == memory["measured"]["peak_bytes"]
+    torch._dynamo.reset()  # as another process begins
+    require_same_when_resumed(whole, tmp_path / "resumed", rows, log, options)
+
+
+def require_same_when_resumed(
+    whole: Path, resumed: Path, rows: Path, log: list[dict[str, Any]], options: dict[str, Any]
+) -> None:
+    """Resume a run from its third step, and compare what it writes with what the whole run has written."""
     resumed.mkdir()
     shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")  # in the midst of the first epoch
     shutil.copy(whole / "log.jsonl", resumed / "log.jsonl")

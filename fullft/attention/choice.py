@@ -12,36 +12,36 @@ from fullft.attention import documents, packed
 from fullft.model.probing import DOCUMENT, TWO_DOCUMENTS, agrees_layer_by_layer, probing, tolerance_of, trace
 
 
-def choose_attention(model: PreTrainedModel, packing: bool) -> None:
+def choose_attention(model: PreTrainedModel, joins_rows: bool) -> None:
     """Switch a model to attention by document, where that gives the same result.
 
-    On CUDA one line says why packed sequences keep a mask.
+    One line says why rows of several documents keep a mask.
 
     Args:
         model: loaded; changed in place.
-        packing: whether sequences hold several documents.
+        joins_rows: whether a row holds several documents.
     """
     own, device = attention_of(model), model.device.type
     refusal = "its attention is a kind of its own"
-    if attend_by_document(model) or (packing and attend_packed(model, device)):
-        refusal = _refusal(model, own, packing)
+    if attend_by_document(model) or (joins_rows and attend_packed(model, device)):
+        refusal = _refusal(model, own, joins_rows)
         if refusal:
             model.set_attn_implementation(own)
-    if refusal and packing and device == "cuda":
+    if refusal and joins_rows:
         name = type(model).__name__
-        print(f"warning: {name} attends to packed rows with a mask of length² in each layer: {refusal}")
+        print(f"warning: {name} attends to rows of several documents with a mask of length² in each layer: {refusal}")
 
 
-def _refusal(model: PreTrainedModel, own: str | None, packing: bool) -> str:
+def _refusal(model: PreTrainedModel, own: str | None, joins_rows: bool) -> str:
     """Compare a model's attention, which is ours by now, with its own on a few tokens; return why it may not be used.
 
     Args:
         model: switched back and forth.
         own: the name of its own attention.
-        packing: whether to compare two documents, or one.
+        joins_rows: whether to compare two documents, or one.
     """
     ours = attention_of(model)
-    ids, positions = (DOCUMENT + DOCUMENT[::-1], TWO_DOCUMENTS) if packing else (DOCUMENT, None)
+    ids, positions = (DOCUMENT + DOCUMENT[::-1], TWO_DOCUMENTS) if joins_rows else (DOCUMENT, None)
     try:
         with probing(model):
             model.set_attn_implementation(own)

@@ -39,14 +39,14 @@ class Config(Options):
     val_size: float
     gpus: int
 
-    # Whether the model tells documents of one row apart, so that sequences may share one. The plan finds out.
+    # Whether the model tells documents of a row apart, so that sequences dealt by number may share one. The plan says.
     isolates_documents: bool = False
 
     @property
     def is_flat(self) -> bool:
         """Whether the sequences of a micro-batch lie behind each other in one row; else each has a row, and padding."""
-        by_number = self.isolates_documents and self.per_device_train_batch_size > 1
-        return by_number if self.micro_batch_tokens == 0 else self.micro_batch_tokens is not None
+        shares_rows = self.isolates_documents and self.per_device_train_batch_size > 1
+        return shares_rows or bool(self.micro_batch_tokens)
 
     @property
     def joins_rows(self) -> bool:

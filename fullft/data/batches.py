@@ -44,9 +44,7 @@ class Batches:
         self.batch_size = config.per_device_train_batch_size
         self.sequences_per_step = config.global_batch_size
         self.steps_per_epoch = math.ceil(len(self.documents) / self.sequences_per_step)
-        self._sequence_lengths = [
-            sum(self.lengths[row] for row in documents) for documents in self.documents
-        ]  # of sequences
+        self._sequence_lengths = [sum(map(self.lengths.__getitem__, documents)) for documents in self.documents]
         self.longest = max(self._sequence_lengths)
         self._order: tuple[int, list[int]] = (-1, [])  # the current epoch, and its order
 
@@ -54,7 +52,8 @@ class Batches:
         """Return the same steps, dealt into micro-batches as the plan has decided.
 
         Args:
-            config: `micro_batch_tokens`, at least as many as the longest sequence has, and `is_flat` are read.
+            config: of these batches, but for what was open: `micro_batch_tokens`, at least as many as the longest
+                sequence has, and `is_flat` are read.
         """
         others = copy.copy(self)
         others.most_tokens, others.is_flat = config.micro_batch_tokens or 0, config.is_flat
@@ -136,7 +135,7 @@ class Batches:
 
         More short ones come together, but no more tokens, padding included, than `largest` has.
         """
-        room = self.most_joined if self.is_flat else self.batch_size * self.longest
+        room = self._most_joined() if self.is_flat else self.batch_size * self.longest
         groups: list[list[int]] = [[]]
         joined = 0
         for number in sorted(range(len(self.documents)), key=self._sequence_lengths.__getitem__):
@@ -160,7 +159,7 @@ class Batches:
 
     def _filled(self, sequences: list[int]) -> MicroBatch:
         """Join sequences, again and again, to the most tokens that a micro-batch may have; the last one is cut."""
-        room = min(self.most_joined, sum(self.lengths))
+        room = min(self._most_joined(), sum(self.lengths))
         joined: list[Row] = []
         for row in cycle(self._rows(sequences)):
             joined.append(_cut(self.rows[row], room))
@@ -169,10 +168,11 @@ class Batches:
                 return self._padded([joined])
         raise AssertionError("there is a row")
 
-    @property
-    def most_joined(self) -> int:
-        """Tokens of the largest micro-batch that is one row."""
-        return self.most_tokens or sum(sorted(self._sequence_lengths)[-self.batch_size :])
+    def _most_joined(self) -> int:
+        """Return the tokens of the largest micro-batch that is one row."""
+        if self.most_tokens:
+            return max(self.most_tokens, self.longest)  # a longer held-out row is one by itself
+        return sum(sorted(self._sequence_lengths)[-self.batch_size :])
 
     def _rows(self, sequences: Iterable[int]) -> list[int]:
         return [row for number in sequences for row in self.documents[number]]
@@ -196,6 +196,7 @@ class Batches:
             order.sort(key=lambda number: -size(self._sequence_lengths[place] for place in groups[number]))
         end = -(-len(groups) // count) * count
         for turn in range(rank, end, count):
+            # Without a group left, the smallest one again.
             number = order[turn] if turn < len(groups) else turn
             micro_batch = self._collate(groups[order[min(turn, len(groups) - 1)]])
             if turn >= len(groups):

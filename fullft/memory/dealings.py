@@ -11,6 +11,7 @@ from fullft.config.config import Config
 from fullft.data.batches import Batches
 from fullft.data.dealing import Dealing, find_dealings, most_micro_batches
 from fullft.errors import OptionsError
+from fullft.memory.plan import planned_device_type
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,19 @@ def dealings_of_plan(config: Config, model_config: PreTrainedConfig) -> Dealings
 
 def _settled(config: Config, model_config: PreTrainedConfig) -> Dealings | None:
     """Return what is left where a step is not dealt by tokens; None where it is."""
-    reason = why_not_joined(model_config)
-    if config.micro_batch_tokens is None and not reason:
-        return None
+    reason = _why_not_joined(config, model_config)
     if config.micro_batch_tokens is None:
+        if not reason:
+            return None
         note = f"Each row is a micro-batch of its own, since {reason}; --per_device_train_batch_size pads several"
         return Dealings(replace(config, micro_batch_tokens=0), note=note)
-    is_padded = reason and config.per_device_train_batch_size > 1 and not config.packing
-    note = f"The rows of a micro-batch are padded to the longest of them, since {reason}" if is_padded else ""
+    is_padded = bool(reason) and config.per_device_train_batch_size > 1
+    note = f"The sequences of a micro-batch are padded to the longest of them, since {reason}" if is_padded else ""
     return Dealings(replace(config, isolates_documents=not reason), note=note)
+
+
+def _why_not_joined(config: Config, model_config: PreTrainedConfig) -> str:
+    """Say why sequences of a micro-batch should not share a row; an empty string if they may."""
+    if (kind := planned_device_type(config)) not in ("cpu", "cuda"):
+        return f"attention on {kind} takes memory by the square of a row's tokens"
+    return why_not_joined(model_config)

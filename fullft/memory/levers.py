@@ -93,7 +93,8 @@ def _candidates(config: Config, plans: Plans, batch: Batch, tier: str) -> Iterat
     elif batch.length >= 256 and share > 6 * _WORTH_IT:
         half = batch.length // 2
         sizes = {"length": half, "evaluation_length": min(half, batch.evaluation_length)}
-        yield _Candidate(f"--max_length {half}", {}, sizes, "a gain", "longer rows are cut")
+        fewer = {"micro_batch_tokens": min(tokens, half)} if tokens else {}
+        yield _Candidate(f"--max_length {half}", fewer, sizes, "a gain", "longer rows are cut")
     numerics, offloaded = config.numerics, config.placement.offloaded
     if numerics.weights is not Format.BF16:
         time = "a gain" if numerics.computation is Format.FP32 else "none"

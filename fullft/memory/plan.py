@@ -55,9 +55,10 @@ class Batch:
         length: tokens of each.
         evaluation_length: tokens of each held-out one; 0 without evaluation.
         evaluation_sequences: held-out rows; 0 for as many as in training.
-        tokens: of the rows without padding; 0 if all are that long.
-        evaluation_tokens: of the held-out rows without padding; 0 if all are that long.
-        held_out_tokens: of all held-out rows of the run.
+        tokens: of these rows, without padding; 0 if each has `length` tokens.
+        evaluation_tokens: of these held-out rows, without padding; 0 if each has `evaluation_length` tokens.
+        all_tokens: of all training rows of the run.
+        all_evaluation_tokens: of all held-out rows of the run.
     """
 
     sequences: int
@@ -66,7 +67,8 @@ class Batch:
     evaluation_sequences: int = 0
     tokens: int = 0
     evaluation_tokens: int = 0
-    held_out_tokens: int = sys.maxsize
+    all_tokens: int = sys.maxsize
+    all_evaluation_tokens: int = sys.maxsize
 
     @staticmethod
     def of(micro_batches: list[MicroBatch], evaluation: MicroBatch | None) -> "Batch":
@@ -87,12 +89,18 @@ class Batch:
         """
         if not config.is_flat:
             return self
-        tokens = config.micro_batch_tokens or self.tokens or self.sequences * self.length
-        evaluated = 0
-        if self.evaluation_length:
-            held_out = self.evaluation_tokens or (self.evaluation_sequences or self.sequences) * self.evaluation_length
-            evaluated = min(config.micro_batch_tokens or held_out, self.held_out_tokens)
-        return replace(self, sequences=1, length=tokens, evaluation_length=evaluated, evaluation_sequences=1)
+        most, held_out_sequences = config.micro_batch_tokens, self.evaluation_sequences or self.sequences
+        tokens = most or self.tokens or self.sequences * self.length
+        held_out = self.evaluation_tokens or held_out_sequences * self.evaluation_length
+        if most and held_out:
+            held_out = max(most, self.evaluation_length)  # a longer row is one by itself
+        return replace(
+            self,
+            sequences=1,
+            length=min(tokens, self.all_tokens),
+            evaluation_length=min(held_out, self.all_evaluation_tokens),
+            evaluation_sequences=1,
+        )
 
 
 @dataclass(frozen=True)
@@ -246,11 +254,11 @@ def planned_device_type(config: Config) -> str:
     return "cuda" if config.plan and config.device_memory is not None else pick_device().type
 
 
-def _attend_as_on(device_type: str, model: PreTrainedModel, packing: bool) -> None:
-    """Make a model attend as a run on a device of this type chooses; on CUDA unpacked rows keep torch's own kernel."""
+def _attend_as_on(device_type: str, model: PreTrainedModel, joins_rows: bool) -> None:
+    """Make a model attend as a run on a device of this type chooses; on CUDA single documents keep torch's kernel."""
     if device_type == "cpu":
         attend_by_document(model)
-    elif packing:
+    elif joins_rows:
         attend_packed(model, device_type)
 
 
@@ -264,10 +272,10 @@ def shortened(model_config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     return short
 
 
-def _micro_batch(sequences: int, length: int, packing: bool) -> MicroBatch:
+def _micro_batch(sequences: int, length: int, joins_rows: bool) -> MicroBatch:
     ids = torch.ones(sequences, length, dtype=torch.int64)
     inputs = {"input_ids": ids}
-    if packing:
+    if joins_rows:
         inputs["position_ids"] = torch.ones_like(ids)
     return MicroBatch(inputs, torch.ones_like(ids), sequences * length, sequences * (length - 1))
 

@@ -148,7 +148,9 @@ def _decide(
     except Exception as error:  # code that comes with a model may need values, which fake tensors lack
         line = f"warning: the memory of this model cannot be planned ({type(error).__name__}: {str(error)[:150]})"
         least = {"shard": "full", "micro_batch_tokens": 0}
-        return _Decision({name: least[name] for name in least if name in asked.undecided}, None, line)
+        changes = {name: least[name] for name in least if name in asked.undecided}
+        changes["isolates_documents"] = dealings.config.isolates_documents
+        return _Decision(changes, None, "\n".join(filter(None, (line, dealings.note))))
     unit = unit_for(figures["peak_bytes"])
     if config.must_fit and not fits(figures, there):
         raise MemoryExhaustedError(
@@ -180,8 +182,9 @@ def _rounding_as_before(config: Config, saved: Mapping[str, Any]) -> Config:
 def _largest_batch(config: Config, data: Data) -> Batch:
     """Return the shape of the largest micro-batches that are not joined."""
     held_out = 0 if data.evaluation is None else sum(data.evaluation.lengths)
+    whole = {"all_tokens": sum(data.train.lengths), "all_evaluation_tokens": held_out}
     by_number = data.dealt(replace(config, micro_batch_tokens=0, isolates_documents=False))
-    return replace(Batch.of(*by_number.largest(accumulation=2)), held_out_tokens=held_out)
+    return replace(Batch.of(*by_number.largest(accumulation=2)), **whole)
 
 
 def _num_tokens(config: Config, data: Data) -> float:

@@ -21,17 +21,17 @@ from fullft.model.probing import (
 _ALONE = "train it without --packing, and with --per_device_train_batch_size 1"
 
 
-def check_model(model: PreTrainedModel, largest_token_id: int, longest: int, packing: bool) -> None:
+def check_model(model: PreTrainedModel, largest_token_id: int, longest: int, joins_rows: bool) -> None:
     """Check that the data and the model belong together, and that the model can be trained as it is here.
 
     Args:
         model: loaded, on its device.
         largest_token_id: over all rows.
         longest: tokens of the longest sequence.
-        packing: whether sequences hold several documents.
+        joins_rows: whether a row holds several documents.
 
     Raises:
-        ModelError: a token has no embedding; a token sees what comes after it; with packing, a document sees another;
+        ModelError: a token has no embedding; a token sees what comes after it; of a row, a document sees another;
             the model's logits are not those that its head makes of its decoder's outputs.
         OptionsError: sequences are longer than the model has positions.
     """
@@ -45,7 +45,7 @@ def check_model(model: PreTrainedModel, largest_token_id: int, longest: int, pac
     with probing(model):
         _check_head(model)
         _check_causality(model)
-        if packing:
+        if joins_rows:
             _check_isolation(model)
 
 

@@ -1,8 +1,8 @@
 """Compilation: a decoder layer's forward and backward become graphs in which everything but its products is fused.
 
 One graph serves all layers that are alike. It must be applied after activation checkpointing, so that graphs recompute,
-and before layer streaming. Only training uses it: evaluation and generation have too many shapes, and the worst step is
-tracked operator by operator.
+and before layer streaming. Only training uses it: evaluation and generation would need graphs of their own, and the
+worst step is tracked operator by operator.
 """
 
 import functools
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._inductor.exc import InductorError
+from torch.fx.experimental import _config as shapes
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -29,9 +30,11 @@ from fullft.model.parts import decoder_layers
 # It warns of in-place operators under selective checkpointing, of which a graph has none.
 logging.getLogger("torch._higher_order_ops.wrap").addFilter(lambda record: "in-place ops" not in record.getMessage())
 
-# A run of more operations gains more than the minute that it waits for the compiler: some ten minutes of two cores, or
-# of a large GPU.
+# A run of more operations should gain what it waits for the compiler, or more: some ten minutes of two cores without
+# AMX, or of a large GPU.
 WORTH_IT = {"cpu": 2e14, "cuda": 1e17}
+# Measured on two cores (docs/benchmarks/speed.md); not yet on a GPU.
+_COSTS = {"cpu": "takes 5 to 60 s longer for it, and others 3 to 27% less"}
 
 Function = Callable[..., Any]
 _FAILURES = (TorchDynamoException, InductorError, FailOnRecompileLimitHit)
@@ -60,12 +63,10 @@ def choose_compilation(config: Config, flops: float, device: torch.device) -> tu
     chosen = replace(config, compile="true" if gains and not lack else "false")
     if not gains:
         return chosen, ""
-    # Measured on two cores without AMX and with it; on GPUs not yet. See docs/benchmarks/speed.md.
-    gain = " (3 to 27% of a step on a CPU)" if device.type == "cpu" else ""
     if lack:
-        return chosen, f"Not compiled: {lack} was not found, and this run is long enough to gain by it{gain}"
-    wait = "which takes 10 to 60 s longer" if device.type == "cpu" else "which takes longer"
-    return chosen, f"Compiled: the decoder layers, within the first step, {wait}; this run gains by it{gain}"
+        return chosen, f"Not compiled: {lack} was not found; install it, and so long a run should be shorter"
+    costs = _COSTS.get(device.type, "takes longer for it, and others should take less")
+    return chosen, f"Compiled: the decoder layers, since the run is long. The first step {costs}"
 
 
 def _lack(device: torch.device) -> str:
@@ -140,16 +141,19 @@ def fused(function: Function, eager: Function) -> Function:
 
 
 class _Attempt:
-    """Compiles all layers, or none if the first one fails."""
+    """Compiles all layers, or none if the first one fails.
+
+    One graph serves rows of all lengths, and is as fast as one for a single length. Which graph computes a step must
+    not depend on where the run was resumed. So shapes are dynamic from the first length on, not from the second, and
+    equal sizes are not taken for one: a row that is as long as the model is wide gets no graph of its own.
+    """
 
     def __init__(self) -> None:
         self._has_failed = self._has_succeeded = False
 
     def compiled(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         # One graph or none: a break within `torch.utils.checkpoint` leaves a half that is recomputed otherwise. With
-        # `fallback_random` dropout draws what it draws without a compiler. One graph serves all lengths, and is as fast
-        # as one for a single length. Automatic dynamic shapes would compile a second one after the first other length,
-        # and which graph computes a step must not depend on where the run was resumed.
+        # `fallback_random` dropout draws what it draws without a compiler.
         graph = torch.compile(forward, fullgraph=True, dynamic=True, options={"fallback_random": True})
         is_left_out = False
 
@@ -159,7 +163,8 @@ class _Attempt:
             if self._has_failed or is_left_out or not torch.is_grad_enabled() or is_in_torch_dispatch_mode():
                 return forward(*args, **kwargs)
             try:
-                outputs = graph(*args, **kwargs)
+                with shapes.patch(use_duck_shape=False):
+                    outputs = graph(*args, **kwargs)
             except _FAILURES as error:
                 # Layers that have run as graphs keep them: backward may recompute them in the same step.
                 is_left_out, self._has_failed = True, not self._has_succeeded

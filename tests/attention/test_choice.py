@@ -59,7 +59,7 @@ def test_attention_is_chosen_although_rounding_grows(monkeypatch: pytest.MonkeyP
     model = model_whose_rounding_grows()
     ids = torch.arange(1, 33)[None]
     theirs = model(ids, use_cache=False).logits.float()
-    choose_attention(model, packing=True)
+    choose_attention(model, joins_rows=True)
     assert model.config._attn_implementation == NAME
     assert not are_logits_close(model(ids, use_cache=False).logits.float(), theirs)  # else these could be compared
 

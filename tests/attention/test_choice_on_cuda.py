@@ -23,17 +23,17 @@ def test_packed_rows_are_attended_to_by_document(
     family: str, own: str, dtype: torch.dtype, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = tiny_model(family, dtype).cuda()
-    choose_attention(model, packing=False)
+    choose_attention(model, joins_rows=False)
     assert model.config._attn_implementation == own
-    choose_attention(model, packing=True)
+    choose_attention(model, joins_rows=True)
     assert model.config._attn_implementation == packed.NAME
-    check_model(model, VOCABULARY - 1, 64, packing=True)
+    check_model(model, VOCABULARY - 1, 64, joins_rows=True)
     assert capsys.readouterr().out == ""
 
 
 def test_attention_is_chosen_although_rounding_grows() -> None:
     model = model_whose_rounding_grows().cuda()
-    choose_attention(model, packing=True)
+    choose_attention(model, joins_rows=True)
     assert model.config._attn_implementation == packed.NAME
 
 
@@ -51,11 +51,12 @@ def test_attention_that_differs_is_named_once(
 
     monkeypatch.setattr(packed, "packed_attention", differ)
     model = tiny_model("llama", torch.bfloat16).cuda()
-    choose_attention(model, packing=True)
+    choose_attention(model, joins_rows=True)
     assert model.config._attn_implementation == "sdpa"
     reason = "positions of three axes" if isinstance(mistake, Exception) else "ours gives another result"
+    mask = "a mask of length² in each layer"
     assert capsys.readouterr().out == (
-        f"warning: LlamaForCausalLM attends to packed rows with a mask of length² in each layer: {reason}\n"
+        f"warning: LlamaForCausalLM attends to rows of several documents with {mask}: {reason}\n"
     )
 
 
@@ -63,6 +64,6 @@ def test_family_with_sinks_keeps_its_attention(capsys: pytest.CaptureFixture[str
     model = model_of(of_experts("gpt_oss")).cuda()
     own = model.config._attn_implementation
     assert not attend_packed(model, "cuda")
-    choose_attention(model, packing=True)
+    choose_attention(model, joins_rows=True)
     assert model.config._attn_implementation == own
     assert "attention is a kind of its own" in capsys.readouterr().out

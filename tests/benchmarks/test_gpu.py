@@ -147,3 +147,11 @@ def test_cases_of_all_parts_are_allowed() -> None:
     assert set(gpu_peers.SYSTEMS) <= gpu_peers.OURS.keys() | gpu_peers.PEERS.keys()
     with pytest.raises(AssertionError):  # the negative control
         config_of(offload="parameters=host")
+
+
+def test_parts_for_two_cards_need_no_peer() -> None:
+    """Of what trains in other ways, accelerate, TRL and the like, nothing need be installed."""
+    words = "import sys; sys.modules['accelerate'] = sys.modules['trl'] = None; import gpu_ranks, gpu_rows"
+    subprocess.run([sys.executable, "-c", words], cwd=ROOT / "benchmarks", check=True)
+    with pytest.raises(subprocess.CalledProcessError):  # the control
+        subprocess.run([sys.executable, "-c", f"{words}, contenders"], cwd=ROOT / "benchmarks", check=True)

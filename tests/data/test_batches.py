@@ -185,8 +185,6 @@ def test_packing_keeps_the_tokens_of_an_epoch(tmp_path: Path, tokenizer: PreTrai
         data = load(tmp_path, rows, tokenizer, packing=packing, max_length=64, gradient_accumulation_steps=2).train
         batches = [batch for step in range(1, data.steps_per_epoch + 1) for batch in data.global_batch(step)]
         totals.append((sum(b.num_tokens for b in batches), sum(b.num_target_tokens for b in batches)))
-        shapes = {tuple(b.labels.shape) for b in batches}
-        assert (len(shapes) == 1) == packing  # so that one compiled graph serves them
     assert totals[0] == totals[1]
 
 

@@ -26,13 +26,15 @@ WHOLE = sum(UNEVEN["num_tokens"][:])
 HUGE = Device("a huge device", 2**50)
 
 
-@pytest.mark.parametrize("most_tokens", [31, 40, 57, 64, 96, 110, 128, 160, 200, WHOLE])
+@pytest.mark.parametrize("most_tokens", [31, 40, 57, 64, 96, 110, 128, 160, 200, WHOLE, 2 * WHOLE])
 def test_plan_equals_the_tracked_step(most_tokens: int) -> None:
     config = make_config(max_length=64, micro_batch_tokens=most_tokens, precision="bf16-true", val_size=0.2)
     batches = Batches(UNEVEN, config, pad_token_id=0)
     config = dealings_of_run(config, tiny_model("llama").config, batches, {}).config
     model_config = deep("llama", 4)
-    planned = plan_step(config, model_config, Batch(1, 31, 31, 0, WHOLE).under(config))
+    planned = plan_step(
+        config, model_config, Batch(1, 31, 31, all_tokens=WHOLE, all_evaluation_tokens=WHOLE).under(config)
+    )
     model = model_of("llama", config)
     largest = batches.largest()
     profile = take_worst_step(
@@ -48,7 +50,7 @@ def test_plan_equals_the_tracked_step(most_tokens: int) -> None:
 
 
 @pytest.mark.parametrize("sequences", [1, 3, 4, 16])
-@pytest.mark.parametrize("family", ["llama", "gemma2"])  # whose rows of a micro-batch share one, and are padded
+@pytest.mark.parametrize("family", ["llama", "gemma2"])  # Llama's sequences share a row, Gemma-2's are padded
 def test_plan_equals_the_tracked_step_of_given_sizes(family: str, sequences: int) -> None:
     config = make_config(max_length=64, per_device_train_batch_size=sequences, global_batch_size=48, val_size=0.2)
     rows = Batches(UNEVEN, config, pad_token_id=0)

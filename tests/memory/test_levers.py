@@ -17,6 +17,8 @@ from fullft.memory.plan import Batch, plan_step
     "options",
     [
         {"per_device_train_batch_size": 4},
+        {"per_device_train_batch_size": 4, "isolates_documents": True},
+        {"micro_batch_tokens": 384, "gradient_accumulation_steps": 16},
         {"precision": "fp32", "activation_checkpointing": "every_2"},
     ],
     ids=str,
@@ -28,7 +30,7 @@ def test_levers_save_the_bytes_that_they_state(options: dict[str, object]) -> No
     model_config = deep("llama", 3)
     model_config.vocab_size, model_config.hidden_size = 64, 256  # large matrices, to be worth 8 bits
     plans, batch = Plans(model_config), Batch(config.per_device_train_batch_size, 256, 256)
-    peak = plan_step(config, model_config, batch)["peak_bytes"]
+    peak = plan_step(config, model_config, batch.under(config))["peak_bytes"]
     levers = find_levers(config, plans, batch, Device("mine", 2**40))
     assert len(levers) > 3 and levers[-1].flags == ALL
     times = [lever.time for lever in levers if lever.flags.endswith("selective")]
@@ -43,7 +45,10 @@ def test_levers_save_the_bytes_that_they_state(options: dict[str, object]) -> No
         numbers = {name: int(value) if value.isdigit() else value for name, value in changes.items()}
         length = numbers.pop("max_length", batch.length)
         lowered = replace(config, **numbers)
+        if config.micro_batch_tokens:  # no sequence is longer now, so the plan may choose as many tokens
+            lowered = replace(lowered, micro_batch_tokens=min(config.micro_batch_tokens, length))
         if "parameters" in lowered.offload:
             lowered = replace(lowered, activation_checkpointing="full")  # as resolving does, unless it is given
-        anew = plan_step(lowered, model_config, Batch(lowered.per_device_train_batch_size, length, length))
+        rows = Batch(lowered.per_device_train_batch_size, length, length)
+        anew = plan_step(lowered, model_config, rows.under(lowered))
         assert anew["peak_bytes"] == lever.peak_bytes == peak - lever.saved_bytes

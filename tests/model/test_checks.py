@@ -34,18 +34,18 @@ def test_logits_that_need_the_token_ids_are_refused(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(type(model), "forward", forward)
     with pytest.raises(ModelError, match="mixes its head with its decoder"):
-        prepare(model, 64, packing=False)
+        prepare(model, 64, joins_rows=False)
 
 
 def test_token_without_an_embedding_is_refused() -> None:
     with pytest.raises(ModelError, match=f"has token {VOCABULARY}, the model only {VOCABULARY} embeddings"):
-        check_model(tiny_model("llama", torch.float32), VOCABULARY, 64, packing=False)
+        check_model(tiny_model("llama", torch.float32), VOCABULARY, 64, joins_rows=False)
 
 
 def test_check_changes_neither_attention_nor_mode() -> None:
     for training in (True, False):
         model = tiny_model("llama", torch.float32).train(training)
-        check_model(model, VOCABULARY - 1, 64, packing=True)
+        check_model(model, VOCABULARY - 1, 64, joins_rows=True)
         assert model.config._attn_implementation == "sdpa" and model.training is training
 
 
@@ -60,7 +60,7 @@ def test_isolation_allows_other_rounding_of_other_lengths() -> None:
     for name, module in model.named_modules():
         if name.endswith("mlp"):
             module.register_forward_hook(round_otherwise)
-    prepare(model, 64, packing=True)
+    prepare(model, 64, joins_rows=True)
     behind = model(ids, position_ids=positions, use_cache=False).logits[:, 32:].float()
     alone = model(ids[:, :32], position_ids=positions[:, :32], use_cache=False).logits.float()
     assert not are_logits_close(behind, alone)  # else these could be compared
@@ -75,11 +75,11 @@ def test_model_with_running_positions_is_not_packed(dtype: torch.dtype, layers_a
         model.config.n_layer += 1
         with pytest.raises(ModelError, match="no decoder layers"):
             decoder_layers(model)
-    prepare(model, 64, packing=True)
+    prepare(model, 64, joins_rows=True)
     model.transformer.wpe.register_forward_pre_hook(lambda _, inputs: torch.arange(inputs[0].shape[-1])[None])
-    prepare(model, 64, packing=False)
+    prepare(model, 64, joins_rows=False)
     with pytest.raises(ModelError, match="without --packing"):
-        prepare(model, 64, packing=True)
+        prepare(model, 64, joins_rows=True)
 
 
 def test_forward_without_position_ids_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,15 +91,15 @@ def test_forward_without_position_ids_is_named(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(type(model), "forward", forward)
     with pytest.raises(ModelError, match="takes no position_ids: train it without --packing"):
-        prepare(model, 64, packing=True)
+        prepare(model, 64, joins_rows=True)
 
 
 def test_sequences_longer_than_a_models_positions_are_refused() -> None:
     torch.manual_seed(0)
     config = AutoConfig.for_model("gpt2", vocab_size=VOCABULARY, n_positions=40, n_embd=32, n_layer=2, n_head=4)
-    prepare(AutoModelForCausalLM.from_config(config), 40, packing=False)
+    prepare(AutoModelForCausalLM.from_config(config), 40, joins_rows=False)
     with pytest.raises(OptionsError, match="--max_length 40"):
-        prepare(AutoModelForCausalLM.from_config(config), 41, packing=False)
+        prepare(AutoModelForCausalLM.from_config(config), 41, joins_rows=False)
 
 
 # ---------------------------------------------------------------------------------------------- rounding or a leak
@@ -137,7 +137,7 @@ def test_sums_in_another_order_are_no_leak(dtype: torch.dtype) -> None:
         model = model_of(of_experts("mixtral"), dtype, seed)
         for layer in decoder_layers(model):
             _sum_in_any_order(layer.mlp.experts)
-        prepare(model, 64, packing=True)
+        prepare(model, 64, joins_rows=True)
 
 
 def _sum_in_any_order(experts: nn.Module) -> None:
@@ -158,7 +158,7 @@ def test_leaks_of_a_thousandth_are_found(family: str, dtype: torch.dtype) -> Non
     for seed in range(3):
         for place, packing, message in ((-1, False, "not a causal"), (0, True, "without --packing")):
             model = tiny_model(family, dtype, seed=seed) if family == "llama" else model_of(of_experts(family), dtype)
-            prepare(model, 64, packing=True)
+            prepare(model, 64, joins_rows=True)
             decoder_layers(model)[seed].register_forward_hook(_leaking(1e-3, place))
             with pytest.raises(ModelError, match=message):
                 prepare(model, 64, packing)
@@ -180,9 +180,9 @@ def test_families_without_isolation_are_not_packed(family: str, dtype: torch.dty
         model = model_of(
             AutoConfig.for_model(family, **{**WITHOUT_ISOLATION[family], "vocab_size": VOCABULARY}), dtype, seed
         )
-        prepare(model, 64, packing=False)
+        prepare(model, 64, joins_rows=False)
         with pytest.raises(ModelError, match="without --packing"):
-            prepare(model, 64, packing=True)
+            prepare(model, 64, joins_rows=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -194,7 +194,7 @@ def test_models_that_see_ahead_are_refused(dtype: torch.dtype) -> None:
 
     model.model.layers[1].mlp.register_forward_hook(mix)
     with pytest.raises(ModelError, match="not a causal language model"):
-        prepare(model, 64, packing=False)
+        prepare(model, 64, joins_rows=False)
     with probing(model):
         share = largest_dependence(model, [*DOCUMENT, 1], [*DOCUMENT, 2], None, slice(0, len(DOCUMENT)))
     assert share > 10 * dependence_tolerance(model)

@@ -14,8 +14,8 @@ from fullft.model.parts import decoder_of, num_embeddings
 @pytest.mark.parametrize("family", CONFIGS)
 def test_decoders_with_surroundings_give_the_model_own_loss(family: str) -> None:
     model = model_of(CONFIGS[family](), torch.float64)
-    choose_attention(model, packing=False)
-    check_model(model, VOCABULARY - 1, 64, packing=False)
+    choose_attention(model, joins_rows=False)
+    check_model(model, VOCABULARY - 1, 64, joins_rows=False)
     ids = torch.randint(1, VOCABULARY, (2, 20))
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
     expected = nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum")

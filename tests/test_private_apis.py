@@ -86,6 +86,12 @@ PRIVATE = {
     "TorchDynamoException": Private(
         "torch", COMPILATION, "a failing compiler", lambda: module("torch._dynamo.exc").TorchDynamoException
     ),
+    "_config": Private(
+        "torch",
+        COMPILATION,
+        "one graph for all lengths: equal sizes are not taken for one",
+        lambda: module("torch.fx.experimental._config").use_duck_shape,
+    ),
     "InductorError": Private(
         "torch", COMPILATION, "a failing compiler", lambda: module("torch._inductor.exc").InductorError
     ),

@@ -44,7 +44,9 @@ class Batches:
         self.batch_size = config.per_device_train_batch_size
         self.sequences_per_step = config.global_batch_size
         self.steps_per_epoch = math.ceil(len(self.documents) / self.sequences_per_step)
-        self._sequence_lengths = [sum(map(self.lengths.__getitem__, documents)) for documents in self.documents]
+        self._sequence_lengths: list[int] = [
+            sum(map(self.lengths.__getitem__, documents)) for documents in self.documents
+        ]
         self.longest = max(self._sequence_lengths)
         self._order: tuple[int, list[int]] = (-1, [])  # the current epoch, and its order
 

@@ -78,7 +78,8 @@ def _settled(config: Config, model_config: PreTrainedConfig) -> Dealings | None:
             return None
         note = f"Each row is a micro-batch of its own, since {reason}; --per_device_train_batch_size pads several"
         return Dealings(replace(config, micro_batch_tokens=0), note=note)
-    is_padded = bool(reason) and config.per_device_train_batch_size > 1
+    # Of a plan without rows, all are as long.
+    is_padded = bool(reason) and config.per_device_train_batch_size > 1 and not config.plan
     note = f"The sequences of a micro-batch are padded to the longest of them, since {reason}" if is_padded else ""
     return Dealings(replace(config, isolates_documents=not reason), note=note)
 

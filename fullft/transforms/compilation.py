@@ -163,7 +163,7 @@ class _Attempt:
             if self._has_failed or is_left_out or not torch.is_grad_enabled() or is_in_torch_dispatch_mode():
                 return forward(*args, **kwargs)
             try:
-                with shapes.patch(use_duck_shape=False):
+                with shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]  # it is made at run time
                     outputs = graph(*args, **kwargs)
             except _FAILURES as error:
                 # Layers that have run as graphs keep them: backward may recompute them in the same step.

@@ -43,10 +43,10 @@ def test_levers_save_the_bytes_that_they_state(options: dict[str, object]) -> No
         every += words
         changes = {word[2:]: value for word, value in zip(words[::2], words[1::2], strict=True)}
         numbers = {name: int(value) if value.isdigit() else value for name, value in changes.items()}
-        length = numbers.pop("max_length", batch.length)
+        length = numbers.pop("max_length", None) or batch.length
+        if config.micro_batch_tokens and length < batch.length:  # the plan may choose as many tokens then
+            numbers["micro_batch_tokens"] = length
         lowered = replace(config, **numbers)
-        if config.micro_batch_tokens:  # no sequence is longer now, so the plan may choose as many tokens
-            lowered = replace(lowered, micro_batch_tokens=min(config.micro_batch_tokens, length))
         if "parameters" in lowered.offload:
             lowered = replace(lowered, activation_checkpointing="full")  # as resolving does, unless it is given
         rows = Batch(lowered.per_device_train_batch_size, length, length)

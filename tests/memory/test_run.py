@@ -26,7 +26,9 @@ from fullft.memory.run import RunPlan, plan_run, record_memory
 def small_run() -> Mock:
     """Make data of one row of 32 tokens."""
     ids = torch.ones(1, 32, dtype=torch.int64)
-    train = Mock(steps_per_epoch=1, sequences_per_step=16, mean_length=32.0, find_dealings=lambda config: [])
+    lengths = [32] * 16
+    train = Mock(lengths=lengths, steps_per_epoch=1, sequences_per_step=16, mean_length=32.0)
+    train.find_dealings = lambda config: []
     run = Mock(train=train, evaluation=None, largest=lambda accumulation: ([MicroBatch.of(ids)] * accumulation, None))
     run.dealt = lambda config: run
     return run

@@ -16,10 +16,10 @@ from fullft.model.parts import decoder_layers
 from fullft.model.probing import DOCUMENT, dependence_tolerance, largest_dependence, probe, probing
 
 
-def prepare(model: PreTrainedModel, longest: int, packing: bool) -> None:
+def prepare(model: PreTrainedModel, longest: int, joins_rows: bool) -> None:
     """Choose the attention and check the model, as train.py does."""
-    choose_attention(model, packing)
-    check_model(model, VOCABULARY - 1, longest, packing)
+    choose_attention(model, joins_rows)
+    check_model(model, VOCABULARY - 1, longest, joins_rows)
 
 
 def test_logits_that_need_the_token_ids_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +117,7 @@ WITHOUT_ISOLATION: dict[str, dict[str, object]] = {
 def test_experts_of_any_seed_are_trainable(family: str, dtype: torch.dtype) -> None:
     packs = family != "gpt_oss"  # whose masks leave out where documents begin
     for seed in range(5):
-        prepare(model_of(of_experts(family, num_hidden_layers=2), dtype, seed), 64, packing=packs)
+        prepare(model_of(of_experts(family, num_hidden_layers=2), dtype, seed), 64, joins_rows=packs)
 
 
 def test_other_tokens_change_the_rounding_of_experts() -> None:

@@ -1,6 +1,6 @@
 """Train every parameter of a Mistral-7B on a machine of 24 GiB: measure how much memory that takes, and how much time.
 
-    python benchmarks/mistral_7b.py                      # both modes: 80 GB of free disk, half an hour on two cores
+    python benchmarks/mistral_7b.py                      # both modes: 65 GB of free disk, half an hour on two cores
     python benchmarks/mistral_7b.py --weights streamed   # only the mode with the weights on disk too
     python benchmarks/mistral_7b.py --size tiny          # the same with a model of a few MB, in seconds
 

@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="runs of each system, in turn (3)")
     parser.add_argument("--steps", type=int, default=3, help=f"optimizer steps of {ROWS_PER_STEP} rows (3)")
     parser.add_argument(
-        "--only", nargs="+", default=[""], help=f'systems with one of these in their names, or "{LIMIT}"'
+        "--only", nargs="+", default=[""], help=f'systems with one of these in their names, or "{LIMIT}" (all)'
     )
     parser.add_argument("--fresh", action="store_true", help="repeat finished runs")
     parser.add_argument("--profile", action="store_true", help="show the operators of one of our steps")

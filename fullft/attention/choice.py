@@ -102,14 +102,17 @@ _ISOLATING_LAYERS = {"full_attention", "sliding_attention"}
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
 
 
-def why_not_joined(model_config: PreTrainedConfig) -> str:
+def why_not_joined(model_config: PreTrainedConfig, device_type: str) -> str:
     """Say why documents of this model should not share a row; an empty string if they may.
 
     What is said here of a family is checked on the loaded model, in `model/checks.py`.
 
     Args:
         model_config: of a causal language model.
+        device_type: of the device that it computes on, or that a plan is made for.
     """
+    if device_type not in ("cpu", "cuda"):
+        return f"attention on {device_type} takes memory by the square of a row's tokens"
     text = model_config.get_text_config(decoder=True)
     family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
     if family is None:

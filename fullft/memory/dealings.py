@@ -72,7 +72,7 @@ def dealings_of_plan(config: Config, model_config: PreTrainedConfig) -> Dealings
 
 def _settled(config: Config, model_config: PreTrainedConfig) -> Dealings | None:
     """Return what is left where a step is not dealt by tokens; None where it is."""
-    reason = _why_not_joined(config, model_config)
+    reason = why_not_joined(model_config, planned_device_type(config))
     if config.micro_batch_tokens is None:
         if not reason:
             return None
@@ -82,10 +82,3 @@ def _settled(config: Config, model_config: PreTrainedConfig) -> Dealings | None:
     is_padded = bool(reason) and config.per_device_train_batch_size > 1 and not config.plan
     note = f"The sequences of a micro-batch are padded to the longest of them, since {reason}" if is_padded else ""
     return Dealings(replace(config, isolates_documents=not reason), note=note)
-
-
-def _why_not_joined(config: Config, model_config: PreTrainedConfig) -> str:
-    """Say why sequences of a micro-batch should not share a row; an empty string if they may."""
-    if (kind := planned_device_type(config)) not in ("cpu", "cuda"):
-        return f"attention on {kind} takes memory by the square of a row's tokens"
-    return why_not_joined(model_config)

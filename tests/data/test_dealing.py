@@ -129,6 +129,16 @@ def test_given_sizes_are_kept_and_have_no_padding_where_documents_are_told_apart
     assert all("position_ids" not in micro_batch.inputs for micro_batch in alone)
 
 
+def test_packed_sequences_are_not_padded_either() -> None:
+    config = make_config(max_length=64, packing=True, per_device_train_batch_size=2, global_batch_size=4)
+    one_row, two_rows = (
+        Batches(UNEVEN, replace(config, isolates_documents=flat), pad_token_id=0).global_batch(1)
+        for flat in (True, False)
+    )
+    assert [batch.labels.numel() for batch in one_row] == [batch.num_tokens for batch in one_row]
+    assert [len(batch.labels) for batch in (*one_row, *two_rows)] == [1, 1, 2, 2]
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_ways_to_deal_hold_for_every_step(ranks: int) -> None:
     random = np.random.default_rng(0)
